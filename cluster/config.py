@@ -1,0 +1,116 @@
+"""Where things run: the typed form of `ray_config.yaml`, and the only place of this package that reads YAML."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, NonNegativeFloat, PositiveInt, Tag
+
+
+class ClusterModel(BaseModel):
+    """Base of every setting here: unknown keys are errors, values are frozen, the text under a field is its doc."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Resources(ClusterModel):
+    """What one process of a role holds on the Ray cluster."""
+
+    cpus: NonNegativeFloat | None = None
+    """Logical CPUs; chosen from the machine's size when absent (a whole CPU from 8 cores on, half of one below)."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs, fractions allowed."""
+    threads: PositiveInt | None = None
+    """Compute threads of the process; shared out among the run's processes when absent."""
+
+
+class TransformersEndpoint(ClusterModel):
+    """A Hugging Face causal language model inside the stage's own actors; works on CPUs and GPUs."""
+
+    engine: Literal["transformers"] = "transformers"
+    model: str
+    """Folder of a saved model, or a hub name."""
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    """Dtype of the weights; `auto` is the one they were saved in. Independent of the student's."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Weight quantisation of this endpoint alone (bitsandbytes, needs a GPU)."""
+    actors: PositiveInt = 1
+    """Actors in the stage's pool, each with its own copy of the model."""
+    resources: Resources = Resources()
+    forward_tokens: PositiveInt = 8192
+    """Padded tokens in one forward."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class FakeEndpoint(ClusterModel):
+    """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model."""
+
+    engine: Literal["fake"]
+    vocabulary: PositiveInt
+    actors: PositiveInt = 1
+    resources: Resources = Resources()
+    seconds_per_bundle: NonNegativeFloat = 0.0
+    """Sleep added to every bundle."""
+
+
+def _engine_of(value: object) -> str:
+    engine = value.get("engine") if isinstance(value, dict) else getattr(value, "engine", None)
+    return str(engine or "transformers")
+
+
+EndpointConfig = Annotated[
+    Annotated[TransformersEndpoint, Tag("transformers")] | Annotated[FakeEndpoint, Tag("fake")],
+    Discriminator(_engine_of),
+]
+
+
+class Roles(ClusterModel):
+    """Resources of the training job's own processes; endpoints carry theirs."""
+
+    worker: Resources = Resources()
+    """One student training worker."""
+    reader: Resources = Resources()
+    """The process that lays out the order and reads rows."""
+
+
+class Mlflow(ClusterModel):
+    """Where runs are remembered."""
+
+    tracking_uri: str | None = None
+    """Any MLflow URI. Absent: MLFLOW_TRACKING_URI when set, else sqlite in the storage folder."""
+    experiment: str = "distill"
+
+
+class ClusterConfig(ClusterModel):
+    """The whole of `ray_config.yaml`."""
+
+    address: str = "local"
+    """`local` starts Ray on this machine; `auto` or `host:port` joins a running cluster. RAY_ADDRESS wins over `local`."""
+    storage: str = "runs"
+    """Folder (or a pyarrow filesystem URI reached by every node) that holds one folder per run."""
+    mlflow: Mlflow = Mlflow()
+    resources: Roles = Roles()
+    endpoints: dict[str, EndpointConfig] = {}
+    """Teachers by name; a recipe may add its own or change fields of these."""
+
+    @property
+    def ray_address(self) -> str:
+        return os.environ.get("RAY_ADDRESS") or self.address if self.address == "local" else self.address
+
+    @property
+    def tracking_uri(self) -> str:
+        given = self.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return given or f"sqlite:///{Path(self.storage).absolute()}/mlflow.db"
+
+
+def read_yaml(path: Path) -> object:
+    """Parsed content of a YAML file; `yaml.YAMLError` or `OSError` when it cannot be read."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,0 +1,45 @@
+"""An engine without a model: deterministic scores for tests and dry runs."""
+
+from __future__ import annotations
+
+import time
+import zlib
+
+import numpy as np
+
+from cluster.engines import Columns
+from cluster.forwards import bundle_rows
+
+
+class FakeEngine:
+    """A distribution over `vocabulary` ids for every loss token, hashed from the token before it and its place in the row.
+
+    Scores of a row do not depend on the other rows of its bundle.
+    """
+
+    def __init__(self, vocabulary: int, seconds_per_bundle: float = 0.0):
+        self.vocabulary = vocabulary
+        self.seconds_per_bundle = seconds_per_bundle
+
+    def score(self, columns: Columns, top_k: int) -> Columns:
+        """See `cluster.engines.Engine.score`. A token outside the vocabulary gets -inf."""
+        if top_k > self.vocabulary:
+            raise ValueError(f"top_k: got {top_k}; expected at most the fake endpoint's vocabulary of {self.vocabulary}")
+        rows = bundle_rows(columns)
+        row_of = np.searchsorted(rows.first_loss, np.arange(len(rows.loss_at)), side="right") - 1
+        places = rows.loss_at - rows.starts[row_of]
+        before = rows.tokens[rows.loss_at - 1].astype(np.int64)
+        seeds = [zlib.crc32(f"{token} {place}".encode()) for token, place in zip(before.tolist(), places.tolist(), strict=True)]
+        logits = [np.random.default_rng(seed).standard_normal(self.vocabulary) for seed in seeds]
+        table = np.stack(logits) if logits else np.zeros((0, self.vocabulary))
+        table -= np.log(np.exp(table).sum(-1, keepdims=True))
+        ids = np.argsort(-table, axis=-1, kind="stable")[:, :top_k]
+        labels = rows.labels
+        own = np.take_along_axis(table, np.minimum(labels, self.vocabulary - 1)[:, None], axis=-1)[:, 0]
+        time.sleep(self.seconds_per_bundle)
+        return {
+            "ids": ids.astype(np.int32).ravel(),
+            "logprobs": np.take_along_axis(table, ids, axis=-1).astype(np.float32).ravel(),
+            "logprob": np.where(labels < self.vocabulary, own, -np.inf).astype(np.float32),
+            "dropped_mass": np.zeros(1, dtype=np.float32),
+        }

@@ -1,0 +1,52 @@
+"""Who gets how much: logical CPUs, GPUs and compute threads of every process of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.config import ClusterConfig, EndpointConfig, Resources
+
+ROOMY_CPUS = 8
+"""From this many CPUs on a process gets a whole logical one; below, fractions keep a stream from starving."""
+READER_CPUS = 0.1
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process of a role holds."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Processes of one role and what each holds."""
+
+    role: str
+    processes: int
+    share: Share
+
+
+def machine_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def demands(config: ClusterConfig, endpoints: Mapping[str, EndpointConfig], workers: int, cpus: float) -> list[Demand]:
+    """Every long-lived process of a run on a machine or cluster of `cpus` logical CPUs."""
+    busy = workers + sum(e.actors for e in endpoints.values())
+    threads = max(1, int(cpus) // busy)
+    wanted = [Demand("worker", workers, _share(config.resources.worker, cpus, threads))]
+    wanted += [Demand(name, e.actors, _share(e.resources, cpus, threads)) for name, e in endpoints.items()]
+    reader = config.resources.reader
+    cpus_of_reader = READER_CPUS if reader.cpus is None else reader.cpus
+    return [*wanted, Demand("reader", 1, Share(cpus_of_reader, reader.gpus, reader.threads or 1))]
+
+
+def _share(given: Resources, cpus: float, threads: int) -> Share:
+    logical = given.cpus if given.cpus is not None else (1.0 if cpus >= ROOMY_CPUS else 0.5)
+    return Share(logical, given.gpus, given.threads or threads)

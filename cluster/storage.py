@@ -1,0 +1,66 @@
+"""Small files of a run on whatever filesystem holds it: a local folder or any URI that pyarrow knows."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyarrow import fs
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder on a pyarrow filesystem. `root` is an absolute local path or a URI; safe to pickle."""
+
+    root: str
+
+    @classmethod
+    def of(cls, storage: str, *parts: str) -> Folder:
+        """Folder `parts` below a storage setting; relative local paths are taken from here."""
+        root = storage if "://" in storage else str(Path(storage).absolute())
+        return cls(posixpath.join(root, *parts))
+
+    def child(self, *parts: str) -> Folder:
+        return Folder(posixpath.join(self.root, *parts))
+
+    @property
+    def local(self) -> Path | None:
+        """The folder as a local path; None when it lives elsewhere."""
+        return None if "://" in self.root else Path(self.root)
+
+    def exists(self, name: str = "") -> bool:
+        filesystem, path = self._at(name)
+        return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file; None when there is none."""
+        if not self.exists(name):
+            return None
+        filesystem, path = self._at(name)
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file whole: a reader sees the old content or the new one, never a part."""
+        filesystem, path = self._at(name)
+        filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        target = f"{path}.{os.getpid()}.part" if self.local else path
+        with filesystem.open_output_stream(target) as stream:
+            stream.write(content)
+        if target != path:
+            filesystem.move(target, path)
+
+    def names(self) -> list[str]:
+        """Base names of what lies in the folder, sorted."""
+        filesystem, path = self._at("")
+        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def _at(self, name: str) -> tuple[fs.FileSystem, str]:
+        full = posixpath.join(self.root, name) if name else self.root
+        if "://" not in full:
+            return fs.LocalFileSystem(), full
+        filesystem, path = fs.FileSystem.from_uri(full)
+        return filesystem, path

@@ -1,0 +1,120 @@
+"""The `distill` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator.errors import DistillError
+
+app = typer.Typer(
+    name="distill",
+    help="Teach small language models from large ones: Ray Data streams, Ray Train trains, MLflow remembers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe, such as jobs/recipes/tiny_logits.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: student=Qwen/Qwen3-0.6B train.lr=2e-5", show_default=False)
+]
+Cluster = Annotated[
+    Path | None, typer.Option(help="Where to run. [default: ray_config.yaml of this folder, if there is one]", show_default=False)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers say.")]
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None) -> None:
+    """Check a run and print what it would do, hold and write. Loads no model."""
+    from jobs.run import show_plan
+
+    show_plan(recipe, overrides or [], cluster)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; leave it out with --resume.")] = None,
+    overrides: Overrides = None,
+    cluster: Cluster = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on from the last checkpoint of this run folder.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Distil a student, from data to an exported model."""
+    from jobs.run import resume_run, start_run
+
+    if resume is not None:
+        given = ([str(recipe)] if recipe else []) + (overrides or [])
+        resume_run(resume, given, cluster, verbose)
+    elif recipe is not None:
+        start_run(recipe, overrides or [], cluster, verbose)
+    else:
+        raise typer.BadParameter("give a recipe, or --resume with a run folder")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders or hub names of students.")],
+    teacher: Annotated[str | None, typer.Option(help="Folder or hub name; adds exact KL and agreement.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data source; or give --recipe to use its held-out rows.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Evaluate on the held-out rows of this recipe.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted override of the recipe.")] = None,
+) -> None:
+    """Compare models on held-out rows: cross-entropy, perplexity, both KLs to a teacher, agreement."""
+    from jobs.evaluate import show_evaluation
+
+    show_evaluation(models, teacher, data, recipe, overrides or [])
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    to: Annotated[Path | None, typer.Option(help="New folder for the model. [default: RUN_FOLDER/export]", show_default=False)] = None,
+    checkpoint: Annotated[str, typer.Option(help="`best`, `last`, or the name of a checkpoint in the run folder.")] = "best",
+    adapter: Annotated[bool, typer.Option(help="Keep a LoRA student as an adapter instead of merging it.")] = False,
+) -> None:
+    """Write a checkpoint's student as a Hugging Face folder, and prove that it reloads."""
+    from jobs.export import export_run
+
+    export_run(run_folder, to, checkpoint, adapter)
+
+
+@app.command()
+def strategies(name: Annotated[str | None, typer.Argument(help="Show the settings of one.")] = None) -> None:
+    """List what can be taught and how, with settings and defaults."""
+    from jobs.strategies import show_strategies
+
+    show_strategies(name)
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="Where the models, data and runs go.")] = Path("runs/quickstart"),
+    verbose: Verbose = False,
+) -> None:
+    """Train a small teacher on the standard library's sources and distil it, on a laptop in minutes."""
+    from jobs.quickstart import run_quickstart
+
+    run_quickstart(folder, verbose)
+
+
+def main() -> None:
+    """Entry point: turns what this package raises on purpose into words and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except DistillError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""`distill quickstart`: a teacher from nothing, then a student taught by it, on text that every machine has.
+
+Trains a BPE tokenizer and a small Qwen3 teacher on the Python standard library's own sources, then runs the recipe
+`quickstart.yaml` through the same path as any run: Ray Data scores, Ray Train trains two workers, MLflow remembers.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from orchestrator import run as runs
+from orchestrator.display import Display
+
+RECIPES = Path(__file__).parent / "recipes"
+VOCABULARY = 4096
+HELD_OUT_ONE_IN = 20
+SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "encodings", "pydoc_data", "ensurepip"}
+END = "<|endoftext|>"
+
+TEACHER = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 768, "num_attention_heads": 4, "head_dim": 64}
+STUDENT = {"hidden_size": 88, "num_hidden_layers": 3, "intermediate_size": 264, "num_attention_heads": 4, "head_dim": 22}
+
+
+def run_quickstart(folder: Path, verbose: bool) -> None:
+    """Makes what is missing in `folder`, trains teacher and student, and shows the comparison."""
+    display = Display(verbose)
+    display.say(f"Text: the standard library's sources, in {folder / 'data'}")
+    prepare(folder)
+    places = [f"data.train={folder}/data/train.jsonl", f"data.held_out={folder}/data/held_out.jsonl"]
+    cluster = {"storage": str(folder / "runs"), "mlflow": {"experiment": "quickstart"}}
+    teacher = folder / "teacher"
+    if not (teacher / "config.json").exists():
+        display.say("Teacher: cross-entropy on that text")
+        made = runs.distill(RECIPES / "quickstart_teacher.yaml", [*places, f"student={folder}/shapes/teacher"], cluster, display=display)
+        Path(made.student).rename(teacher)
+    display.say("Student: the teacher's distributions and the text, against the text alone")
+    overrides = [*places, f"student={folder}/shapes/student", f"endpoints.teacher.model={teacher}"]
+    display.result(runs.distill(RECIPES / "quickstart.yaml", overrides, cluster, display=display))
+
+
+def prepare(folder: Path) -> None:
+    """Text, tokenizer and the two shapes, unless they are there."""
+    if (folder / "shapes").exists():
+        return
+    texts = dict(sources())
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "held_out"):
+        rows = [{"text": text} for name, text in texts.items() if held_out(name) == (split == "held_out")]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    tokenizer = train_tokenizer(text for name, text in texts.items() if not held_out(name))
+    for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
+        write_shape(folder / "shapes" / name, tokenizer, shape)
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Name and text of every module of the standard library, tests left out, in order of name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not SKIPPED.intersection(name.parts):
+            yield str(name), path.read_text(encoding="utf-8", errors="replace")
+
+
+def held_out(name: str) -> bool:
+    """Whether a module belongs to the held-out split; the same on every machine."""
+    return zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def write_shape(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> None:
+    """A configuration without weights, with the tokenizer beside it."""
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, **shape, **ends
+    )
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

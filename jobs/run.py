@@ -1,0 +1,36 @@
+"""`distill plan` and `distill run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator import run as runs
+from orchestrator.config import load_job
+from orchestrator.display import Display
+from orchestrator.plan import make_plan
+
+CLUSTER = Path("ray_config.yaml")
+
+
+def show_plan(recipe: Path, overrides: Sequence[str], cluster: Path | None) -> None:
+    """Checks and prints; `Refusal` says what is wrong."""
+    job = load_job(recipe, overrides, cluster_file(cluster))
+    Display().plan(make_plan(job, recipe.stem))
+
+
+def start_run(recipe: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
+    """Runs a recipe and says where everything is."""
+    display = Display(verbose)
+    display.result(runs.distill(recipe, overrides, cluster_file(cluster), display=display))
+
+
+def resume_run(folder: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
+    """Goes on from a run's last committed checkpoint."""
+    display = Display(verbose)
+    display.result(runs.resume(folder, overrides, cluster_file(cluster), display=display))
+
+
+def cluster_file(given: Path | None) -> Path | None:
+    """The cluster settings to use: those named, else `ray_config.yaml` here, else none."""
+    return given or (CLUSTER if CLUSTER.exists() else None)

@@ -1,0 +1,97 @@
+"""Checkpoints: what a run goes on from. Only this file saves and loads training state.
+
+Each rank writes its part with torch.distributed.checkpoint into its own temporary folder; Ray Train merges and commits
+them. `progress.json` beside the parts says where the run stood; nothing trusts a directory listing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
+from ray.train import Checkpoint
+
+from cluster.storage import Folder
+from orchestrator.layouts import Layout
+
+PROGRESS = "progress.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stood when a checkpoint was written."""
+
+    step: int
+    """Optimizer steps finished."""
+    attempt: int
+    metrics: Mapping[str, float]
+    """Held-out metrics at this step."""
+    journal: tuple[Mapping[str, Any], ...] = ()
+    """The latest journal entries, so that none is lost with a driver."""
+
+
+def save(players: Mapping[str, Layout], position: Position, rank: int) -> Checkpoint:
+    """This rank's part of a checkpoint in a temporary folder. Collective: every rank calls it."""
+    folder = tempfile.mkdtemp(prefix="distill-checkpoint-")
+    dcp.save(_states(players), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=not _many())
+    if rank == 0:
+        Path(folder, PROGRESS).write_text(json.dumps(asdict(position)), encoding="utf-8")
+    return Checkpoint.from_directory(folder)
+
+
+def restore(players: Mapping[str, Layout], checkpoint: Checkpoint) -> Position:
+    """Fills the players from a committed checkpoint, at any world size. Collective."""
+    with checkpoint.as_directory() as folder:
+        states = _states(players)
+        dcp.load(states, storage_reader=dcp.FileSystemReader(folder), no_dist=not _many())
+        for name, layout in players.items():
+            layout.load(states[name])
+        return read_position(Folder(str(folder)))
+
+
+def read_position(folder: Folder) -> Position:
+    """The position stored in a checkpoint's folder; `FileNotFoundError` when it is not a checkpoint of ours."""
+    content = folder.read(PROGRESS)
+    if content is None:
+        raise FileNotFoundError(f"{folder.root} holds no {PROGRESS}")
+    return Position(**json.loads(content))
+
+
+def committed(run: Folder) -> Folder | None:
+    """The newest committed checkpoint of a run as Ray Train's own snapshot names it; None before the first."""
+    snapshot = _snapshot(run)
+    latest = snapshot.get("latest_checkpoint_result")
+    return run.child(latest["checkpoint_dir_name"]) if latest else None
+
+
+def kept(run: Folder) -> list[Folder]:
+    """Every committed checkpoint that is still kept, oldest first."""
+    results = _snapshot(run).get("checkpoint_results", [])
+    return [run.child(r["checkpoint_dir_name"]) for r in results]
+
+
+def best(run: Folder, metric: str) -> Folder | None:
+    """The kept checkpoint with the smallest `metric`; the newest when none has it."""
+    scored = [(read_position(f).metrics.get(metric), f) for f in kept(run)]
+    ranked = [(value, f.root, f) for value, f in scored if value is not None]
+    return min(ranked)[2] if ranked else committed(run)
+
+
+def _snapshot(run: Folder) -> dict[str, Any]:
+    content = run.read(SNAPSHOT)
+    return json.loads(content) if content else {}
+
+
+def _states(players: Mapping[str, Layout]) -> dict[str, Any]:
+    return {name: layout.state() for name, layout in players.items()}
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

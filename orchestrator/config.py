@@ -1,0 +1,293 @@
+"""What is run: a recipe as a typed `RunConfig`, and dotted overrides. The only place of this package that reads YAML."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationError,
+)
+
+from cluster.config import ClusterConfig, Dtype, EndpointConfig
+from orchestrator.errors import Refusal
+from orchestrator.explain import nearest, refusal
+from strategies import StrategyConfig, known_strategies
+from strategies.schedule import LearningRate
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Model(BaseModel):
+    """Base of every setting: unknown keys are errors, values are frozen, the text under a field is its doc."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def _short(key: str) -> BeforeValidator:
+    """Lets a recipe write a plain string where a mapping with one main key stands."""
+    return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
+
+
+class Lora(Model):
+    """A PEFT LoRA adapter as the student's only trained weights."""
+
+    r: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Module names as PEFT takes them; the output head is not a target."""
+
+
+class StudentConfig(Model):
+    """The network that learns."""
+
+    model: str
+    """Folder of a saved model or configuration, or a hub name."""
+    revision: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` starts from fresh weights of the same configuration."""
+    tokenizer: str | None = None
+    """Folder or hub name; the model's own when absent."""
+    dtype: Dtype = "float32"
+    """Dtype of the trained weights. Keep float32; `train.precision` sets the compute dtype."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: Lora | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Model):
+    """Where rows come from and how they become token ids. Rows have `text`, `prompt` + `completion`, or `messages`."""
+
+    train: str
+    """JSONL, Parquet or text file, a folder or glob of them, a saved Hugging Face dataset, or a hub dataset name."""
+    held_out: str | None = None
+    """The same kinds of source. Absent: `held_out_rows` rows are set aside from `train`, chosen by the seed."""
+    held_out_rows: NonNegativeInt = 64
+    """Rows scored once and used by every evaluation."""
+    split: str = "train"
+    """Split of a hub or saved dataset for `train`; a `held_out` source uses its `held_out_split`."""
+    held_out_split: str = "test"
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    columns: dict[str, str] = {}
+    """Renames the source's columns: `{question: prompt, answer: completion}`."""
+    max_length_tokens: PositiveInt = 1024
+    """Longest row, in tokens of the student's tokenizer."""
+    overlong: Literal["split", "truncate", "quarantine"] = "split"
+    """What becomes of longer rows; only `text` rows can be split, others are quarantined instead."""
+    glob: str | None = None
+    """File pattern inside a folder source, such as `**/*.py`."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows of the source, before splitting."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The plan refuses data of which more than this share is quarantined."""
+
+
+class LayoutConfig(Model):
+    """How one student is spread over workers."""
+
+    type: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed only."""
+    offload_optimizer: bool = False
+    """DeepSpeed only: optimizer states in host memory."""
+
+
+class TrainConfig(Model):
+    """The student's optimisation."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; give this or `epochs`."""
+    epochs: PositiveFloat | None = None
+    batch_rows: PositiveInt = 16
+    """Rows of one optimizer step over all workers."""
+    batch_tokens: PositiveInt | None = None
+    """Instead of a number of rows: as many rows as fit in this many tokens (uses the cached length index)."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Padded tokens of one forward and backward; a step has as many micro-batches as it needs."""
+    batching: Literal["bucketed", "packed"] = "bucketed"
+    """`bucketed` pads rows of similar length together; `packed` lays several rows in one sequence, blind to each other."""
+    workers: PositiveInt = 1
+    layout: Annotated[LayoutConfig, _short("type")] = LayoutConfig()
+    lr: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    lr_final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate reached after the last step, as a share of the peak."""
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 never clips."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of forward and backward; weights and optimizer keep the student's dtype."""
+    gradient_checkpointing: bool = False
+    read_ahead_bundles: PositiveInt = 4
+    """Bundles that may be scored before the student asks for them."""
+    max_failures: NonNegativeInt = 2
+    """Times the worker group is restarted from the last committed checkpoint."""
+    log_every_steps: PositiveInt = 1
+
+    def learning_rate(self) -> LearningRate:
+        return LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)
+
+
+class EvaluateConfig(Model):
+    """Held-out evaluation during and after training."""
+
+    every_steps: PositiveInt | None = None
+    """Also evaluate every so many steps; the last step always is."""
+
+
+class CheckpointConfig(Model):
+    """What is kept to go on from."""
+
+    every_steps: PositiveInt | None = None
+    """Also write a checkpoint every so many steps; the last step always is."""
+    keep: PositiveInt = 2
+    """Checkpoints kept: the best by held-out metric, and always the last."""
+    best_metric: str = "eval/cross_entropy"
+    """Held-out metric, smaller is better, that ranks checkpoints and the student's LoggedModel."""
+
+
+class RunConfig(Model):
+    """One recipe."""
+
+    name: str | None = None
+    """Unique name of the run; made from the recipe's file name and the time when absent."""
+    seed: NonNegativeInt = 0
+    student: Annotated[StudentConfig, _short("model")]
+    strategy: SerializeAsAny[StrategyConfig]
+    data: Annotated[DataConfig, _short("train")]
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    endpoints: dict[str, EndpointConfig] = {}
+    """Teachers by name: new ones, or fields that differ from those in `ray_config.yaml`."""
+    baseline: bool = False
+    """Also train the same student without a teacher, on the same rows and steps, and compare."""
+    tags: dict[str, str] = {}
+    """Tags of the MLflow run."""
+
+
+class Job(Model):
+    """Everything a run needs: the recipe and the cluster it runs on, with endpoints merged."""
+
+    run: RunConfig
+    cluster: ClusterConfig
+
+    @property
+    def endpoints(self) -> Mapping[str, EndpointConfig]:
+        return {**self.cluster.endpoints, **self.run.endpoints}
+
+
+def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cluster: Path | Mapping[str, Any] | None = None) -> Job:
+    """A recipe file (or its content) with dotted overrides, and a `ray_config.yaml`, checked field by field.
+
+    Raises `Refusal` for a missing or unreadable file, an unknown key, a wrong type or a malformed override.
+    """
+    where = str(recipe) if isinstance(recipe, Path) else "recipe"
+    content = _mapping(recipe, where)
+    for override in overrides:
+        _apply(content, override)
+    cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
+    cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
+    _merge_endpoints(content, cluster_content)
+    content["strategy"] = _strategy(content.get("strategy"), where)
+    run = _validated(RunConfig, content, where)
+    return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))
+
+
+def _merge_endpoints(recipe: dict[str, Any], cluster: Mapping[str, Any]) -> None:
+    """A recipe's endpoint starts from the fields of the cluster's endpoint of that name."""
+    own, shared = recipe.get("endpoints"), cluster.get("endpoints")
+    if not isinstance(own, dict) or not isinstance(shared, dict):
+        return
+    for name, given in own.items():
+        if isinstance(given, dict) and isinstance(shared.get(name), dict):
+            own[name] = {**shared[name], **given}
+
+
+def to_yaml(config: BaseModel) -> str:
+    """YAML that `load_job` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _mapping(source: Path | Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(source, Path):
+        return copy.deepcopy(dict(source))
+    try:
+        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal(where, error.strerror or str(error), "a readable YAML file", "Check the path.") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise Refusal(where, f"text that is not YAML ({problem})", "a YAML mapping", "Mend the line it names.") from error
+    if not isinstance(content, dict):
+        raise Refusal(where, f"a {type(content).__name__}", "a YAML mapping of settings", "See jobs/recipes for examples.")
+    return content
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise Refusal(f"override {override!r}", "no dotted.path=value", "train.lr=2e-5 for example", "Write it without spaces around '='.")
+    here = content
+    for key in keys[:-1]:
+        inner = here.get(key)
+        if isinstance(inner, str) and key in _SHORT_KEYS:
+            inner = {_SHORT_KEYS[key]: inner}
+        if not isinstance(inner, dict):
+            inner = {}
+        here[key] = here = inner
+    here[keys[-1]] = _value(text)
+
+
+_SHORT_KEYS = {"student": "model", "data": "train", "layout": "type", "strategy": "type"}
+
+
+def _value(text: str) -> Any:
+    """As YAML reads it in a recipe; what is not YAML is text. Numbers such as 2e-5 are text to YAML and numbers to pydantic."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _strategy(content: Any, where: str) -> StrategyConfig:
+    if isinstance(content, str):
+        content = {"type": content}
+    if not isinstance(content, dict):
+        raise Refusal(f"{where}: strategy", repr(content), "a strategy's name or settings", "`distill strategies` lists them.")
+    return _validated(strategy_settings(content.get("type"), where), content, f"{where}: strategy")
+
+
+def strategy_settings(name: object, where: str) -> type[StrategyConfig]:
+    """The settings class of a strategy by name; `Refusal` names the nearest known one."""
+    known = known_strategies()
+    if name in known:
+        return known[str(name)]
+    near = nearest(str(name), known)
+    raise Refusal(f"{where}: strategy.type", repr(name), f"one of {', '.join(sorted(known))}", f"{near}`distill strategies` explains each.")
+
+
+def _validated(model: type[M], content: Mapping[str, Any], where: str) -> M:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise refusal(error, model, content, where) from error

@@ -1,0 +1,38 @@
+"""Errors a person meets. Every `Refusal` says where, what was got, what was expected and what to do.
+
+    DistillError
+    +-- Refusal      the plan says no; nothing was created (exit 2)
+    +-- RunFailed    a run that had started ended with an error (exit 1)
+    +-- Interrupted  a person stopped the run; a checkpoint was written (exit 130)
+"""
+
+from __future__ import annotations
+
+
+class DistillError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class Refusal(DistillError):
+    """One bad input, found before any model loads."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, got: str, expected: str, do: str):
+        self.where, self.got, self.expected, self.do = where, got, expected, do
+        super().__init__(f"{where}: got {got}; expected {expected}. {do}")
+
+    def __reduce__(self) -> tuple[type[Refusal], tuple[str, str, str, str]]:
+        return (Refusal, (self.where, self.got, self.expected, self.do))
+
+
+class RunFailed(DistillError):
+    """The run started and ended with an error; its last committed checkpoint is kept."""
+
+
+class Interrupted(DistillError):
+    """The run was stopped by a person after writing a checkpoint."""
+
+    exit_code = 130

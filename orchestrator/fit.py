@@ -1,0 +1,117 @@
+"""One Ray Train run from a plan: attempts, the stream callable, and the driver's side of the board."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+from ray.data import ExecutionOptions
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster import session
+from cluster.storage import Folder
+from orchestrator import checkpoint, evaluate
+from orchestrator.board import Entry, open_board
+from orchestrator.pipeline import StreamSpec, open_stream
+from orchestrator.plan import Plan
+from orchestrator.train import WorkerJob, train_worker
+
+ATTEMPTS = "attempts"
+POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class StreamFactory:
+    """Opens the stream of one attempt; Ray Train's controller calls it at every start of the worker group.
+
+    The start step comes from the newest committed checkpoint in Ray Train's own snapshot, never from a directory
+    listing nor from the board.
+    """
+
+    spec: StreamSpec
+    folder: Folder
+    held_out: Folder
+    board: Any
+
+    def __call__(self) -> ray.data.Dataset:
+        attempt = int(self.folder.read(ATTEMPTS) or b"0") + 1
+        self.folder.write(ATTEMPTS, str(attempt).encode())
+        last = checkpoint.committed(self.folder)
+        step = checkpoint.read_position(last).step if last else 0
+        ray.get(self.board.begin.remote(attempt, step, time.time()))
+        return open_stream(self.spec, step, attempt, with_held_out=not self.held_out.exists(evaluate.COMPLETE))
+
+
+@dataclass
+class Fit:
+    """A training run under way, in a thread of its own so that a person can interrupt the driver."""
+
+    thread: threading.Thread
+    board: Any
+    error: BaseException | None = None
+    next_entry: int = 0
+
+    def entries(self) -> Iterator[list[Entry]]:
+        """Journal entries as they come, until the run has ended and all are drained."""
+        while True:
+            alive = self.thread.is_alive()
+            entries, self.next_entry = ray.get(self.board.drain.remote(self.next_entry))
+            yield entries
+            if not alive:
+                return
+            self.thread.join(POLL_SECONDS)
+
+    def ask_to_stop(self) -> None:
+        """All ranks write a checkpoint at the same next step, and end."""
+        ray.get(self.board.ask_to_stop.remote())
+
+
+def start_fit(plan: Plan, held_out: Folder, verbose: bool) -> Fit:
+    """Starts training; returns at once."""
+    board = open_board(plan.name)
+    workers = plan.shares["worker"]
+    job = WorkerJob(plan.job.run, plan.steps, plan.folder, held_out, board, workers.threads)
+    fit = Fit(threading.Thread(target=lambda: None), board)
+
+    def run() -> None:
+        try:
+            _trainer(plan, job, StreamFactory(plan.stream(), plan.folder, held_out, board)).fit()
+        except TrainingFailedError as error:
+            fit.error = error
+
+    fit.thread = threading.Thread(target=run, name="fit", daemon=True)
+    fit.thread.start()
+    return fit
+
+
+def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
+    share, run = plan.shares["worker"], plan.job.run
+    resources: dict[str, float] = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+    environment = {"RAY_ADDRESS": session.address(), "DS_ACCELERATOR": "cuda" if share.gpus else "cpu"}
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        datasets={"train": stream},
+        dataset_config=DataConfig(
+            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
+        ),
+        scaling_config=ScalingConfig(num_workers=run.train.workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=plan.name,
+            storage_path=plan.folder.root.rpartition("/")[0],
+            failure_config=FailureConfig(max_failures=run.train.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=run.checkpoint.keep,
+                checkpoint_score_attribute=run.checkpoint.best_metric if plan.data.held_out.rows else None,
+                checkpoint_score_order="min",
+            ),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )

@@ -1,0 +1,159 @@
+"""Micro-batches: one bundle cut into forwards of the student, always the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.forwards import BundleRows, Forward, bundle_rows, group_by_length, lay_out
+from strategies.core import Columns
+from strategies.head import TokenBatch
+from strategies.signals import TopK
+
+WEIGHTS = "weights/"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward of the student over B sequences of L tokens with N loss tokens.
+
+    Padding is on the right and needs no attention mask: a causal network never looks there. Rows packed into one
+    sequence are told apart by `position_ids` alone, from which transformers makes each of them blind to the others.
+    """
+
+    input_ids: Tensor
+    """`(B, L)` int64."""
+    position_ids: Tensor | None
+    """`(B, L)` int64, restarting at 0 with every packed row; None when no sequence holds two rows."""
+    index: Tensor
+    """`(N,)` int64 places in the flattened `(B*L)` hidden states that predict the loss tokens."""
+    labels: Tensor
+    """`(N,)` int64 the loss tokens."""
+    signals: Mapping[str, Tensor]
+    """`<name>/ids` `(N, K)` int32 and `<name>/logprobs` `(N, K)` float32 for every signal."""
+    weights: Mapping[str, Tensor]
+    """`(N,)` float32 by term name, for the terms that have them."""
+
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.labels)
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def batch(self) -> TokenBatch:
+        """What the terms read."""
+        names = {column.rpartition("/")[0] for column in self.signals}
+        found = {n: TopK(self.signals[f"{n}/ids"].long(), self.signals[f"{n}/logprobs"]) for n in sorted(names)}
+        return TokenBatch(self.labels, found, self.weights)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            index=self.index.to(device),
+            labels=self.labels.to(device),
+            signals={name: values.to(device) for name, values in self.signals.items()},
+            weights={name: values.to(device) for name, values in self.weights.items()},
+        )
+
+    def dummy(self) -> MicroBatch:
+        """A forward like this one without loss tokens, for a rank with fewer micro-batches than others."""
+        device = self.input_ids.device
+        return MicroBatch(
+            input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device),
+            position_ids=None,
+            index=self.index[:0],
+            labels=self.labels[:0],
+            signals={name: values[:0] for name, values in self.signals.items()},
+            weights={name: values[:0] for name, values in self.weights.items()},
+        )
+
+
+def dummy() -> MicroBatch:
+    """The micro-batch of a rank that has none: one token read, nothing predicted, zero gradients."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), None, none, none, {}, {}).dummy()
+
+
+def cut(
+    columns: Columns,
+    signals: Sequence[str],
+    batching: Literal["bucketed", "packed"],
+    micro_batch_tokens: int,
+    max_length_tokens: int,
+) -> list[MicroBatch]:
+    """The micro-batches of one bundle, largest first, on the CPU; none when it has no loss tokens.
+
+    A pure function of the bundle. No micro-batch has more than `micro_batch_tokens` padded tokens, unless one row alone
+    does. `packed` lays rows into sequences of at most `max_length_tokens`, or of one longer row; flash attention packs
+    single sequences only, which `max_length_tokens = micro_batch_tokens` makes of them. `ValueError` for a malformed
+    bundle or a signal that it does not carry.
+    """
+    rows = bundle_rows(columns)
+    sequences = [[r] for r in range(len(rows.reach))] if batching == "bucketed" else pack(rows.reach, max_length_tokens)
+    lengths = np.asarray([int(rows.reach[s].sum()) for s in sequences], dtype=np.int64)
+    per_token = _per_token(columns, signals, len(rows.loss_at))
+    groups = group_by_length(lengths, micro_batch_tokens)
+    return [_micro(rows, lay_out(rows, [sequences[s] for s in group]), per_token) for group in groups]
+
+
+def pack(lengths: NDArray[np.int64], room: int) -> list[list[int]]:
+    """Numbers of the rows of each sequence: first-fit decreasing, longest rows first; empty rows are left out."""
+    sequences: list[list[int]] = []
+    left: list[int] = []
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        if length == 0:
+            break
+        home = next((s for s, space in enumerate(left) if space >= length), None)
+        if home is None:
+            sequences.append([row])
+            left.append(room - length)
+        else:
+            sequences[home].append(row)
+            left[home] -= length
+    return sequences
+
+
+def count_tokens(columns: Columns, term: str) -> int:
+    """Loss tokens of the bundle that `term` weighs with something else than zero: its share of the denominator."""
+    weights = columns.get(WEIGHTS + term)
+    return int(np.count_nonzero(columns["loss_mask"] if weights is None else weights))
+
+
+def _per_token(columns: Columns, signals: Sequence[str], tokens: int) -> dict[str, NDArray[np.generic]]:
+    """The columns that micro-batches carry, each `(N, ...)` in the bundle's loss-token order."""
+    found: dict[str, NDArray[np.generic]] = {}
+    for name in (f"{signal}/{part}" for signal in signals for part in ("ids", "logprobs")):
+        if name not in columns:
+            raise ValueError(f"signal column {name!r}: got a bundle with {', '.join(sorted(columns))}; expected a stage to have added it")
+        if tokens and len(columns[name]) % tokens:
+            raise ValueError(f"signal column {name!r}: got {len(columns[name])} values; expected a multiple of {tokens} loss tokens")
+        found[name] = columns[name].reshape(tokens, -1) if tokens else columns[name][:0]
+    for name in (n for n in columns if n.startswith(WEIGHTS)):
+        if len(columns[name]) != tokens:
+            raise ValueError(f"column {name!r}: got {len(columns[name])} values; expected one for each of {tokens} loss tokens")
+        found[name] = columns[name].astype(np.float32, copy=False)
+    return found
+
+
+def _micro(rows: BundleRows, laid: Forward, per_token: Mapping[str, NDArray[np.generic]]) -> MicroBatch:
+    mine = {name: torch.from_numpy(values[laid.order]) for name, values in per_token.items()}
+    return MicroBatch(
+        input_ids=torch.from_numpy(laid.input_ids),
+        position_ids=None if laid.position_ids is None else torch.from_numpy(laid.position_ids),
+        index=torch.from_numpy(laid.index),
+        labels=torch.from_numpy(rows.labels[laid.order]),
+        signals={name: values for name, values in mine.items() if not name.startswith(WEIGHTS)},
+        weights={name.removeprefix(WEIGHTS): values for name, values in mine.items() if name.startswith(WEIGHTS)},
+    )

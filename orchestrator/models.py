@@ -1,0 +1,186 @@
+"""The student as a network: its files, its head, and the module that layouts wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cluster.causal_lm import attention_argument, backbone, explained_by_rounding, head_deviation, output_head, packing_deviation, vocabulary_rows
+from orchestrator.config import Lora, StudentConfig
+from orchestrator.errors import Refusal
+from orchestrator.microbatch import MicroBatch
+from orchestrator.saved_models import config_folder, fingerprint, load_config
+from strategies.core import Progress, Term
+from strategies.head import CHUNK_TOKENS, Head, chunked_terms
+
+__all__ = [
+    "StudentModule",
+    "backbone_of",
+    "check_head",
+    "check_packing",
+    "fingerprint",
+    "head_of",
+    "load_config",
+    "load_student",
+    "load_tokenizer",
+    "usable_vocabulary",
+]
+
+
+def load_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. `Refusal` when there is none."""
+    source = config.tokenizer or config.model
+    revision = config.revision if config.tokenizer is None else None
+    config_folder(source, revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        problem = " ".join(str(error).split())[:300]
+        do = "Name one with student.tokenizer, or save the tokenizer beside the model."
+        raise Refusal(f"tokenizer of {source!r}", f"no usable one ({problem})", "tokenizer files", do) from error
+    return tokenizer
+
+
+def load_student(config: StudentConfig, gradient_checkpointing: bool, seed: int) -> PreTrainedModel | PeftModel:
+    """The student on the CPU, in evaluation mode, equal on every rank: whatever is drawn at random is drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = _random(config) if config.init == "random" else _pretrained(config)
+        base.config.use_cache = False
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = base if config.lora is None else get_peft_model(base, _lora(config.lora))
+    return model.eval()
+
+
+def _pretrained(config: StudentConfig) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        revision=config.revision or "main",
+        dtype=config.dtype,
+        attn_implementation=attention_argument(config.attention),
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+    )
+    return model
+
+
+def _random(config: StudentConfig) -> PreTrainedModel:
+    shape = load_config(config.model, config.revision, config.trust_remote_code, weights=False)
+    dtype = shape.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        shape, dtype=dtype, attn_implementation=attention_argument(config.attention), trust_remote_code=config.trust_remote_code
+    )
+    return model
+
+
+def _lora(config: Lora) -> LoraConfig:
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    alpha: Any = config.alpha  # PEFT divides it; its annotation says int
+    return LoraConfig(
+        r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+
+
+def head_of(model: PreTrainedModel | PeftModel) -> Head:
+    """The output head, through a LoRA adapter and tied or not. Ask anew in every forward: sharding replaces parameters."""
+    found = output_head(_base(model))
+    return Head(found.weight, found.bias, found.transform)
+
+
+def backbone_of(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """The part whose output has `last_hidden_state`, `(B, L, D)`, ready for the head."""
+    return backbone(_base(model))
+
+
+def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    if not isinstance(model, PeftModel):
+        return model
+    base: Any = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def check_head(model: PreTrainedModel | PeftModel) -> None:
+    """`Refusal` when the backbone and the head apart do not give the model's own logits."""
+    base = _base(model)
+    deviation = head_deviation(base)
+    if not explained_by_rounding(deviation, base.dtype):
+        raise Refusal(
+            f"architecture {type(base).__name__}",
+            f"logits that differ by {deviation:.2g} of the largest when the output head is applied apart",
+            "the model's own logits",
+            "This architecture does something to its logits that is not known here; use another model.",
+        )
+
+
+def check_packing(model: PreTrainedModel | PeftModel) -> None:
+    """`Refusal` when rows packed into one sequence see each other, as in networks with a recurrent state."""
+    base = _base(model)
+    deviation = packing_deviation(base)
+    if not explained_by_rounding(deviation, base.dtype):
+        raise Refusal(
+            f"train.batching with {type(base).__name__}",
+            f"packed rows that change each other's hidden states by {deviation:.2g} of the largest",
+            "rows blind to each other",
+            "Set train.batching=bucketed for this architecture.",
+        )
+
+
+def usable_vocabulary(
+    student: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedConfig, name: str = "teacher"
+) -> int:
+    """Ids, from 0, that student and teacher both predict. Models of one family pad one vocabulary to different sizes.
+
+    `Refusal` when either of them lacks an id that the tokenizer can produce. `name` is the teacher's endpoint.
+    """
+    needed = max(tokenizer.get_vocab().values()) + 1
+    rows = {"student": vocabulary_rows(student), f"endpoint {name!r}": vocabulary_rows(teacher)}
+    for who, size in rows.items():
+        if size < needed:
+            raise Refusal(
+                f"vocabulary of {who}",
+                f"{size} ids",
+                f"at least the {needed} ids of the student's tokenizer",
+                "Use a model that shares the tokenizer; other tokenizers need a strategy that aligns them.",
+            )
+    return min(rows.values())
+
+
+class StudentModule(nn.Module):
+    """What a layout wraps: backbone, selection of loss positions and chunked head, all inside one forward.
+
+    So the hooks of DDP, FSDP2 and ZeRO-3 fire around everything that touches parameters.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int = CHUNK_TOKENS):
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, micro: MicroBatch, terms: tuple[Term, ...], scales: Mapping[str, float], progress: Progress) -> tuple[Tensor, Tensor]:
+        """The scaled loss, a scalar that carries the gradient, and the unscaled sums of the terms, `(len(terms),)` detached.
+
+        Under `torch.no_grad` the same path measures: no gradient is made.
+        """
+        places = {} if micro.position_ids is None else {"position_ids": micro.position_ids}
+        states: Tensor = backbone_of(self.model)(input_ids=micro.input_ids, use_cache=False, **places).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, micro.index)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # norms leave float32, and the head would cast chunk by chunk
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        found = chunked_terms(hidden, head_of(self.model), micro.batch, terms, scales, progress, self.chunk_tokens)
+        return found.loss, torch.stack([found.sums[t.name] for t in terms])

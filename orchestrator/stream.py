@@ -1,0 +1,67 @@
+"""A worker's end of the stream: asks for the first bundle at once and asserts that it gets what is its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from orchestrator.bundle import HELD_OUT_STEP, from_table, scalar
+from orchestrator.errors import RunFailed
+from strategies.core import Columns
+
+
+class Stream:
+    """Bundles of one rank in order. Creating it starts the reader and the teachers, before anything is loaded here."""
+
+    def __init__(self, shard: Any, rank: int, world: int, read_ahead_bundles: int):
+        blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=read_ahead_bundles)
+        self._blocks = iter(blocks)
+        self._world = world
+        self._due = rank
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._next: Future[Columns | None] = self._pool.submit(self._take)
+        self.attempt = -1
+        self.waited_seconds = 0.0
+        """Time the last bundle was waited for."""
+
+    def held_out(self) -> Iterator[tuple[int, Columns]]:
+        """The held-out bundles at the stream's head by number; none when they were scored before."""
+        while (bundle := self._peek()) is not None and scalar(bundle, "step") == HELD_OUT_STEP:
+            self._pop()
+            yield scalar(bundle, "bundle"), bundle
+
+    def after(self, step: int) -> Iterator[Columns]:
+        """Training bundles; the first must be of `step + 1`, and each next one of the next step."""
+        while (bundle := self._pop()) is not None:
+            step += 1
+            if scalar(bundle, "step") != step:
+                raise RunFailed(f"the stream gave step {scalar(bundle, 'step')} where the checkpoint calls for {step}")
+            yield bundle
+
+    def _peek(self) -> Columns | None:
+        return self._next.result()
+
+    def _pop(self) -> Columns | None:
+        began = time.perf_counter()
+        bundle = self._next.result()
+        self.waited_seconds = time.perf_counter() - began
+        if bundle is None:
+            return None
+        self._next = self._pool.submit(self._take)
+        self._check(bundle)
+        return bundle
+
+    def _take(self) -> Columns | None:
+        block = next(self._blocks, None)
+        return None if block is None else from_table(block)
+
+    def _check(self, bundle: Columns) -> None:
+        number, attempt = scalar(bundle, "bundle"), scalar(bundle, "attempt")
+        if number != self._due or self.attempt not in (-1, attempt):
+            raise RunFailed(
+                f"bundle {number} of attempt {attempt} arrived where {self._due} of {self.attempt} was due: the stream lost its order"
+            )
+        self._due += self._world
+        self.attempt = attempt

@@ -1,0 +1,239 @@
+"""The training worker: read this first.
+
+`train_worker` runs in every Ray Train worker: ask for data, load players, restore, then bundle by bundle `train_step`,
+and every so many steps evaluate and report a checkpoint. It never learns a strategy's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointUploadMode
+
+from cluster.storage import Folder
+from orchestrator import checkpoint, evaluate
+from orchestrator.board import RankJournal
+from orchestrator.bundle import scalar
+from orchestrator.collective import gather, total, world_size
+from orchestrator.config import RunConfig
+from orchestrator.errors import RunFailed
+from orchestrator.layouts import Layout
+from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
+from orchestrator.players import BoundPlayers, load_players
+from orchestrator.stream import Stream
+from strategies.core import Columns, Progress, Strategy, Update
+
+MOST_SKIPPED_STEPS = 10
+"""Consecutive steps with a gradient that is not finite before the run fails."""
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What every training worker of a run is told."""
+
+    run: RunConfig
+    steps: int
+    folder: Folder
+    """The run's own folder."""
+    held_out: Folder
+    """Where scored held-out bundles are kept."""
+    board: Any
+    threads: int
+
+
+def train_worker(config: dict[str, WorkerJob]) -> None:
+    """Body of one Ray Train worker."""
+    job = config["job"]
+    torch.set_num_threads(job.threads)
+    rank = ray.train.get_context().get_world_rank()
+    device = ray.train.torch.get_device()
+    stream = Stream(ray.train.get_dataset_shard("train"), rank, world_size(), job.run.train.read_ahead_bundles)
+    strategy = job.run.strategy.build()
+    players = load_players(job.run, strategy.players, device)
+    resumed = ray.train.get_checkpoint()
+    start = checkpoint.restore(players, resumed) if resumed else None
+    journal = RankJournal(job.board, rank, start)
+    held_out = _held_out(job, stream, rank)
+    journal.begin(stream.attempt, next(iter(players.values())).held_bytes())
+    trainer = Trainer(job, strategy, players, device, journal, held_out)
+    step = start.step if start else 0
+    if step >= job.steps:
+        raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
+    for bundle in stream.after(step):
+        step = scalar(bundle, "step")
+        stop = trainer.step(step, bundle, stream.waited_seconds)
+        if trainer.due(step) or stop:
+            trainer.report(step, stream.attempt, stop)
+        if stop:
+            return
+    if step != job.steps:
+        raise RunFailed(f"the stream ended after step {step} of {job.steps}")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """This rank's held-out rows, cut once, and how many forwards every rank runs."""
+
+    bundles: list[Columns]
+    micros: list[MicroBatch]
+    signals: tuple[str, ...]
+    rounds: int
+
+
+def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
+    """Takes scored held-out rows from the stream's head and keeps them, or reads those kept before."""
+    arriving = dict(stream.held_out())
+    if arriving:
+        evaluate.store_bundles(job.held_out, arriving)
+        gather([0.0])  # every rank has stored its part
+        if rank == 0:
+            job.held_out.write(evaluate.COMPLETE, b"")
+    bundles = list(arriving.values()) or evaluate.load_bundles(job.held_out, rank, world_size())
+    signals = evaluate.signals_in(bundles)
+    micros = [m for b in bundles for m in _cut(job.run, b, signals)]
+    rounds = int(gather([float(len(micros))]).max())
+    return HeldOut(bundles, micros, signals, rounds)
+
+
+def _cut(run: RunConfig, bundle: Columns, signals: Sequence[str]) -> list[MicroBatch]:
+    return cut(bundle, signals, run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
+
+
+class Trainer:
+    """One worker's players with what steps, evaluates and reports them."""
+
+    def __init__(
+        self,
+        job: WorkerJob,
+        strategy: Strategy,
+        players: Mapping[str, Layout],
+        device: torch.device,
+        journal: RankJournal,
+        held_out: HeldOut,
+    ):
+        self._job, self._strategy, self._players = job, strategy, players
+        self._device, self._journal, self._held_out = device, journal, held_out
+        self._terms = evaluate.evaluation_terms(held_out.signals)
+        self._skipped = 0
+
+    def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
+        """One optimizer step on this rank's bundle; returns whether all ranks stop after it."""
+        began = time.perf_counter()
+        progress = Progress(step - 1, self._job.steps)
+        torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
+        stop, metrics = train_step(self._strategy, self._players, bundle, progress, self._job.run, self._journal.stop, self._device)
+        self._count_skipped(metrics)
+        timing = total(torch.tensor([len(bundle["tokens"]), waited_seconds], dtype=torch.float64)).tolist()
+        metrics |= {
+            "tokens": timing[0],
+            "rows": float(scalar(bundle, "rows_total")),
+            "stream_wait_seconds": timing[1] / world_size(),
+            "step_seconds": time.perf_counter() - began + waited_seconds,
+            "age_steps": 0.0,
+        }
+        metrics["tokens_per_second"] = metrics["tokens"] / metrics["step_seconds"]
+        self._journal.step(scalar(bundle, "attempt"), step, metrics)
+        return stop
+
+    def _count_skipped(self, metrics: dict[str, float]) -> None:
+        self._skipped = self._skipped + 1 if metrics["skipped"] else 0
+        if self._skipped >= MOST_SKIPPED_STEPS:
+            raise RunFailed(f"the gradient was not finite for {self._skipped} steps in a row; lower train.lr or check the data")
+
+    def due(self, step: int) -> bool:
+        """Whether a step ends with an evaluation or a checkpoint."""
+        periods = (self._job.run.evaluate.every_steps, self._job.run.checkpoint.every_steps)
+        return step == self._job.steps or any(p and step % p == 0 for p in periods)
+
+    def report(self, step: int, attempt: int, stop: bool) -> None:
+        """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
+        metrics: dict[str, float] = {}
+        if self._held_out.rounds:
+            student = next(iter(self._players.values()))
+            metrics = evaluate.evaluate(student, self._held_out.micros, self._terms, self._held_out.rounds, self._device)
+            metrics |= evaluate.teacher_cross_entropy(self._held_out.bundles, self._held_out.signals)
+            self._journal.evaluated(attempt, step, metrics)
+        if not (stop or step == self._job.steps or self._checkpoint_due(step)):
+            return
+        position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint.save(self._players, position, self._journal.rank),
+            checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        )
+
+    def _checkpoint_due(self, step: int) -> bool:
+        period = self._job.run.checkpoint.every_steps
+        return bool(period and step % period == 0)
+
+
+def train_step(
+    strategy: Strategy,
+    players: Mapping[str, Layout],
+    bundle: Columns,
+    progress: Progress,
+    run: RunConfig,
+    stop: bool,
+    device: torch.device,
+) -> tuple[bool, dict[str, float]]:
+    """Every due update of one step: count, agree, forward with scales, backward, step.
+
+    Counts of every term are summed over all ranks before the first forward, because gradients are made in the forward.
+    Returns whether any rank asked to stop, and the step's metrics over all ranks.
+    """
+    metrics: dict[str, float] = {"skipped": 0.0}
+    micros = _cut(run, bundle, strategy.signals)
+    asked = False
+    for update in strategy.updates:
+        if progress.step % update.every:
+            continue
+        counts, rounds, asked = _agree(update, bundle, len(micros), stop)
+        scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
+        sums = torch.zeros(len(update.terms), dtype=torch.float64)
+        layout = players[update.player]
+        for micro, last in _rounds(micros, rounds):
+            with layout.micro(last):
+                result = update.loss(BoundPlayers(players, micro.to(device), scales, progress))
+                layout.backward(result.loss)
+            sums += torch.stack([result.sums[t.name] for t in update.terms]).double().cpu()
+        lr = run.train.lr * run.train.learning_rate()(progress)
+        norm = layout.step(lr)
+        metrics |= _loss_metrics(update, total(sums).tolist(), counts, progress)
+        metrics |= {"grad_norm": norm, "lr": lr, "micro_batches": float(rounds)}
+        metrics["skipped"] += float(not torch.isfinite(torch.tensor(norm)))
+    return asked, metrics
+
+
+def _agree(update: Update, bundle: Columns, micros: int, stop: bool) -> tuple[dict[str, float], int, bool]:
+    """Global mask count of each term, the largest number of micro-batches of any rank, and whether to stop."""
+    mine = [float(count_tokens(bundle, t.name)) for t in update.terms]
+    ranks = gather([*mine, float(micros), float(stop)])
+    counts = {t.name: float(ranks[:, i].sum()) for i, t in enumerate(update.terms)}
+    return counts, max(1, int(ranks[:, -2].max())), bool(ranks[:, -1].any())
+
+
+def _rounds(micros: list[MicroBatch], rounds: int) -> Iterator[tuple[MicroBatch, bool]]:
+    """This rank's micro-batches, then empty ones until every rank has run `rounds`; the flag marks the last."""
+    for i in range(rounds):
+        yield micros[i] if i < len(micros) else dummy(), i == rounds - 1
+
+
+def _loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, float], progress: Progress) -> dict[str, float]:
+    """Mean of each term, its weight, and its share of the absolute weighted loss."""
+    means = {t.name: s / max(1.0, counts[t.name]) for t, s in zip(update.terms, sums, strict=True)}
+    weighted = {t.name: t.scale(progress) * means[t.name] for t in update.terms}
+    size = sum(abs(v) for v in weighted.values()) or 1.0
+    metrics = {"loss": sum(weighted.values())}
+    for term in update.terms:
+        metrics[f"loss/{term.name}"] = means[term.name]
+        metrics[f"weight/{term.name}"] = term.scale(progress)
+        metrics[f"share/{term.name}"] = abs(weighted[term.name]) / size
+    return metrics

@@ -1,0 +1,31 @@
+"""What is taught: torch, numpy and pydantic; no Ray, no files, no network.
+
+`STRATEGIES` is the one explicit mapping from the `type` of a recipe to its settings. A package of your own adds to it
+with an entry point in the group `distill.strategies`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from strategies.core import StrategyConfig
+from strategies.likelihood import CrossEntropyOnly
+from strategies.logits import Logits
+
+STRATEGIES: dict[str, type[StrategyConfig]] = {
+    "cross-entropy": CrossEntropyOnly,
+    "logits": Logits,
+}
+
+
+def known_strategies() -> dict[str, type[StrategyConfig]]:
+    """Built-in strategies and those of installed packages. A name given twice is a `ValueError`."""
+    found = dict(STRATEGIES)
+    for point in entry_points(group="distill.strategies"):
+        if point.name in found:
+            raise ValueError(f"the entry point {point.value!r} redefines the strategy {point.name!r}")
+        found[point.name] = point.load()
+    return found
+
+
+__all__ = ["STRATEGIES", "StrategyConfig", "known_strategies"]

@@ -1,0 +1,136 @@
+"""The nouns of the project: stages, terms, players, updates and the strategy record that holds them.
+
+Nothing here runs anything. A `Strategy` says what is taught; `orchestrator/` runs it without knowing its name.
+Shape letters used throughout `strategies/`: N loss tokens, V vocabulary, D hidden width, K kept teacher tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from strategies.head import TermSums, TokenLogits
+    from strategies.signals import Signal
+
+Columns = dict[str, NDArray[np.generic]]
+"""One bundle: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8, `row_id` (R,) int64."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands when a value is asked for."""
+
+    step: int
+    """Optimizer steps finished before this one; the first step sees 0."""
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    @property
+    def fraction(self) -> float:
+        """Finished share of the run, 0 to 1."""
+        return self.step / max(1, self.steps)
+
+
+Schedule = Callable[[Progress], float]
+
+
+class Endpoint(Protocol):
+    """Whoever answers a stage: a model in the stage's own process, a server, or a fake."""
+
+    def score(self, columns: Columns, top_k: int) -> Columns:
+        """Teacher numbers for every loss token n, in token order: `ids` (N*K,) int32 sorted by falling probability,
+        `logprobs` (N*K,) float32 natural logarithms at temperature 1, `logprob` (N,) float32 of the token itself."""
+        ...
+
+
+class Stage(Protocol):
+    """Columns to columns, before the gradient. A stage never moves rows between bundles and has no side effects."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+    @property
+    def adds(self) -> frozenset[str]: ...
+    @property
+    def endpoint(self) -> str | None:
+        """Name of the endpoint that answers this stage; None when it needs nobody."""
+        ...
+
+    def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns: ...
+
+
+class Objective(Protocol):
+    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean."""
+
+    def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss. `signal` names the column group it reads (`<signal>/ids`, ...); `scale` is its weight."""
+
+    name: str
+    objective: Objective
+    scale: Schedule
+    signal: str | None = None
+
+
+@dataclass(frozen=True)
+class Player:
+    """A network inside the training job. `trained` players own an optimizer; others are frozen."""
+
+    model: str = "student"
+    trained: bool = True
+
+
+class Players(Protocol):
+    """What an update may ask of the running networks."""
+
+    def forward(self, player: str, terms: tuple[Term, ...]) -> TermSums:
+        """Loss sums of `terms` on the micro-batch in hand, through the wrapped module of `player`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step of one player, every `every` steps."""
+
+    player: str
+    terms: tuple[Term, ...]
+    loss: Callable[[Players], TermSums]
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A method of distillation, as data. `signals` are the column groups that held-out rows carry for evaluation."""
+
+    players: Mapping[str, Player]
+    updates: tuple[Update, ...]
+    stages: tuple[Stage, ...] = ()
+    signals: tuple[str, ...] = field(default=())
+
+
+def lm_update(*terms: Term, player: str = "student", every: int = 1) -> Update:
+    """One forward of `player` with every term computed on it; most strategies need only this."""
+    return Update(player=player, terms=terms, loss=lambda players: players.forward(player, terms), every=every)
+
+
+class StrategyConfig(BaseModel):
+    """Base of every strategy's typed settings. Class defaults are the vetted setting."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    type: str
+
+    def build(self) -> Strategy:
+        """The strategy record these settings describe."""
+        raise NotImplementedError
+
+
+ScoreKind = Literal["topk"]

@@ -1,0 +1,1 @@
+"""Objectives: pure sums over weighted tokens. One family per file."""

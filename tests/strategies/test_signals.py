@@ -1,0 +1,174 @@
+"""Top-k signals: what each treatment of the tail means, and that nothing is lost when nothing is cut."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from strategies.head import TokenLogits
+from strategies.objectives.divergence import forward_kl, reverse_kl
+from strategies.signals import Tail, TopK
+from tests.strategies import reference
+
+SEEDS = range(4)
+TOKENS, VOCABULARY = 7, 23
+TAILS: tuple[Tail, ...] = get_args(Tail)
+TEMPERATURES = [0.7, 1.0, 2.0, 5.0]
+
+
+def logits(seed: int, size: float = 2.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, size, (TOKENS, VOCABULARY)).astype(np.float32)
+
+
+def teacher(z_p: np.ndarray, k: int, tail: Tail = "bucket") -> TopK:
+    ids, logprobs = reference.top(z_p, k)
+    return TopK(torch.from_numpy(ids), torch.from_numpy(logprobs).float(), tail)
+
+
+def student(z_q: np.ndarray) -> TokenLogits:
+    return TokenLogits(torch.from_numpy(z_q.copy()).requires_grad_(), torch.zeros(len(z_q), dtype=torch.int64))
+
+
+def pair(z_q: np.ndarray, z_p: np.ndarray, k: int, tail: Tail, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    log_q, log_p = teacher(z_p, k, tail).pair(student(z_q), temperature)
+    return log_q.detach().numpy(), log_p.numpy()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("k", [1, 5, VOCABULARY - 1, VOCABULARY])
+def test_both_sides_of_every_tail_match_the_formulas(k: int, tail: Tail, temperature: float) -> None:
+    for seed in SEEDS:
+        z_q, z_p = logits(seed), logits(seed + 100)
+        q, p = reference.paired(z_q, *reference.top(z_p, k), temperature, tail)
+        log_q, log_p = pair(z_q, z_p, k, tail, temperature)
+        np.testing.assert_allclose(np.exp(log_q), q, rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(np.exp(log_p), p, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("direction", [forward_kl, reverse_kl])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_top_k_of_the_whole_vocabulary_is_the_dense_divergence(tail: Tail, temperature: float, direction: object) -> None:
+    assert callable(direction)
+    for seed in SEEDS:
+        z_q, z_p = logits(seed), logits(seed + 100)
+        q, p = reference.softmax(z_q, temperature), reference.softmax(z_p, temperature)
+        expected = reference.kl(p, q) if direction is forward_kl else reference.kl(q, p)
+        log_q, log_p = teacher(z_p, VOCABULARY, tail).pair(student(z_q), temperature)
+        np.testing.assert_allclose(direction(log_q, log_p).detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4, 12, VOCABULARY - 1])
+def test_the_bucket_never_exceeds_the_dense_divergence(k: int) -> None:
+    for seed in range(10):
+        z_q, z_p = logits(seed), logits(seed + 100)
+        p, q = reference.softmax(z_p), reference.softmax(z_q)
+        log_q, log_p = (torch.from_numpy(x) for x in pair(z_q, z_p, k, "bucket", 1.0))
+        assert (forward_kl(log_q, log_p).numpy() <= reference.kl(p, q) + 1e-5).all()
+        assert (reverse_kl(log_q, log_p).numpy() <= reference.kl(q, p) + 1e-3).all()  # 1 - sum of float32 log-probabilities
+
+
+def test_more_teacher_tokens_bring_the_bucket_closer_to_the_dense_divergence() -> None:
+    z_q, z_p = logits(0), logits(100)
+    pairs = [pair(z_q, z_p, k, "bucket", 1.0) for k in (1, 2, 5, 12, VOCABULARY)]
+    values = [forward_kl(torch.from_numpy(q), torch.from_numpy(p)).sum().item() for q, p in pairs]
+    assert all(a <= b + 1e-5 for a, b in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_tempered_bucket_is_exact_for_a_uniform_tail(temperature: float) -> None:
+    k, z_p = 6, logits(3)
+    z_p[:, k:] = -4.0  # ids k.. share one logit, below those of the first k
+    z_p[:, :k] = np.abs(z_p[:, :k])
+    ids, _ = reference.top(z_p, k)
+    dense = reference.softmax(z_p, temperature)
+    expected = np.concatenate([np.take_along_axis(dense, ids, -1), dense[:, k:].sum(-1, keepdims=True)], -1)
+    _, log_p = pair(logits(4), z_p, k, "bucket", temperature)
+    np.testing.assert_allclose(np.exp(log_p), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_tail_treatment_is_continuous_at_temperature_one(tail: Tail) -> None:
+    z_q, z_p = logits(0), logits(100)
+    for at_one, near_one in zip(pair(z_q, z_p, 4, tail, 1.0), pair(z_q, z_p, 4, tail, 1.0001), strict=True):
+        np.testing.assert_allclose(np.exp(at_one), np.exp(near_one), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_bucket_gradient_matches_the_hand_derived_one(seed: int) -> None:
+    z_q, z_p = logits(seed), logits(seed + 100)
+    for k, temperature in ((1, 1.0), (5, 1.0), (5, 2.0), (VOCABULARY, 2.0)):
+        outputs = student(z_q)
+        loss = forward_kl(*teacher(z_p, k).pair(outputs, temperature)).sum()
+        (gradient,) = torch.autograd.grad(loss, outputs.logits)
+        expected = reference.bucket_kl_gradient(z_q, *reference.top(z_p, k), temperature)
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("direction", [forward_kl, reverse_kl])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(tail: Tail, direction: object) -> None:
+    assert callable(direction)
+    for seed in SEEDS:
+        z = logits(seed)
+        outputs = student(z)
+        values = direction(*teacher(z, 5, tail).pair(outputs, 1.0))
+        (gradient,) = torch.autograd.grad(values.sum(), outputs.logits)
+        np.testing.assert_allclose(values.detach().numpy(), 0.0, atol=1e-6)
+        np.testing.assert_allclose(gradient.numpy(), 0.0, atol=1e-6)
+
+
+def test_dropping_the_tail_may_go_below_zero_and_inflates_the_teacher() -> None:
+    z_p = logits(100)
+    ids, logprobs = reference.top(z_p, 3)
+    p = np.exp(logprobs)
+    z_q = np.full_like(z_p, -30.0)
+    np.put_along_axis(z_q, ids, np.log(p / p.sum(-1, keepdims=True)).astype(np.float32), -1)
+    outputs = student(z_q)
+    values = forward_kl(*teacher(z_p, 3, "drop").pair(outputs, 1.0))
+    (gradient,) = torch.autograd.grad(values.sum(), outputs.logits)
+    assert (values < 0).all()
+    np.testing.assert_allclose(gradient.numpy(), 0.0, atol=1e-6)
+
+
+def test_renormalising_leaves_student_mass_outside_the_kept_tokens_free() -> None:
+    z_q, z_p = logits(0), logits(100)
+    outputs = student(z_q)
+    (gradient,) = torch.autograd.grad(forward_kl(*teacher(z_p, 5, "renormalise").pair(outputs, 1.0)).sum(), outputs.logits)
+    outside = np.ones_like(z_q, dtype=bool)
+    np.put_along_axis(outside, reference.top(z_p, 5)[0], False, -1)
+    np.testing.assert_allclose(gradient.numpy()[outside], 0.0, atol=1e-7)
+    assert np.abs(gradient.numpy()[~outside]).max() > 1e-2
+
+
+def test_a_tiny_student_tail_is_not_lost_to_cancellation() -> None:
+    z_q = np.zeros((1, VOCABULARY), dtype=np.float32)
+    z_q[0, 0] = 25.0  # the other tokens share about 3e-10 of the mass
+    log_q, _ = pair(z_q, z_q, 1, "bucket", 1.0)
+    expected = np.log(reference.student_bucket(z_q, np.zeros((1, 1), dtype=np.int64), 1.0))
+    np.testing.assert_allclose(log_q[0, 1], expected[0, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("direction", [forward_kl, reverse_kl])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_a_teacher_without_any_tail_keeps_the_loss_finite(temperature: float, direction: object) -> None:
+    assert callable(direction)
+    certain = TopK(torch.tensor([[3, 1]]), torch.tensor([[0.0, -200.0]]))
+    outputs = student(logits(0)[:1])
+    loss = direction(*certain.pair(outputs, temperature)).sum()
+    (gradient,) = torch.autograd.grad(loss, outputs.logits)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
+def test_top_k_columns_are_read_by_the_name_of_the_signal_and_cut_by_tokens() -> None:
+    z_p = logits(100)
+    whole = teacher(z_p, 4, "renormalise")
+    columns = {"big/ids": whole.ids, "big/logprobs": whole.logprobs, "small/ids": whole.ids * 0}
+    read = TopK.from_columns(columns, "big", "renormalise")
+    piece = read.chunk(2, 5)
+    assert (read.tail, piece.tail) == ("renormalise", "renormalise")
+    assert torch.equal(piece.ids, whole.ids[2:5]) and torch.equal(piece.logprobs, whole.logprobs[2:5])
