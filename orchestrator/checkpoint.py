@@ -40,7 +40,7 @@ class Position:
 def save(players: Mapping[str, Layout], position: Position, rank: int) -> Checkpoint:
     """This rank's part of a checkpoint in a temporary folder. Collective: every rank calls it."""
     folder = tempfile.mkdtemp(prefix="distill-checkpoint-")
-    dcp.save(_states(players), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=not _many())
+    dcp.save(_states(players), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=not dist.is_initialized())
     if rank == 0:
         Path(folder, PROGRESS).write_text(json.dumps(asdict(position)), encoding="utf-8")
     return Checkpoint.from_directory(folder)
@@ -50,7 +50,7 @@ def restore(players: Mapping[str, Layout], checkpoint: Checkpoint) -> Position:
     """Fills the players from a committed checkpoint, at any world size. Collective."""
     with checkpoint.as_directory() as folder:
         states = _states(players)
-        dcp.load(states, storage_reader=dcp.FileSystemReader(folder), no_dist=not _many())
+        dcp.load(states, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
         for name, layout in players.items():
             layout.load(states[name])
         return read_position(Folder(str(folder)))
@@ -92,6 +92,3 @@ def _snapshot(run: Folder) -> dict[str, Any]:
 def _states(players: Mapping[str, Layout]) -> dict[str, Any]:
     return {name: layout.state() for name, layout in players.items()}
 
-
-def _many() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1

@@ -7,17 +7,15 @@ are chosen; a single text document must fit in memory.
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import shutil
 import socket
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,33 +23,19 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from orchestrator.config import DataConfig
-from orchestrator.encode import Encoder
 from orchestrator.errors import Refusal
-from orchestrator.files import EXCERPT_CHARACTERS, Record
 from orchestrator.fingerprint import data_fingerprint, template_digest, tokenizer_digest
 from orchestrator.held_out import choose_held_out
-from orchestrator.pieces import Bad, Encoded, fit
 from orchestrator.rows import Rows, RowWriter
 from orchestrator.sources import Source, open_source
+from orchestrator.staging import SplitInfo, Staged, check_staged, split_info, stage
 
 __all__ = ["FirstRow", "PreparedData", "SplitInfo", "prepare", "template_digest", "tokenizer_digest"]
 
-BATCH_RECORDS = 1024
-BATCH_CHARACTERS = 1 << 22
 COPY_ROWS = 4096
 FIRST_ROW_TOKENS = 128
 
 HeldOutBy = Literal["source", "documents", "chunks"]
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """Size of one prepared split."""
-
-    rows: int
-    tokens: int
-    loss_tokens: int
-    longest_tokens: int
 
 
 @dataclass(frozen=True)
@@ -86,18 +70,6 @@ class PreparedData:
     first_row: FirstRow
 
 
-@dataclass
-class _Tally:
-    """What became of one source's records."""
-
-    source: Source
-    staged: Path
-    """Holds its rows as a split named `train` until they are shared out."""
-    info: SplitInfo = SplitInfo(0, 0, 0, 0)
-    records: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-
-
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path) -> PreparedData:
     """Prepared splits for these settings, made in `cache` unless they are there already.
 
@@ -108,6 +80,7 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, c
     Processes that prepare the same at once both succeed and share one result; a killed one leaves nothing half-made.
     Raises `Refusal` for data that cannot be learnt from.
     """
+    cache = cache.absolute()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     train = open_source(config.train, config, config.split, "data.train")
     held_out = None if config.held_out is None else open_source(config.held_out, config, config.held_out_split, "data.held_out")
@@ -146,18 +119,14 @@ def _make(
 ) -> PreparedData:
     """Fills `work` with both splits and the quarantine file."""
     quarantine = work / "quarantine.jsonl"
-    tallies = []
+    staged = []
     for number, source in enumerate(opened):
-        tally = _Tally(source, work / f"staged_{number}")
-        with quarantine.open("a", encoding="utf-8") as file, RowWriter(tally.staged / "train") as writer:
-            _encode(tally, config, Encoder(tokenizer, source.where), writer, file, config.max_rows if number == 0 else None)
-        tally.info = _info(writer)
-        _check_tally(tally, config, quarantine, work.parent / f"quarantine-{fingerprint[:16]}.jsonl")
-        tallies.append(tally)
-    train, held_out, how, dropped = _split(work, tallies, config.held_out_rows, seed)
-    for tally in tallies:
-        shutil.rmtree(tally.staged)
-    bad = sum((tally.bad for tally in tallies), Counter[str]())
+        staged.append(stage(source, config, tokenizer, work / f"staged_{number}", quarantine, config.max_rows if number == 0 else None))
+        check_staged(staged[-1], config, quarantine, work.parent / f"quarantine-{fingerprint[:16]}.jsonl")
+    train, held_out, how, dropped = _split(work, staged, config.held_out_rows, seed)
+    for each in staged:
+        shutil.rmtree(each.folder)
+    bad = sum((each.bad for each in staged), Counter[str]())
     return PreparedData(
         folder=str(work),
         fingerprint=fingerprint,
@@ -165,82 +134,20 @@ def _make(
         held_out=held_out,
         held_out_by=how,
         dropped_rows=dropped,
-        records=sum(tally.records for tally in tallies),
+        records=sum(each.records for each in staged),
         quarantined=dict(bad.most_common()),
         quarantine_file=str(quarantine),
         first_row=_first_row(work, tokenizer),
     )
 
 
-def _encode(
-    tally: _Tally, config: DataConfig, encoder: Encoder, writer: RowWriter, quarantine: IO[str], max_rows: int | None
-) -> None:
-    """Writes a source's rows, and its bad records to the quarantine file."""
-    for batch in _batches(itertools.islice(tally.source.records(), max_rows)):
-        encoded = iter(encoder.encode([record.columns for record in batch if record.problem is None]))
-        kept: list[Encoded] = []
-        numbers: list[int] = []
-        for number, record in enumerate(batch, start=tally.records):
-            row = Bad(record.problem) if record.problem is not None else next(encoded)
-            pieces = row if isinstance(row, Bad) else fit(row, config.max_length_tokens, config.overlong)
-            if isinstance(pieces, Bad):
-                tally.bad[pieces.reason] += 1
-                quarantine.write(_quarantined(record, pieces))
-            else:
-                kept += pieces
-                numbers += [number] * len(pieces)
-        tally.records += len(batch)
-        _write(writer, kept, numbers)
-
-
-def _write(writer: RowWriter, rows: list[Encoded], numbers: list[int]) -> None:
-    if rows:
-        tokens = np.concatenate([row.tokens for row in rows])
-        masks = np.concatenate([row.loss_mask for row in rows])
-        lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int32)
-        writer.write(tokens, masks, lengths, np.asarray(numbers, dtype=np.int64))
-
-
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Consecutive records, some thousand of short ones or a few of long ones."""
-    batch: list[Record] = []
-    held = 0
-    for record in records:
-        batch.append(record)
-        held += sum(len(value) for value in record.columns.values() if isinstance(value, str | list))
-        if len(batch) == BATCH_RECORDS or held >= BATCH_CHARACTERS:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-def _quarantined(record: Record, bad: Bad) -> str:
-    excerpt = record.excerpt or ", ".join(f"{name}: {str(value)[:EXCERPT_CHARACTERS]}" for name, value in record.columns.items())
-    reason = f"{bad.reason} ({bad.detail})" if bad.detail else bad.reason
-    return json.dumps({"source": record.source, "row": record.row, "reason": reason, "excerpt": excerpt[:EXCERPT_CHARACTERS]}) + "\n"
-
-
-def _check_tally(tally: _Tally, config: DataConfig, quarantine: Path, kept_file: Path) -> None:
-    """Refuses a source without rows or with too many bad records, and keeps the list of those as `kept_file`."""
-    where, bad, rows = f"{tally.source.where} {tally.source.spec!r}", tally.bad.total(), tally.info.rows
-    if tally.records == 0:
-        raise Refusal(where, "no records", "at least one", "Check the path and that the files are not empty.")
-    if rows and bad / tally.records <= config.max_bad_share:
-        return
-    os.replace(quarantine, kept_file)
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in tally.bad.most_common(5))
-    expected = f"a share of at most {config.max_bad_share} (data.max_bad_share)" if rows else "at least one row to learn from"
-    raise Refusal(where, f"{bad} bad records of {tally.records} ({reasons})", expected, f"Each of them is listed in {kept_file}.")
-
-
-def _split(work: Path, tallies: list[_Tally], held_out_rows: int, seed: int) -> tuple[SplitInfo, SplitInfo, HeldOutBy, int]:
+def _split(work: Path, staged: list[Staged], held_out_rows: int, seed: int) -> tuple[SplitInfo, SplitInfo, HeldOutBy, int]:
     """Makes `train` and `held_out` of the staged rows; also says how held-out rows were chosen and how many were dropped."""
-    rows = Rows(str(tallies[-1].staged), "train")
-    if len(tallies) == 2:
+    rows = Rows(str(staged[-1].folder), "train")
+    if len(staged) == 2:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:held_out_rows])
-        (tallies[0].staged / "train").rename(work / "train")
-        return tallies[0].info, _copy(rows, chosen, work / "held_out"), "source", len(rows) - len(chosen)
+        (staged[0].folder / "train").rename(work / "train")
+        return staged[0].info, _copy(rows, chosen, work / "held_out"), "source", len(rows) - len(chosen)
     if len(rows) <= held_out_rows:
         got = f"{len(rows)} rows to train on and to hold out from"
         raise Refusal("data.held_out_rows", got, f"more than data.held_out_rows = {held_out_rows}", "Set it lower, or give more data.")
@@ -255,11 +162,7 @@ def _copy(rows: Rows, indices: NDArray[np.int64], folder: Path) -> SplitInfo:
             wanted = indices[start : start + COPY_ROWS]
             columns = rows.read(wanted)
             writer.write(columns["tokens"], columns["loss_mask"], columns["lengths"], rows.source_row[wanted])
-    return _info(writer)
-
-
-def _info(writer: RowWriter) -> SplitInfo:
-    return SplitInfo(writer.rows, writer.tokens, writer.loss_tokens, writer.longest_tokens)
+    return split_info(writer)
 
 
 def _first_row(work: Path, tokenizer: PreTrainedTokenizerBase) -> FirstRow:
@@ -276,7 +179,7 @@ def _load(folder: Path, fingerprint: str) -> PreparedData | None:
     try:
         made = _MANIFEST.validate_json((folder / "manifest.json").read_bytes())
         sizes = [len(Rows(str(folder), "train")), len(Rows(str(folder), "held_out"))]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     if made.fingerprint != fingerprint or sizes != [made.train.rows, made.held_out.rows]:
         return None

@@ -2,31 +2,123 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from orchestrator.board import Entry
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, plan_text
+from orchestrator.result import Row, RunResult
+
+LINE_SECONDS = 10.0
+"""Without a terminal, how often a line of progress is printed."""
 
 
 class Display:
+    """Speaks on standard error while a run goes on, and on standard output what it ended with."""
+
     def __init__(self, verbose: bool = False):
         self.verbose = verbose
-        self.console = Console(stderr=True)
-
-    def plan(self, plan: Plan) -> None:
-        self.console.print(f"{plan.name}: {plan.steps} steps")
-
-    def progress(self, plan: Plan, entries: Iterable[Entry]) -> None:
-        for e in entries:
-            self.console.print(e.kind, e.step, {k: round(v, 4) for k, v in e.values.items()})
-
-    def stopping(self) -> None:
-        self.console.print("stopping after the next step; press Ctrl-C again to stop at once")
+        self._console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._plan_steps = 0
+        self._last_line = 0.0
+        self._losses = ""
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        """One line of words."""
+        self._console.print(text, soft_wrap=True)
 
-    def result(self, result: object) -> None:
-        self.console.print(result)
+    def plan(self, plan: Plan) -> None:
+        self._console.print(plan_text(plan), soft_wrap=True)
+
+    @contextmanager
+    def training(self, plan: Plan) -> Iterator[None]:
+        """Around the training of one plan: a live bar on a terminal, a line now and then elsewhere."""
+        self._plan_steps = plan.steps
+        if not self._console.is_terminal:
+            self.say("Starting Ray, teachers and workers ...")
+            yield
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=False) as self._bar:
+            self._task = self._bar.add_task("starting", total=plan.steps, numbers="", start=False)
+            yield
+        self._bar = None
+
+    def progress(self, entries: Iterable[Entry]) -> None:
+        """Shows what the journal brought."""
+        for entry in entries:
+            if entry.kind == "attempt" and entry.attempt > 1:
+                self.say(f"Attempt {entry.attempt} goes on after step {entry.step}.")
+            elif entry.kind == "eval":
+                self.say(f"Held-out at step {entry.step}: {_evaluation(entry)}")
+            elif entry.kind == "step":
+                self._step(entry)
+
+    def _step(self, entry: Entry) -> None:
+        values = entry.values
+        terms = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        numbers = f"loss {values['loss']:.3f} ({terms}) {values['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            if not self._bar.tasks[self._task].started:
+                self._bar.start_task(self._task)
+            self._bar.update(self._task, completed=entry.step, numbers=numbers, description="training")
+        elif time.monotonic() - self._last_line > LINE_SECONDS or entry.step == self._plan_steps:
+            self._last_line = time.monotonic()
+            self.say(f"step {entry.step}/{self._plan_steps}  {numbers}")
+
+    def stopping(self) -> None:
+        self.say("Stopping after the next step with a checkpoint. Ctrl-C again stops at once.")
+
+    def result(self, result: RunResult) -> None:
+        """The comparison and where everything is, on standard output."""
+        out = Console(highlight=False)
+        if result.comparison:
+            out.print(comparison_table(result.comparison))
+        out.print(f"\nStudent  {result.student}", soft_wrap=True)
+        out.print(f"Run      {result.folder}", soft_wrap=True)
+        out.print(f"MLflow   {result.page}", soft_wrap=True)
+        out.print(f"Next     distill evaluate {result.student} --recipe {result.folder}/recipe.yaml", soft_wrap=True)
+
+
+def comparison_table(rows: Iterable[Row]) -> Table:
+    """Held-out numbers side by side."""
+    table = Table(title="Held-out rows", title_justify="left")
+    for name in ("model", "cross-entropy\nnats/token", "KL to teacher\nnats/token", "top-1\nagreement", "parameters", "seconds", "tokens/s"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for r in rows:
+        table.add_row(
+            r.who,
+            _number(r.cross_entropy, ".3f"),
+            _number(r.forward_kl, ".3f"),
+            _number(r.top1_agreement, ".1%"),
+            _number(r.parameters, ",.0f"),
+            f"{r.seconds:,.1f}",
+            f"{r.tokens_per_second:,.0f}",
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _evaluation(entry: Entry) -> str:
+    wanted = ("cross_entropy", "forward_kl", "top1_agreement")
+    found = {name: entry.values.get(f"eval/{name}") for name in wanted}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items() if value is not None)

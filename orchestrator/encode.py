@@ -23,7 +23,7 @@ from orchestrator.pieces import Bad, Encoded, Ids, is_unicode, unpredicted_first
 
 PIECE_CHARACTERS = 1 << 16
 """Long documents are encoded in pieces of about this size; one call on all of it takes a hundred bytes per token."""
-CALL_CHARACTERS = 1 << 22
+CALL_CHARACTERS = 1 << 20
 """Characters given to the tokenizer at once."""
 _BREAK = re.compile(r"\S\n(?=\S)")
 _SAMPLE = 'def f(x):\n    return {1: x};\nfoo bar  baz\n\n\nBa\u00df 12\t9\n\u65e5\u672c\u8a9e\n"end"\n.x\n\nabc\n'

@@ -11,9 +11,10 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator import chat, encode, files, rows, sources
 from orchestrator.config import DataConfig
 
+CODE = ("chat", "data", "encode", "files", "held_out", "pieces", "rows", "sources", "staging")
+"""Modules of this package that decide what prepared data looks like."""
 SMALL_FILE_BYTES = 1 << 20
 """Files up to this size are known by their content, larger ones by size and time of change."""
 
@@ -40,10 +41,10 @@ def data_fingerprint(
 ) -> str:
     """sha256 of everything that prepared data depends on: each source's files, settings, seed, tokenizer, template, and
     the code that does it."""
-    modules = [Path(module.__file__ or "").read_bytes().hex() for module in (chat, encode, files, rows, sources)]
-    code = [modules, Path(__file__).with_name("data.py").read_bytes().hex(), tokenizers.__version__, transformers.__version__]
+    code = [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in CODE]
+    versions = [tokenizers.__version__, transformers.__version__]
     known = [[_known_by(name, path) for name, path in files_] for files_ in sources_files]
-    return _sha256(known, config.model_dump(mode="json"), seed, tokenizer_digest(tokenizer), template_digest(tokenizer), code)
+    return _sha256(known, config.model_dump(mode="json"), seed, tokenizer_digest(tokenizer), template_digest(tokenizer), code, versions)
 
 
 def _known_by(name: str, path: Path) -> list[str | int]:

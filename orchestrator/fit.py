@@ -68,21 +68,30 @@ class Fit:
                 return
             self.thread.join(POLL_SECONDS)
 
+    @property
+    def reason(self) -> str:
+        """Why the run failed, in the words of the first worker that did."""
+        failures = getattr(self.error, "worker_failures", None) or {}
+        rank, first = next(iter(sorted(failures.items())), (None, self.error))
+        cause = getattr(first, "cause", None) or first
+        words = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
+        return f"{'the run' if rank is None else f'training worker {rank}'} failed: {words[0]}."
+
     def ask_to_stop(self) -> None:
         """All ranks write a checkpoint at the same next step, and end."""
         ray.get(self.board.ask_to_stop.remote())
 
 
-def start_fit(plan: Plan, held_out: Folder, verbose: bool) -> Fit:
+def start_fit(plan: Plan) -> Fit:
     """Starts training; returns at once."""
     board = open_board(plan.name)
     workers = plan.shares["worker"]
-    job = WorkerJob(plan.job.run, plan.steps, plan.folder, held_out, board, workers.threads)
+    job = WorkerJob(plan.job.run, plan.steps, plan.folder, plan.held_out, board, workers.threads)
     fit = Fit(threading.Thread(target=lambda: None), board)
 
     def run() -> None:
         try:
-            _trainer(plan, job, StreamFactory(plan.stream(), plan.folder, held_out, board)).fit()
+            _trainer(plan, job, StreamFactory(plan.stream(), plan.folder, plan.held_out, board)).fit()
         except TrainingFailedError as error:
             fit.error = error
 

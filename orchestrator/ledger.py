@@ -2,70 +2,73 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from orchestrator.board import Entry
-from orchestrator.track import MetricRow
+from orchestrator.journal import MetricRow
+from orchestrator.track import Tracker
 
-JOURNAL = "metrics.jsonl"
+LOGGED = ("step", "eval")
 
 
+@dataclass
 class Ledger:
-    """Takes journal entries of any attempt and keeps those of the lineage."""
+    """Takes journal entries of any attempt, keeps those of the lineage, and hands them to MLflow when it is there."""
 
-    def __init__(self, folder: Path):
-        self.step = 0
-        """Newest optimizer step."""
-        self.attempt = 0
-        self.held: dict[str, float] = {}
-        """Bytes that rank 0 holds, by kind."""
-        self._newest = {"step": 0, "eval": 0}
-        self._unlogged: list[MetricRow] = []
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self._scored = 0.0
-        for line in _lines(folder / JOURNAL):
-            kind = "eval" if any(k.startswith("eval/") for k in line["values"]) else "step"
-            self._newest[kind] = max(self._newest[kind], line["step"])
+    step: int = 0
+    """Newest optimizer step."""
+    attempt: int = 0
+    held: Mapping[str, float] = field(default_factory=dict)
+    """Bytes that rank 0 holds, by kind."""
+    tokens: float = 0.0
+    seconds: float = 0.0
+    """Trained tokens and seconds in steps, of this driver's share of the run."""
+    score_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds that each teacher worked for those steps."""
+    _newest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGGED, 0))
+    _unlogged: list[Entry] = field(default_factory=list)
 
     def take(self, entries: Iterable[Entry]) -> list[Entry]:
         """The entries not seen before; a new attempt takes back what came after its start."""
-        fresh = []
-        for entry in entries:
-            if entry.kind == "attempt":
-                self.attempt = entry.attempt
-                self._newest = {kind: min(step, entry.step) for kind, step in self._newest.items()}
-            elif entry.kind == "held":
-                self.held = dict(entry.values)
-            elif entry.step <= self._newest[entry.kind]:
-                continue
-            else:
-                self._note(entry)
-            fresh.append(entry)
+        fresh = [e for e in entries if self._is_fresh(e)]
+        self._unlogged += [e for e in fresh if e.kind in LOGGED or e.kind == "attempt"]
         return fresh
 
-    def _note(self, entry: Entry) -> None:
-        self._newest[entry.kind] = entry.step
-        self.step = max(self.step, entry.step)
-        self._unlogged.append(MetricRow(entry.step, entry.attempt, entry.values, entry.time))
-        if entry.kind == "step":
-            self._tokens += entry.values["tokens"]
-            self._seconds += entry.values["step_seconds"]
+    def _is_fresh(self, entry: Entry) -> bool:
+        if entry.kind == "attempt":
+            self.attempt, self.step = entry.attempt, entry.step
+            self._newest = {kind: min(step, entry.step) for kind, step in self._newest.items()}
+        elif entry.kind == "held":
+            self.held = entry.values
+        elif entry.step <= self._newest[entry.kind]:
+            return False
+        else:
+            self._newest[entry.kind] = entry.step
+            self.step = max(self.step, entry.step)
+            if entry.kind == "step":
+                self._add(entry.values)
+        return True
 
-    def unlogged(self) -> list[MetricRow]:
-        """Rows taken since the last call."""
-        rows, self._unlogged = self._unlogged, []
-        return rows
+    def _add(self, values: Mapping[str, float]) -> None:
+        self.tokens += values["tokens"]
+        self.seconds += values["step_seconds"]
+        for name, value in values.items():
+            if name.startswith("score_seconds/"):
+                teacher = name.removeprefix("score_seconds/")
+                self.score_seconds[teacher] = self.score_seconds.get(teacher, 0.0) + value
 
-    def totals(self) -> dict[str, float]:
-        """Trained tokens, seconds in steps, and their ratio, of this driver's share of the run."""
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        return {"tokens": self._tokens, "training_seconds": self._seconds, "tokens_per_second": rate}
+    def tell(self, tracker: Tracker | None) -> None:
+        """Passes on what was taken since the last call; without a tracker it waits."""
+        if tracker is None:
+            return
+        for entry in self._unlogged:
+            if entry.kind == "attempt":
+                tracker.truncate(entry.step, entry.attempt)
+            else:
+                tracker.log([MetricRow(entry.step, entry.attempt, entry.values, entry.time)])
+        self._unlogged = []
 
-
-def _lines(path: Path) -> list[dict[str, object]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0

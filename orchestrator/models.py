@@ -16,7 +16,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cluster.causal_lm import attention_argument, backbone, explained_by_rounding, head_deviation, output_head, packing_deviation, vocabulary_rows
+from cluster.causal_lm import (
+    attention_argument,
+    backbone,
+    explained_by_rounding,
+    head_deviation,
+    output_head,
+    packing_deviation,
+    vocabulary_rows,
+)
 from orchestrator.config import Lora, StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch

@@ -46,7 +46,7 @@ def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: 
     context.enable_progress_bars = False
     reader = spec.shares["reader"]
     source = _OrderSource(spec.order, start_step, attempt, with_held_out)
-    stream = ray.data.read_datasource(source, override_num_blocks=1, ray_remote_args={"num_cpus": reader.cpus})
+    stream = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=reader.cpus)
     for group in stage_groups(spec.stages):
         name = next((s.endpoint for s in group if s.endpoint), None)
         stream = _add_group(stream, group, name, spec)

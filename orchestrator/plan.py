@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.config import EndpointConfig
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import models
+from orchestrator import checkpoint, models
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare
 from orchestrator.errors import Refusal
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from strategies.core import Strategy
+
+
+RECIPE = "recipe.yaml"
+"""The recipe of a run, in its folder."""
+RESULT = "result.json"
+"""What a finished run leaves in its folder; its presence says that the run is finished."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,20 @@ class Plan:
     vocabulary: int
     endpoints: Mapping[str, EndpointConfig]
     demands: tuple[Demand, ...]
+    held_out: Folder
+    """Where scored held-out bundles are kept; a control shares its run's."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def local(self) -> Path:
+        """Local folder of the run's own small files."""
+        return self.folder.local or Path("runs") / self.name
+
+    @property
+    def done_steps(self) -> int:
+        """Optimizer steps behind the newest committed checkpoint."""
+        last = checkpoint.committed(self.folder)
+        return checkpoint.read_position(last).step if last else 0
 
     @property
     def steps(self) -> int:
@@ -46,13 +66,13 @@ class Plan:
         return StreamSpec(self.order, self.strategy.stages, self.endpoints, self.shares, self.vocabulary)
 
 
-def make_plan(job: Job, recipe_name: str) -> Plan:
+def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     """Checks a job and lays it out; raises `Refusal` with the first thing that cannot work. Loads no weights."""
     run = job.run
     strategy = run.strategy.build()
     endpoints = _endpoints(job, strategy)
-    name = run.name or f"{recipe_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder = Folder.of(job.cluster.storage, name)
+    name = recipe_name if resume else run.name or f"{recipe_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    folder = resume or Folder.of(job.cluster.storage, name)
     tokenizer = models.load_tokenizer(run.student)
     student = models.load_config(run.student.model, run.student.revision, run.student.trust_remote_code)
     data = prepare(run.data, tokenizer, run.seed, Path(job.cluster.storage) / "data")
@@ -68,6 +88,7 @@ def make_plan(job: Job, recipe_name: str) -> Plan:
         vocabulary=student.vocab_size,
         endpoints=endpoints,
         demands=tuple(demands(job.cluster, endpoints, run.train.workers, cpus)),
+        held_out=folder.child("held_out"),
     )
 
 
@@ -101,3 +122,8 @@ def _endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
             f"Add endpoints.{missing[0]}.model to the recipe or to ray_config.yaml.",
         )
     return {name: job.endpoints[name] for name in sorted(wanted)}
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    return f"{plan.name}: {plan.steps} steps"

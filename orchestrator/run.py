@@ -6,61 +6,30 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cluster import session
+from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.board import Entry
 from orchestrator.config import Job, load_job, to_yaml
 from orchestrator.display import Display
-from orchestrator.errors import Interrupted, RunFailed
+from orchestrator.errors import Interrupted, Refusal, RunFailed
 from orchestrator.export import export_checkpoint
 from orchestrator.fit import Fit, start_fit
+from orchestrator.journal import RunRecord
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Plan, make_plan
-from orchestrator.track import Tracker
-from strategies.likelihood import CrossEntropyOnly
+from orchestrator.plan import RECIPE, RESULT, Plan, make_plan, plan_text
+from orchestrator.result import Row, RunResult, student_row, teacher_rows
+from orchestrator.track import Tracker, reconcile_all
+from strategies import baseline
 
-RESULT = "result.json"
-RECIPE = "recipe.yaml"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a comparison on the held-out rows."""
-
-    who: str
-    cross_entropy: float
-    forward_kl: float | None
-    top1_agreement: float | None
-    parameters: int
-    seconds: float
-    """Wall time of its training, or of scoring for a teacher."""
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run leaves behind."""
-
-    name: str
-    folder: str
-    steps: int
-    metrics: Mapping[str, float]
-    """Held-out metrics of the exported student, and totals of the run."""
-    student: str
-    """Folder of the exported student."""
-    tracking_uri: str
-    mlflow_run_id: str
-    page: str
-    """Where a person sees the run in MLflow."""
-    comparison: tuple[Row, ...] = ()
+BASELINE = "-baseline"
 
 
 def distill(
@@ -77,79 +46,151 @@ def distill(
     source = Path(recipe) if isinstance(recipe, str) else recipe
     job = load_job(source, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
     plan = make_plan(job, source.stem if isinstance(source, Path) else "run")
-    return _run(plan, display or Display(), resumed=None)
+    return _run(plan, display or Display())
 
 
-def _run(plan: Plan, display: Display, resumed: str | None) -> RunResult:
+def resume(
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    cluster: str | Path | Mapping[str, Any] | None = None,
+    display: Display | None = None,
+) -> RunResult:
+    """Goes on with an unfinished run from its last committed checkpoint.
+
+    The recipe is the run's own; `overrides` may change only what does not change its result, such as `train.workers`.
+    """
+    home = Path(folder).absolute()
+    if not (home / RECIPE).exists():
+        raise Refusal(f"--resume {folder}", f"a folder without {RECIPE}", "the folder of a run", "Look below the storage folder.")
+    base = load_job(home / RECIPE, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
+    job = Job(run=base.run, cluster=base.cluster.model_copy(update={"storage": str(home.parent)}))
+    return _run(make_plan(job, home.name, resume=Folder(str(home))), display or Display())
+
+
+def _run(plan: Plan, display: Display) -> RunResult:
     display.plan(plan)
+    plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
     with ThreadPoolExecutor(1) as pool:
-        tracking = pool.submit(_start_tracking, plan, resumed)
+        tracking = pool.submit(_start_tracking, plan, None)
         session.start(plan.job.cluster, display.verbose)
-        plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
-        return _train(plan, display, tracking, plan.folder.child("held_out"))
-
-
-def _start_tracking(plan: Plan, resumed: str | None, parent: str | None = None) -> Tracker:
-    return Tracker.start(
-        uri=plan.job.cluster.tracking_uri,
-        experiment=plan.job.cluster.mlflow.experiment,
-        name=plan.name,
-        folder=_local(plan),
-        params={**plan.job.run.model_dump(mode="json"), "steps": plan.steps},
-        tags=dict(plan.job.run.tags),
-        run_id=resumed,
-        parent_run_id=parent,
-    )
-
-
-def _train(plan: Plan, display: Display, tracking: Future[Tracker], held_out: Folder) -> RunResult:
-    began = time.time()
-    fit = start_fit(plan, held_out, display.verbose)
-    ledger = Ledger(_local(plan))
-    tracker: Tracker | None = None
-    with _interruptible(fit, display):
-        for entries in fit.entries():
-            fresh = ledger.take(entries)
-            display.progress(plan, fresh)
-            tracker = tracker or (tracking.result() if tracking.done() else None)
-            if tracker:
-                tracker.log(ledger.unlogged())
-    tracker = tracker or tracking.result()
-    tracker.log(ledger.unlogged())
-    if fit.error is not None:
-        tracker.finish("FAILED")
-        raise RunFailed(str(fit.error)) from fit.error
-    if ledger.step < plan.steps:
-        tracker.finish("KILLED")
-        raise Interrupted(plan.name)
-    return _conclude(plan, ledger, tracker, time.time() - began)
-
-
-def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, seconds: float) -> RunResult:
-    source = checkpoint.best(plan.folder, plan.job.run.checkpoint.best_metric)
-    assert source is not None, "a run that reached its last step has a checkpoint"
-    position = checkpoint.read_position(source)
-    student = export_checkpoint(plan, source, _local(plan) / "student")
-    metrics = {**position.metrics, **ledger.totals(), "seconds": seconds}
-    tracker.log_student(student, position.metrics, position.step, {"strategy": plan.job.run.strategy.type})
-    result = RunResult(
-        name=plan.name,
-        folder=plan.folder.root,
-        steps=plan.steps,
-        metrics=metrics,
-        student=str(student),
-        tracking_uri=plan.job.cluster.tracking_uri,
-        mlflow_run_id=tracker.run_id,
-        page=tracker.page,
-    )
-    plan.folder.write(RESULT, json.dumps(asdict(result), indent=1).encode())
+        tracker, ledger = _train(plan, display, tracking)
+        try:
+            result = _conclude(plan, ledger, tracker, display)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
     tracker.finish("FINISHED")
     return result
 
 
-def _local(plan: Plan) -> Path:
-    """Local folder of a run's own small files."""
-    return plan.folder.local or Path("runs") / plan.name
+def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
+    """Opens the MLflow run, or goes on with the folder's own; settles first what earlier drivers left behind."""
+    folder = plan.local
+    reconcile_all(folder.parent)
+    known = RunRecord.load(folder)
+    tracker = Tracker.start(
+        uri=known.uri if known else plan.job.cluster.tracking_uri,
+        experiment=plan.job.cluster.mlflow.experiment,
+        name=plan.name,
+        folder=folder,
+        params={**plan.job.run.model_dump(mode="json"), "steps": plan.steps, "fingerprint": plan.fingerprints},
+        tags=dict(plan.job.run.tags),
+        run_id=known.run_id if known else None,
+        parent_run_id=parent,
+    )
+    tracker.log_text(to_yaml(plan.job.run), RECIPE)
+    tracker.log_text(plan_text(plan), "plan.txt")
+    return tracker
+
+
+def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tracker, Ledger]:
+    """Trains to the last step; raises what ended the run before it."""
+    ledger = Ledger()
+    if plan.done_steps == plan.steps:
+        return tracking.result(), ledger
+    fit = start_fit(plan)
+    with display.training(plan), _interruptible(fit, display):
+        for entries in fit.entries():
+            display.progress(ledger.take(entries))
+            ledger.tell(tracking.result() if tracking.done() else None)
+    tracker = tracking.result()
+    ledger.tell(tracker)
+    if fit.error is not None:
+        tracker.finish("FAILED")
+        raise RunFailed(f"{fit.reason} Its last checkpoint is kept: distill run --resume {plan.folder.root}") from fit.error
+    if ledger.step < plan.steps:
+        tracker.finish("KILLED")
+        raise Interrupted(f"stopped after step {ledger.step} of {plan.steps}. To go on: distill run --resume {plan.folder.root}")
+    return tracker, ledger
+
+
+def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) -> RunResult:
+    """Exports the best checkpoint, trains the control if asked, and writes the result."""
+    student, position = _export(plan, tracker)
+    rows = [*teacher_rows(plan, position.metrics, ledger), student_row(plan, "student", position.metrics, ledger, student)]
+    if plan.job.run.baseline:
+        rows.append(_control(plan, tracker, display))
+    result = RunResult(
+        name=plan.name,
+        folder=plan.folder.root,
+        steps=plan.steps,
+        metrics={**position.metrics, "tokens": ledger.tokens, "tokens_per_second": ledger.tokens_per_second},
+        student=str(student),
+        tracking_uri=plan.job.cluster.tracking_uri,
+        mlflow_run_id=tracker.run_id,
+        page=tracker.page,
+        comparison=tuple(rows),
+    )
+    content = json.dumps(asdict(result), indent=1)
+    tracker.log_text(content, RESULT)
+    plan.folder.write(RESULT, content.encode())
+    return result
+
+
+def _export(plan: Plan, tracker: Tracker) -> tuple[Path, checkpoint.Position]:
+    source = checkpoint.best(plan.folder, plan.job.run.checkpoint.best_metric)
+    assert source is not None, "a run that reached its last step has a checkpoint"
+    position = checkpoint.read_position(source)
+    student = plan.local / "student"
+    if not student.exists():
+        export_checkpoint(plan, source, student)
+    tracker.log_student(student, position.metrics, position.step, {"strategy": plan.job.run.strategy.type})
+    return student, position
+
+
+def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
+    """The same student, rows and steps without a teacher, as a child run; held-out scores are shared."""
+    control = control_plan(plan)
+    if control.done_steps < control.steps:
+        display.say(f"Control: the same student, rows and steps without a teacher ({control.name})")
+    control.folder.write(RECIPE, to_yaml(control.job.run).encode())
+    tracking: Future[Tracker] = Future()
+    tracking.set_result(_start_tracking(control, parent.run_id))
+    tracker, ledger = _train(control, display, tracking)
+    try:
+        student, position = _export(control, tracker)
+        row = student_row(control, "without teacher", position.metrics, ledger, student)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+    return row
+
+
+def control_plan(plan: Plan) -> Plan:
+    """The plan of a run's control: no stages, no endpoints, cross-entropy alone."""
+    strategy = baseline()
+    run = plan.job.run.model_copy(update={"strategy": strategy, "baseline": False, "name": plan.name + BASELINE, "endpoints": {}})
+    job = Job(run=run, cluster=plan.job.cluster)
+    return replace(
+        plan,
+        job=job,
+        name=plan.name + BASELINE,
+        folder=Folder(plan.folder.root + BASELINE),
+        strategy=strategy.build(),
+        endpoints={},
+        demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),
+    )
 
 
 @contextmanager

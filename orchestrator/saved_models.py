@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -134,3 +136,12 @@ def _add_content(digest: hashlib._Hash, path: Path) -> None:
         for i in range(SAMPLES):
             file.seek(size * i // SAMPLES)
             digest.update(file.read(SAMPLE_BYTES))
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Numbers in the safetensors files of a folder; None when it holds none, as for a hub name."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total or None

@@ -22,9 +22,19 @@ class Stream:
         self._due = rank
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._next: Future[Columns | None] = self._pool.submit(self._take)
-        self.attempt = -1
+        self._attempt: int | None = None
         self.waited_seconds = 0.0
         """Time the last bundle was waited for."""
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that this stream belongs to; waits for its first bundle."""
+        if self._attempt is None:
+            first = self._peek()
+            if first is None:
+                raise RunFailed("the stream is empty")
+            self._attempt = scalar(first, "attempt")
+        return self._attempt
 
     def held_out(self) -> Iterator[tuple[int, Columns]]:
         """The held-out bundles at the stream's head by number; none when they were scored before."""
@@ -45,10 +55,12 @@ class Stream:
 
     def _pop(self) -> Columns | None:
         began = time.perf_counter()
-        bundle = self._next.result()
+        bundle = self._peek()
         self.waited_seconds = time.perf_counter() - began
         if bundle is None:
             return None
+        if self._attempt is None:
+            self._attempt = scalar(bundle, "attempt")
         self._next = self._pool.submit(self._take)
         self._check(bundle)
         return bundle
@@ -59,9 +71,7 @@ class Stream:
 
     def _check(self, bundle: Columns) -> None:
         number, attempt = scalar(bundle, "bundle"), scalar(bundle, "attempt")
-        if number != self._due or self.attempt not in (-1, attempt):
-            raise RunFailed(
-                f"bundle {number} of attempt {attempt} arrived where {self._due} of {self.attempt} was due: the stream lost its order"
-            )
+        if (number, attempt) != (self._due, self._attempt):
+            due = f"bundle {self._due} of attempt {self._attempt}"
+            raise RunFailed(f"bundle {number} of attempt {attempt} arrived where {due} was due: the stream lost its order")
         self._due += self._world
-        self.attempt = attempt

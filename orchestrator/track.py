@@ -6,6 +6,7 @@ A silent server delays metrics and nothing else: what is not delivered when the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator import tracking_uri, watchdog
 from orchestrator.delivery import Delivery, brief, connect, is_final, open_run, trouble
-from orchestrator.journal import OUTBOX, RECORD, Heartbeat, Journal, Lines, MetricRow, RunRecord, Status
+from orchestrator.journal import HEARTBEAT, OUTBOX, RECORD, Heartbeat, Journal, Lines, MetricRow, RunRecord, Status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,10 +63,11 @@ class Tracker:
         self._delivery = Delivery(client, record, self._journal, self._outbox)
         self._pushing, self._wake, self._stop = threading.Lock(), threading.Event(), threading.Event()
         self._trouble = ""
-        threading.Thread(target=self._drain, name="track", daemon=True).start()
+        self._thread = threading.Thread(target=self._drain, name="track", daemon=True)
+        self._thread.start()
 
     @classmethod
-    def start(
+    def start(  # noqa: PLR0913 - each is named where it is called, and none has a default worth guessing
         cls,
         uri: str,
         experiment: str,
@@ -146,6 +148,8 @@ class Tracker:
                 self._trouble,
                 self._journal.path,
             )
+        self._thread.join(timeout=1.0)  # longer only while a request hangs
+        (self._folder / HEARTBEAT).unlink(missing_ok=True)  # from here on anybody may reconcile
         self._journal.close()
         self._outbox.close()
         watchdog.release(self._guard)
@@ -181,9 +185,10 @@ class Tracker:
         while not self._stop.is_set():
             self._wake.wait(_BEAT_SECONDS)
             self._wake.clear()
-            Heartbeat.now().save(self._folder)
             if self._stop.is_set():
                 return
+            with contextlib.suppress(OSError):  # a full disk stops the beat, not the delivery
+                Heartbeat.now().save(self._folder)
             failures = 0 if self._attempt(self._delivery.push) else failures + 1
             self._stop.wait(min(_LONGEST_PAUSE_SECONDS, _PUSH_SECONDS * 2**failures))
 

@@ -130,17 +130,25 @@ class Trainer:
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
         stop, metrics = train_step(self._strategy, self._players, bundle, progress, self._job.run, self._journal.stop, self._device)
         self._count_skipped(metrics)
-        timing = total(torch.tensor([len(bundle["tokens"]), waited_seconds], dtype=torch.float64)).tolist()
-        metrics |= {
-            "tokens": timing[0],
-            "rows": float(scalar(bundle, "rows_total")),
-            "stream_wait_seconds": timing[1] / world_size(),
-            "step_seconds": time.perf_counter() - began + waited_seconds,
-            "age_steps": 0.0,
-        }
-        metrics["tokens_per_second"] = metrics["tokens"] / metrics["step_seconds"]
+        metrics |= self._timing(bundle, began, waited_seconds)
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
         return stop
+
+    def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
+        """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made a rank wait."""
+        teachers = self._strategy.signals
+        mine = [len(bundle["tokens"]), waited_seconds, *(bundle[f"{t}/seconds"][0] for t in teachers)]
+        tokens, waited, *scored = total(torch.tensor(mine, dtype=torch.float64)).tolist()
+        seconds = time.perf_counter() - began + waited_seconds
+        timing = {
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "rows": float(scalar(bundle, "rows_total")),
+            "stream_wait_seconds": waited / world_size(),
+            "step_seconds": seconds,
+            "age_steps": 0.0,
+        }
+        return timing | {f"score_seconds/{t}": s for t, s in zip(teachers, scored, strict=True)}
 
     def _count_skipped(self, metrics: dict[str, float]) -> None:
         self._skipped = self._skipped + 1 if metrics["skipped"] else 0

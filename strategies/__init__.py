@@ -28,4 +28,9 @@ def known_strategies() -> dict[str, type[StrategyConfig]]:
     return found
 
 
-__all__ = ["STRATEGIES", "StrategyConfig", "known_strategies"]
+def baseline() -> StrategyConfig:
+    """The control of every distillation: the same student on the same rows and steps, without a teacher."""
+    return CrossEntropyOnly()
+
+
+__all__ = ["STRATEGIES", "StrategyConfig", "baseline", "known_strategies"]

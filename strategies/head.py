@@ -130,7 +130,9 @@ def chunked_terms(
         total = torch.stack([scales[t.name] * s for t, s in zip(terms, sums, strict=True)]).sum()
         return total, [s.detach() for s in sums]
 
-    loss, sums = _ChunkedHead.apply(hidden, head.weight, head.bias, head, scaled_sum, len(terms), chunk_tokens)
+    loss, sums = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, scaled_sum, len(terms), chunk_tokens
+    )
     return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)})
 
 

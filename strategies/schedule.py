@@ -117,5 +117,6 @@ class LearningRate(_Model):
             return (progress.step + 1) / self.warmup_steps
         if self.kind == "constant":
             return 1.0
-        decay = Ramp if self.kind == "linear" else Cosine
-        return decay(**{decay.__name__.lower(): (1.0, self.final)}, from_step=self.warmup_steps)(progress)
+        if self.kind == "linear":
+            return Ramp(ramp=(1.0, self.final), from_step=self.warmup_steps)(progress)
+        return Cosine(cosine=(1.0, self.final), from_step=self.warmup_steps)(progress)

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("orchestrator", "jobs", "strategies", "cluster", "tests")
-LIMITS = {"file": 300, "class": 150, "function": 50, "nesting": 3}
-"""Lines of a file, class and function; depth of if, for, while, with, try and match in one function."""
+LIMITS = {"file": 300, "test file": 500, "class": 150, "function": 50, "nesting": 3}
+"""Lines of a file, class and function; depth of if, for, while, with, try and match in one function.
+A test file is a list of sentences that are read one at a time, so it may be longer."""
 
 REASONS: dict[tuple[str, str], str] = {}
 """`("file", "orchestrator/x.py")` or `("function", "orchestrator/x.py:Class.method")` -> why it is as long as it is."""
@@ -34,7 +35,7 @@ class Size:
 
 def sizes(path: str, source: str) -> Iterator[Size]:
     """Everything that is measured in one file."""
-    yield Size("file", path, len(source.splitlines()))
+    yield Size("test file" if path.startswith("tests/") else "file", path, len(source.splitlines()))
     yield from _inside(ast.parse(source), f"{path}:")
 
 

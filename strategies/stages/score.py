@@ -12,7 +12,8 @@ from strategies.core import Columns, Endpoint
 
 @dataclass(frozen=True)
 class Score:
-    """Adds `<teacher>/ids`, `<teacher>/logprobs` (both N*K), `<teacher>/logprob` (N,) and `<teacher>/seconds` (1,).
+    """Adds `<teacher>/ids`, `<teacher>/logprobs` (both N*K), `<teacher>/logprob` (N,), `<teacher>/seconds` (1,) and
+    `<teacher>/dropped_mass` (1,), the largest share of mass on ids that the student lacks.
 
     Only loss tokens carry signals. The teacher sees exactly the token ids that the student will see.
     """
@@ -30,7 +31,7 @@ class Score:
 
     @property
     def adds(self) -> frozenset[str]:
-        return frozenset(f"{self.teacher}/{c}" for c in ("ids", "logprobs", "logprob", "seconds"))
+        return frozenset(f"{self.teacher}/{c}" for c in ("ids", "logprobs", "logprob", "dropped_mass", "seconds"))
 
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         if endpoint is None:

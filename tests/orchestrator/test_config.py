@@ -173,7 +173,8 @@ def test_an_empty_recipe_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_recipe_changes_single_fields_of_a_cluster_endpoint() -> None:
     cluster = {"endpoints": {"big": {"model": "big/model", "dtype": "bfloat16", "actors": 2}, "other": {"model": "o"}}}
-    job = load_job(recipe(endpoints={"big": {"actors": 3}, "mine": {"engine": "fake", "vocabulary": 9}}), ["endpoints.big.dtype=float32"], cluster)
+    own = {"big": {"actors": 3}, "mine": {"engine": "fake", "vocabulary": 9}}
+    job = load_job(recipe(endpoints=own), ["endpoints.big.dtype=float32"], cluster)
     big, mine = job.endpoints["big"], job.endpoints["mine"]
     assert isinstance(big, TransformersEndpoint) and isinstance(mine, FakeEndpoint)
     assert (big.model, big.dtype, big.actors, mine.vocabulary) == ("big/model", "float32", 3, 9)
@@ -192,7 +193,12 @@ def test_a_written_recipe_reads_back_as_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "environment", "used"),
-    [("local", None, "local"), ("local", "head:6379", "head:6379"), ("auto", "head:6379", "auto"), ("other:6379", "head:6379", "other:6379")],
+    [
+        ("local", None, "local"),
+        ("local", "head:6379", "head:6379"),
+        ("auto", "head:6379", "auto"),
+        ("other:6379", "head:6379", "other:6379"),
+    ],
 )
 def test_ray_address_replaces_only_local(written: str, environment: str | None, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -201,7 +207,7 @@ def test_ray_address_replaces_only_local(written: str, environment: str | None, 
     assert ClusterConfig(address=written).ray_address == used
 
 
-def test_the_tracking_address_is_the_given_one_then_the_environment_then_a_file_beside_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracking_address_is_given_or_in_the_environment_or_a_file_beside_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     plain = ClusterConfig(storage="some/runs")
     assert plain.tracking_uri.startswith("sqlite:////") and plain.tracking_uri.endswith("/some/runs/mlflow.db")

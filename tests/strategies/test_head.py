@@ -274,33 +274,18 @@ def test_nothing_is_computed_for_a_gradient_that_nobody_wants() -> None:
     assert got.loss.item() == pytest.approx(expected(case).loss, rel=1e-5)
 
 
-def test_an_objective_never_sees_more_tokens_than_a_chunk() -> None:
-    seen: list[int] = []
-
-    def count(outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
-        assert len(outputs.logits) == len(outputs.labels) == len(weights)
-        seen.append(len(outputs.logits))
-        return outputs.logits.sum()
-
-    case = make_case()
-    on = leaves(case)
-    terms = (Term("count", count, constant(1.0)),)
-    chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), terms, {"count": 1.0}, NOW, 4)
-    assert seen == [4, 4, 3]
-
-
-def test_progress_reaches_the_objective() -> None:
-    seen: list[Progress] = []
+def test_an_objective_sees_one_chunk_at_a_time_and_where_the_run_stands() -> None:
+    seen: list[tuple[int, Progress]] = []
 
     def note(outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
-        seen.append(progress)
+        assert len(outputs.logits) == len(outputs.labels) == len(weights)
+        seen.append((len(outputs.logits), progress))
         return outputs.logits.sum()
 
-    case = make_case(tokens=2)
-    on = leaves(case)
-    later = Progress(step=7, steps=9)
-    chunked_terms(on.hidden, Head(on.weight), batch_of(case), (Term("note", note, constant(1.0)),), {"note": 1.0}, later)
-    assert seen == [later]
+    case, later = make_case(), Progress(step=7, steps=9)
+    on, terms = leaves(case), (Term("note", note, constant(1.0)),)
+    chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), terms, {"note": 1.0}, later, 4)
+    assert seen == [(4, later), (4, later), (3, later)]
 
 
 @pytest.mark.parametrize("normaliser_first", [True, False])

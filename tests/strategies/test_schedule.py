@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -105,7 +106,7 @@ def test_the_learning_rate_falls_from_the_peak_to_its_final_share_after_the_last
     rate = LearningRate.model_validate({"kind": kind, "warmup_steps": 10, "final": 0.1})
     assert (rate(at(10)), rate(at(55)), rate(at(100))) == pytest.approx((1.0, 0.55, 0.1))
     falling = [rate(at(s)) for s in range(10, 101)]
-    assert all(a > b for a, b in zip(falling, falling[1:], strict=False))
+    assert all(a > b for a, b in pairwise(falling))
 
 
 @given(counts, some.integers(1, 50), counts, some.floats(0, 1))
