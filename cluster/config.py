@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +31,19 @@ class Resources(ClusterModel):
     """Compute threads of the process; shared out among the run's processes when absent."""
 
 
+@dataclass(frozen=True)
+class SavedModel:
+    """A saved causal language model that each actor of an endpoint loads for itself."""
+
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    dtype: Dtype
+    attention: str
+    quantization: Literal["none", "int8", "int4"]
+    forward_tokens: int
+
+
 class TransformersEndpoint(ClusterModel):
     """A Hugging Face causal language model inside the stage's own actors; works on CPUs and GPUs."""
 
@@ -49,6 +63,18 @@ class TransformersEndpoint(ClusterModel):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 
+    @property
+    def saved_model(self) -> SavedModel | None:
+        """What its actors load; None for an endpoint that loads nothing here."""
+        return SavedModel(
+            self.model, self.revision, self.trust_remote_code, self.dtype, self.attention, self.quantization, self.forward_tokens
+        )
+
+    @property
+    def own_vocabulary(self) -> int | None:
+        """Ids it answers with when no saved model says; None when one does."""
+        return None
+
 
 class FakeEndpoint(ClusterModel):
     """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model."""
@@ -59,6 +85,14 @@ class FakeEndpoint(ClusterModel):
     resources: Resources = Resources()
     seconds_per_bundle: NonNegativeFloat = 0.0
     """Sleep added to every bundle."""
+
+    @property
+    def saved_model(self) -> SavedModel | None:
+        return None
+
+    @property
+    def own_vocabulary(self) -> int | None:
+        return self.vocabulary
 
 
 def _engine_of(value: object) -> str:

@@ -12,13 +12,13 @@ from cluster.config import ClusterConfig
 NAMESPACE = "distill"
 
 
-def start(config: ClusterConfig, verbose: bool = False) -> None:
-    """Starts Ray here or joins the cluster that `config` names; does nothing when this process already has.
+def start(config: ClusterConfig, verbose: bool = False) -> bool:
+    """Starts Ray here or joins the cluster that `config` names; False when this process already has.
 
     Ray's own chatter is off unless `verbose`. The dashboard stays on: Train V2 and Tune ask its State API.
     """
     if ray.is_initialized():
-        return
+        return False
     quiet = {} if verbose else {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     os.environ.update({k: v for k, v in quiet.items() if k not in os.environ})
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # every report waits for this poll
@@ -33,6 +33,7 @@ def start(config: ClusterConfig, verbose: bool = False) -> None:
         configure_logging=True,
         **local,
     )
+    return True
 
 
 def cpus() -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -20,9 +20,7 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as jobs/recipes/tiny_logits.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides: student=Qwen/Qwen3-0.6B train.lr=2e-5", show_default=False)
-]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides: student=Qwen/Qwen3-0.6B train.lr=2e-5", show_default=False)]
 Cluster = Annotated[
     Path | None, typer.Option(help="Where to run. [default: ray_config.yaml of this folder, if there is one]", show_default=False)
 ]
@@ -59,29 +57,33 @@ def run(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Folders or hub names of students.")],
+    models: Annotated[list[str], typer.Argument(help="Saved models or adapters, folders of runs, or hub names.")],
     teacher: Annotated[str | None, typer.Option(help="Folder or hub name; adds exact KL and agreement.")] = None,
     data: Annotated[str | None, typer.Option(help="A data source; or give --recipe to use its held-out rows.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="With --data: rows to use, chosen by seed.")] = 256,
     recipe: Annotated[Path | None, typer.Option(help="Evaluate on the held-out rows of this recipe.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted override of the recipe.")] = None,
 ) -> None:
     """Compare models on held-out rows: cross-entropy, perplexity, both KLs to a teacher, agreement."""
     from jobs.evaluate import show_evaluation
 
-    show_evaluation(models, teacher, data, recipe, overrides or [])
+    show_evaluation(models, teacher, data, recipe, overrides or [], rows)
 
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run_folder: Annotated[str, typer.Argument(help="Folder of a run, or its address in remote storage.")],
     to: Annotated[Path | None, typer.Option(help="New folder for the model. [default: RUN_FOLDER/export]", show_default=False)] = None,
     checkpoint: Annotated[str, typer.Option(help="`best`, `last`, or the name of a checkpoint in the run folder.")] = "best",
-    adapter: Annotated[bool, typer.Option(help="Keep a LoRA student as an adapter instead of merging it.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Keep a LoRA student as an adapter instead of merging it.")] = False,
+    dtype: Annotated[
+        Literal["trained", "float32", "bfloat16"], typer.Option(help="Of the written weights; `trained` keeps the student's.")
+    ] = "trained",
 ) -> None:
     """Write a checkpoint's student as a Hugging Face folder, and prove that it reloads."""
     from jobs.export import export_run
 
-    export_run(run_folder, to, checkpoint, adapter)
+    export_run(run_folder, to, checkpoint, adapter, dtype)
 
 
 @app.command()

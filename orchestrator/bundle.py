@@ -7,11 +7,14 @@ Control columns, each of one number: `step` (the optimizer step it belongs to, f
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from strategies.core import Columns
+if TYPE_CHECKING:
+    from strategies.core import Columns
 
 HELD_OUT_STEP = 0
 

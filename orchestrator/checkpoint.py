@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed.checkpoint as dcp
-import torch.distributed as dist
-from ray.train import Checkpoint
+from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Folder
-from orchestrator.layouts import Layout
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint
+
+    from orchestrator.layouts import Layout
 
 PROGRESS = "progress.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -39,6 +39,10 @@ class Position:
 
 def save(players: Mapping[str, Layout], position: Position, rank: int) -> Checkpoint:
     """This rank's part of a checkpoint in a temporary folder. Collective: every rank calls it."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp  # takes a second, and the first step must not wait for it
+    from ray.train import Checkpoint
+
     folder = tempfile.mkdtemp(prefix="distill-checkpoint-")
     dcp.save(_states(players), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=not dist.is_initialized())
     if rank == 0:
@@ -48,6 +52,9 @@ def save(players: Mapping[str, Layout], position: Position, rank: int) -> Checkp
 
 def restore(players: Mapping[str, Layout], checkpoint: Checkpoint) -> Position:
     """Fills the players from a committed checkpoint, at any world size. Collective."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
     with checkpoint.as_directory() as folder:
         states = _states(players)
         dcp.load(states, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
@@ -91,4 +98,3 @@ def _snapshot(run: Folder) -> dict[str, Any]:
 
 def _states(players: Mapping[str, Layout]) -> dict[str, Any]:
     return {name: layout.state() for name, layout in players.items()}
-

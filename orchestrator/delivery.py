@@ -245,7 +245,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=tracking_uri.artifact_location(uri))
+            return str(client.create_experiment(name, artifact_location=tracking_uri.artifact_location(uri)))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from cluster.storage import Folder
-from orchestrator.bundle import from_table, to_table
 from orchestrator.collective import total
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, dummy
@@ -18,8 +15,6 @@ from strategies.core import Columns, Progress, Term
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.measures import measures
 from strategies.schedule import constant
-
-COMPLETE = "complete"
 
 
 def evaluation_terms(signals: Sequence[str]) -> tuple[Term, ...]:
@@ -59,25 +54,3 @@ def teacher_cross_entropy(bundles: Sequence[Columns], signals: Sequence[str]) ->
         value, tokens = total(sums.double()).tolist()
         found[f"eval/teacher_cross_entropy/{signal}"] = value / tokens
     return found
-
-
-def store_bundles(folder: Folder, bundles: Mapping[int, Columns]) -> None:
-    """Keeps this rank's scored held-out bundles by number."""
-    for number, columns in bundles.items():
-        sink = pa.BufferOutputStream()
-        table = to_table(columns)
-        with pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        folder.write(f"{number:06d}.arrow", sink.getvalue().to_pybytes())
-
-
-def load_bundles(folder: Folder, rank: int, world: int) -> list[Columns]:
-    """The stored bundles that fall to this rank of `world`."""
-    names = [n for n in folder.names() if n.endswith(".arrow")]
-    contents = (folder.read(n) for n in names[rank::world])
-    return [from_table(pa.ipc.open_file(pa.BufferReader(c)).read_all()) for c in contents if c is not None]
-
-
-def signals_in(bundles: Sequence[Columns]) -> tuple[str, ...]:
-    """Teachers whose scores the bundles carry."""
-    return tuple(sorted({name.removesuffix("/logprobs") for b in bundles for name in b if name.endswith("/logprobs")}))

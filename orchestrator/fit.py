@@ -1,9 +1,8 @@
-"""One Ray Train run from a plan: attempts, the stream callable, and the driver's side of the board."""
+"""One Ray Train run from a plan, in a thread, and the driver's side of the board."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,37 +15,12 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import session
-from cluster.storage import Folder
-from orchestrator import checkpoint, evaluate
+from orchestrator.attempt import StreamFactory
 from orchestrator.board import Entry, open_board
-from orchestrator.pipeline import StreamSpec, open_stream
 from orchestrator.plan import Plan
 from orchestrator.train import WorkerJob, train_worker
 
-ATTEMPTS = "attempts"
 POLL_SECONDS = 0.25
-
-
-@dataclass(frozen=True)
-class StreamFactory:
-    """Opens the stream of one attempt; Ray Train's controller calls it at every start of the worker group.
-
-    The start step comes from the newest committed checkpoint in Ray Train's own snapshot, never from a directory
-    listing nor from the board.
-    """
-
-    spec: StreamSpec
-    folder: Folder
-    held_out: Folder
-    board: Any
-
-    def __call__(self) -> ray.data.Dataset:
-        attempt = int(self.folder.read(ATTEMPTS) or b"0") + 1
-        self.folder.write(ATTEMPTS, str(attempt).encode())
-        last = checkpoint.committed(self.folder)
-        step = checkpoint.read_position(last).step if last else 0
-        ray.get(self.board.begin.remote(attempt, step, time.time()))
-        return open_stream(self.spec, step, attempt, with_held_out=not self.held_out.exists(evaluate.COMPLETE))
 
 
 @dataclass
@@ -108,9 +82,7 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
         train_worker,
         train_loop_config={"job": job},
         datasets={"train": stream},
-        dataset_config=DataConfig(
-            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
-        ),
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
         scaling_config=ScalingConfig(num_workers=run.train.workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=plan.name,

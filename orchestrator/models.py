@@ -42,23 +42,30 @@ __all__ = [
     "load_config",
     "load_student",
     "load_tokenizer",
+    "lora_config",
     "usable_vocabulary",
 ]
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
+"""How the names of files that make a tokenizer begin."""
 
 
 def load_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase:
     """The student's tokenizer. `Refusal` when there is none."""
     source = config.tokenizer or config.model
     revision = config.revision if config.tokenizer is None else None
-    config_folder(source, revision)
+    where = f"tokenizer of {source!r}"
+    do = "Name one with student.tokenizer, or save the tokenizer beside the model."
+    names = {path.name for path in config_folder(source, revision).iterdir()}
+    if not any(name.startswith(TOKENIZER_FILES) or name.endswith((".model", ".tiktoken")) for name in names):
+        raise Refusal(where, "no tokenizer files", "tokenizer.json or its like", do)  # AutoTokenizer would make an empty one
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:300]
-        do = "Name one with student.tokenizer, or save the tokenizer beside the model."
-        raise Refusal(f"tokenizer of {source!r}", f"no usable one ({problem})", "tokenizer files", do) from error
+        raise Refusal(where, f"no usable one ({problem})", "tokenizer files", do) from error
     return tokenizer
 
 
@@ -69,8 +76,8 @@ def load_student(config: StudentConfig, gradient_checkpointing: bool, seed: int)
         base = _random(config) if config.init == "random" else _pretrained(config)
         base.config.use_cache = False
         if gradient_checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = base if config.lora is None else get_peft_model(base, _lora(config.lora))
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model = base if config.lora is None else get_peft_model(base, lora_config(config.lora))
     return model.eval()
 
 
@@ -95,7 +102,8 @@ def _random(config: StudentConfig) -> PreTrainedModel:
     return model
 
 
-def _lora(config: Lora) -> LoraConfig:
+def lora_config(config: Lora) -> LoraConfig:
+    """PEFT's form of the settings."""
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     alpha: Any = config.alpha  # PEFT divides it; its annotation says int
     return LoraConfig(

@@ -18,7 +18,6 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from strategies.core import Strategy
 
-
 RECIPE = "recipe.yaml"
 """The recipe of a run, in its folder."""
 RESULT = "result.json"

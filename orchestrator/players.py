@@ -11,7 +11,7 @@ from torch import nn
 from orchestrator.config import RunConfig
 from orchestrator.layouts import Layout, Numerics, make_layout
 from orchestrator.microbatch import MicroBatch
-from orchestrator.models import StudentModule, check_head, load_student
+from orchestrator.models import StudentModule, check_head, check_packing, load_student
 from strategies.core import Player, Progress, Term
 from strategies.head import TermSums
 
@@ -26,6 +26,8 @@ def load_players(run: RunConfig, wanted: Mapping[str, Player], device: torch.dev
 def _load(run: RunConfig, device: torch.device) -> Layout:
     model = load_student(run.student, gradient_checkpointing=run.train.gradient_checkpointing, seed=run.seed)
     check_head(model)
+    if run.train.batching == "packed":
+        check_packing(model)
     model.train()
     train = run.train
     numerics = Numerics(train.clip_norm, PRECISIONS[train.precision], device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -45,8 +44,7 @@ def distill(
     """
     source = Path(recipe) if isinstance(recipe, str) else recipe
     job = load_job(source, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
-    plan = make_plan(job, source.stem if isinstance(source, Path) else "run")
-    return _run(plan, display or Display())
+    return _run(job, lambda: make_plan(job, source.stem if isinstance(source, Path) else "run"), display or Display())
 
 
 def resume(
@@ -64,15 +62,23 @@ def resume(
         raise Refusal(f"--resume {folder}", f"a folder without {RECIPE}", "the folder of a run", "Look below the storage folder.")
     base = load_job(home / RECIPE, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
     job = Job(run=base.run, cluster=base.cluster.model_copy(update={"storage": str(home.parent)}))
-    return _run(make_plan(job, home.name, resume=Folder(str(home))), display or Display())
+    return _run(job, lambda: make_plan(job, home.name, resume=Folder(str(home))), display or Display())
 
 
-def _run(plan: Plan, display: Display) -> RunResult:
-    display.plan(plan)
-    plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
-    with ThreadPoolExecutor(1) as pool:
+def _run(job: Job, planned: Callable[[], Plan], display: Display) -> RunResult:
+    """Checks and runs. Ray starts beside the checks and MLflow beside the workers, because each takes seconds."""
+    with ThreadPoolExecutor(2) as pool:
+        started = pool.submit(session.start, job.cluster, display.verbose)
+        try:
+            plan = planned()
+        except BaseException:
+            if started.result():
+                session.stop()
+            raise
+        display.plan(plan)
+        plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
         tracking = pool.submit(_start_tracking, plan, None)
-        session.start(plan.job.cluster, display.verbose)
+        started.result()
         tracker, ledger = _train(plan, display, tracking)
         try:
             result = _conclude(plan, ledger, tracker, display)

@@ -24,7 +24,7 @@ WHOLE_FILE_BYTES = 64 << 20
 """Smaller weight files are hashed whole; of larger ones the header and evenly spaced samples."""
 SAMPLES = 64
 SAMPLE_BYTES = 64 << 10
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 """Files of a hub model other than weights."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -18,7 +18,7 @@ import torch
 from ray.train import CheckpointUploadMode
 
 from cluster.storage import Folder
-from orchestrator import checkpoint, evaluate
+from orchestrator import checkpoint, evaluate, held_out_store
 from orchestrator.board import RankJournal
 from orchestrator.bundle import scalar
 from orchestrator.collective import gather, total, world_size
@@ -91,12 +91,12 @@ def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
     """Takes scored held-out rows from the stream's head and keeps them, or reads those kept before."""
     arriving = dict(stream.held_out())
     if arriving:
-        evaluate.store_bundles(job.held_out, arriving)
+        held_out_store.store_bundles(job.held_out, arriving)
         gather([0.0])  # every rank has stored its part
         if rank == 0:
-            job.held_out.write(evaluate.COMPLETE, b"")
-    bundles = list(arriving.values()) or evaluate.load_bundles(job.held_out, rank, world_size())
-    signals = evaluate.signals_in(bundles)
+            job.held_out.write(held_out_store.COMPLETE, b"")
+    bundles = list(arriving.values()) or held_out_store.load_bundles(job.held_out, rank, world_size())
+    signals = held_out_store.signals_in(bundles)
     micros = [m for b in bundles for m in _cut(job.run, b, signals)]
     rounds = int(gather([float(len(micros))]).max())
     return HeldOut(bundles, micros, signals, rounds)
@@ -135,15 +135,17 @@ class Trainer:
         return stop
 
     def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
-        """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made a rank wait."""
+        """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
+        a rank wait; `row_id_sum` shows which rows the step had."""
         teachers = self._strategy.signals
-        mine = [len(bundle["tokens"]), waited_seconds, *(bundle[f"{t}/seconds"][0] for t in teachers)]
-        tokens, waited, *scored = total(torch.tensor(mine, dtype=torch.float64)).tolist()
+        mine = [len(bundle["tokens"]), bundle["row_id"].sum(), waited_seconds, *(bundle[f"{t}/seconds"][0] for t in teachers)]
+        tokens, row_ids, waited, *scored = total(torch.tensor(mine, dtype=torch.float64)).tolist()
         seconds = time.perf_counter() - began + waited_seconds
         timing = {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "rows": float(scalar(bundle, "rows_total")),
+            "row_id_sum": row_ids,
             "stream_wait_seconds": waited / world_size(),
             "step_seconds": seconds,
             "age_steps": 0.0,

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from strategies.head import TermSums, TokenLogits
     from strategies.signals import Signal
 

@@ -1,4 +1,4 @@
-"""Runs every layout's training steps in plain processes, without Ray: `python -m tests.harness_layouts FOLDER RANK WORLD`.
+"""Runs every layout's training steps in plain processes, without Ray: `python -m tests.harness_layouts FOLDER RANK WORLD [CASE...]`.
 
 Two processes make a pair and a third runs alone; each writes what it measured to `FOLDER/<world>_<rank>.json`. Both sides save
 checkpoints half-way, and then each goes on from the other's.
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from orchestrator import checkpoint
 from orchestrator.config import RunConfig, load_job
@@ -29,9 +30,11 @@ from orchestrator.train import train_step
 from strategies.core import Columns, Progress
 
 STEPS, HALF, POISONED = 50, 25, 9
-VOCABULARY, TOP_K = 97, 5
+VOCABULARY, TOP_K, CLIP_NORM = 97, 5, 0.2
 PAIR, ALONE = 2, 1
 CPU = torch.device("cpu")
+LIKES = np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)) * 2
+"""The teacher's logits of every next token by the token before."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,13 @@ class Case:
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     batching: Literal["bucketed", "packed"] = "bucketed"
-    steps: int = 20
+    steps: int = 14
     checkpoints: bool = False
-    """Saves half-way and goes on from the other side's checkpoint; such a case runs all steps at both world sizes."""
+    """Saves half-way and goes on from the other side's checkpoint."""
+
+    def steps_at(self, world: int) -> int:
+        """Steps from the start; the one alone makes only its half when the pair makes all."""
+        return HALF if self.checkpoints and world == ALONE and PAIR in self.worlds else self.steps
 
     @property
     def reference(self) -> str:
@@ -98,12 +105,12 @@ def run_config(models: Path, case: Case) -> RunConfig:
     otherwise turn into steps of full size."""
     train = {
         "steps": STEPS,
-        "lr": 3e-3,
+        "lr": 1e-2,
         "warmup_steps": 5,
         "eps": 1e-5,
-        "clip_norm": 0.3,
+        "clip_norm": CLIP_NORM,
         "weight_decay": 0.1,
-        "micro_batch_tokens": 48,
+        "micro_batch_tokens": 90,
         "batching": case.batching,
         "precision": case.precision,
         "gradient_checkpointing": case.recompute,
@@ -131,13 +138,13 @@ def bundle(step: int, part: int) -> Columns:
     if part == 1 and step % 7 == 0:
         mask[:] = False
     count = int(mask.sum())
-    logits = torch.from_numpy(random.normal(size=(count, VOCABULARY)) * 2).float()
-    top = logits.log_softmax(-1).topk(TOP_K, -1)
+    tokens = _chain(random, int(lengths.sum()))
+    top = torch.from_numpy(LIKES[tokens[np.flatnonzero(mask) - 1]]).float().log_softmax(-1).topk(TOP_K, -1)
     weights = random.uniform(0.5, 2.0, size=count).astype(np.float32)
     if part == 1 and step == POISONED:
         weights[:1] = np.inf
     return {
-        "tokens": random.integers(0, VOCABULARY, size=int(lengths.sum())).astype(np.int32),
+        "tokens": tokens.astype(np.int32),
         "lengths": lengths.astype(np.int32),
         "loss_mask": mask.astype(np.uint8),
         "row_id": np.arange(len(lengths)),
@@ -147,19 +154,27 @@ def bundle(step: int, part: int) -> Columns:
     }
 
 
+def _chain(random: np.random.Generator, count: int) -> NDArray[np.int64]:
+    """Tokens of which most are what the teacher likes best after the one before, so that there is something to learn."""
+    tokens = random.integers(0, VOCABULARY, size=count)
+    for place in np.flatnonzero(random.random(count - 1) < 0.7) + 1:
+        tokens[place] = LIKES[tokens[place - 1]].argmax()
+    return tokens
+
+
 def whole_step(step: int) -> Columns:
     """All rows of a step in one bundle."""
     parts = [bundle(step, part) for part in range(PAIR)]
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def main(folder: Path, rank: int, world: int, only: Sequence[str] = ()) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.FileStore(str(folder / f"store_{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     side = Side(folder, rank, world)
-    cases = [c for c in CASES if world in c.worlds]
+    cases = [c for c in CASES if world in c.worlds and (not only or c.name in only)]
     found = {case.name: side.measure(case) for case in cases}
     for case in (c for c in cases if c.checkpoints):
         found[case.name] |= side.go_on(case)
@@ -177,13 +192,13 @@ class Side:
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The curve from the first step, and what the rank holds."""
-        print(f"{case.name} at {self.world}", file=sys.stderr, flush=True)
+        print(f"{time.process_time():.1f} s: {case.name} at {self.world}", file=sys.stderr, flush=True)
         run, players = self._load(case)
         steps = []
-        for step in range(case.steps):
-            if case.checkpoints and step == HALF:
-                self._save(case, players, step)
+        for step in range(case.steps_at(self.world)):
             steps.append(self._step(run, players, step))
+            if case.checkpoints and step + 1 == HALF:
+                self._save(case, players, HALF)
         student = players["student"]
         return {"steps": steps, "held": student.held_bytes(), "stored": stored_bytes(student), "whole": whole_bytes(self.folder, case)}
 
@@ -253,4 +268,4 @@ def whole_bytes(folder: Path, case: Case) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

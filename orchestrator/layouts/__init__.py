@@ -62,12 +62,70 @@ class Layout(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds, as shares of the whole network's numbers."""
+
+    weights: float = 1.0
+    gradients: float = 1.0
+    moments: float = 1.0
+    """Each of AdamW's two."""
+    exact: float = 0.0
+    """float32 weights kept by the optimizer beside those that the forward reads."""
+
+
+@dataclass(frozen=True)
+class LayoutFacts:
+    """What is known of a layout before it is chosen; importing it needs none of its packages."""
+
+    home: str
+    """`module:class`."""
+    held: Callable[[LayoutConfig, int], Held] = lambda config, world: Held()
+    """What a rank holds, given the settings and the number of ranks."""
+    package: str | None = None
+    """A package that only this layout needs."""
+    compiles_on_cpu: bool = False
+    """Whether it builds a C++ extension when it runs without a GPU."""
+    one_worker: bool = False
+    settings: frozenset[str] = frozenset()
+    """Settings of `LayoutConfig` that it reads."""
+    resumes_any_world: bool = True
+    """Whether a checkpoint loads at another number of workers."""
+
+
+def _sharded(config: LayoutConfig, world: int) -> Held:
+    return Held(weights=1 / world, gradients=1 / world, moments=1 / world)
+
+
+def _zero(config: LayoutConfig, world: int) -> Held:
+    """ZeRO 1 shards the optimizer, 2 gradients too, 3 weights too; every stage above 0 keeps exact weights of its own."""
+    stage = config.zero_stage
+    own = 1 / world
+    return Held(
+        weights=own if stage >= 3 else 1.0,
+        gradients=own if stage >= 2 else 1.0,
+        moments=own if stage >= 1 else 1.0,
+        exact=own if stage >= 1 else 0.0,
+    )
+
+
 _LAYOUTS = {
-    "single": "orchestrator.layouts.replicated:Single",
-    "ddp": "orchestrator.layouts.replicated:Ddp",
-    "fsdp2": "orchestrator.layouts.fsdp2:Fsdp2",
-    "deepspeed": "orchestrator.layouts.deepspeed:DeepSpeed",
+    "single": LayoutFacts("orchestrator.layouts.replicated:Single", one_worker=True),
+    "ddp": LayoutFacts("orchestrator.layouts.replicated:Ddp"),
+    "fsdp2": LayoutFacts("orchestrator.layouts.fsdp2:Fsdp2", held=_sharded),
+    "deepspeed": LayoutFacts(
+        "orchestrator.layouts.deepspeed:DeepSpeed",
+        held=_zero,
+        package="deepspeed",
+        compiles_on_cpu=True,
+        settings=frozenset({"zero_stage", "offload_optimizer"}),
+    ),
 }
+
+
+def layout_facts(config: LayoutConfig) -> LayoutFacts:
+    """Facts of the configured layout."""
+    return _LAYOUTS[config.type]
 
 
 def make_layout(config: LayoutConfig, module: nn.Module, optimizer: OptimizerFactory, numerics: Numerics) -> Layout:
@@ -75,6 +133,6 @@ def make_layout(config: LayoutConfig, module: nn.Module, optimizer: OptimizerFac
 
     Packages of a layout are imported only when it is chosen.
     """
-    home, _, name = _LAYOUTS[config.type].partition(":")
+    home, _, name = layout_facts(config).home.partition(":")
     layout: Layout = getattr(import_module(home), name)(module, optimizer, numerics, config)
     return layout

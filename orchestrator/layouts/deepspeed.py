@@ -5,11 +5,12 @@ The optimizer is the same torch AdamW as under every other layout; DeepSpeed dec
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class DeepSpeed:
             for parameter, value in zip(self._engine.module.parameters(), exact, strict=True):
                 if parameter.requires_grad:
                     held = held_piece(self._engine.optimizer, parameter)
-                    held.of(held.flat).values.copy_(value.flatten().narrow(0, held.start, held.numel))
+                    held.of(held.flat).held.copy_(value.flatten().narrow(0, held.start, held.numel))
 
     @contextmanager
     def micro(self, last: bool) -> Iterator[None]:
@@ -97,9 +98,9 @@ class DeepSpeed:
             return
         with torch.no_grad():
             for name, held in self._held().items():
-                held.of(held.flat).values.copy_(state["model"][name].values)
+                held.of(held.flat).held.copy_(state["model"][name].held)
                 for moment, given in state["optimizer"]["state"][name].items():
-                    held.of(self._adamw.state[held.flat][moment]).values.copy_(given.values)
+                    held.of(self._adamw.state[held.flat][moment]).held.copy_(given.held)
             for flat in flat_weights(self._engine.optimizer):
                 self._adamw.state[flat]["step"].copy_(state["optimizer"]["step"])
             for name, buffer in self._buffers().items():
@@ -152,7 +153,8 @@ def _settings(module: nn.Module, numerics: Numerics, config: LayoutConfig) -> di
 def _engine(module: nn.Module, adamw: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # read when DeepSpeed is imported; its own guess warns on a CPU
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    import deepspeed
+    with redirect_stdout(io.StringIO()):  # it prints memory statistics and what it has compiled
+        import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings, dist_init_required=False)
     return engine

@@ -19,7 +19,9 @@ class Fsdp2(Single):
     def _wrap(self, module: nn.Module) -> nn.Module:
         mesh = init_device_mesh(self.numerics.device.type, (torch.distributed.get_world_size(),))
         compute = self.numerics.precision
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32) if compute != torch.float32 else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy()
+        if compute != torch.float32:
+            policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         for layer in _repeated_layers(module):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -21,36 +21,36 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Piece(Tensor):
     """One rank's stretch of a flat tensor that all ranks hold together, as torch.distributed.checkpoint saves and fills it.
 
-    Stretches may be uneven or empty. No arithmetic: `values` is the plain tensor, `(numel,)`, written in place by a load.
+    Stretches may be uneven or empty. No arithmetic: `held` is the plain tensor, `(numel,)`, written in place by a load.
     """
 
-    values: Tensor
+    held: Tensor
     start: int
 
     @staticmethod
-    def __new__(cls, values: Tensor, start: int, size: int) -> Piece:
-        """`values` are the elements from `start` of a flat tensor of `size` elements."""
-        made: Piece = Tensor._make_wrapper_subclass(cls, torch.Size([size]), dtype=values.dtype, device=values.device)  # type: ignore[attr-defined]
-        made.values, made.start = values, start
+    def __new__(cls, held: Tensor, start: int, size: int) -> Piece:
+        """`held` are the elements from `start` of a flat tensor of `size` elements."""
+        made: Piece = Tensor._make_wrapper_subclass(cls, torch.Size([size]), dtype=held.dtype, device=held.device)
+        made.held, made.start = held, start
         return made
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if not len(self.values):
+        if not len(self.held):
             return []
-        return [ChunkStorageMetadata(torch.Size([self.start]), self.values.size())]
+        return [ChunkStorageMetadata(torch.Size([self.start]), self.held.size())]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.values)
+        properties = TensorProperties.create_from_tensor(self.held)
         return [
             WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, self.size()))
             for chunk in self.__create_chunk_list__()
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.values
+        return self.held
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(f"a Piece is only saved and loaded, and {func} was called on one")

@@ -17,14 +17,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from orchestrator.config import RunConfig
 from orchestrator.errors import Refusal
 from orchestrator.layouts import Numerics, make_layout
+from orchestrator.microbatch import cut
 from orchestrator.models import load_student
+from strategies.core import Columns
 from tests import harness_layouts as harness
 from tests.harness_layouts import ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
 from tests.tiny import tiny_model
-
-pytestmark = pytest.mark.slow
 
 EXACT = 1e-5
 """Largest relative difference of a step's loss or gradient norm in float32."""
@@ -44,30 +45,51 @@ class Results:
     """Weights of the independent loop after the first half."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks are slower on several threads, and the other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     folder = tmp_path_factory.mktemp("layouts")
     for name in ("tied", "untied"):
         tiny_model(folder / name, vocab_size=harness.VOCABULARY, width=16, tied=name == "tied")
     processes = {(world, rank): _start(folder, rank, world) for world, rank in SIDES}
+    try:
+        yield _collect(folder, processes)
+    finally:
+        for process in processes.values():
+            process.kill()
+
+
+def _collect(folder: Path, processes: dict[tuple[int, int], subprocess.Popen[bytes]]) -> Results:
     curves, half = {}, {}
     for case in {c.reference: c for c in CASES if c.precision == "float32"}.values():
         curves[case.reference], half[case.reference] = reference(folder, case)
     measured = {}
     for (world, rank), process in processes.items():
-        out, _ = process.communicate(timeout=280)
-        assert process.returncode == 0, f"rank {rank} of {world}:\n{out[-6000:]}"
+        assert process.wait(timeout=280) == 0, f"rank {rank} of {world}:\n{_log(folder, rank, world).read_text()[-6000:]}"
         measured[world, rank] = json.loads((folder / f"{world}_{rank}.json").read_text(encoding="utf-8"))
-    yield Results(folder, measured, curves, half)
+    return Results(folder, measured, curves, half)
 
 
-def _start(folder: Path, rank: int, world: int) -> subprocess.Popen[str]:
+def _start(folder: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.harness_layouts", str(folder), str(rank), str(world)]
     environment = os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with _log(folder, rank, world).open("wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def reference(folder: Path, case: Case) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def _log(folder: Path, rank: int, world: int) -> Path:
+    return folder / f"{world}_{rank}.log"
+
+
+def reference(folder: Path, case: Case, count: int = STEPS) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Plain training of one network on all rows of a step, row by row, with dense logits and torch's AdamW."""
     run = harness.run_config(folder, case)
     model = load_student(run.student, gradient_checkpointing=False, seed=run.seed)
@@ -79,7 +101,7 @@ def reference(folder: Path, case: Case) -> tuple[list[dict[str, float]], dict[st
     ]
     adamw = torch.optim.AdamW(groups, betas=run.train.betas, eps=run.train.eps, fused=False, foreach=False)
     steps, half = [], {}
-    for step in range(STEPS):
+    for step in range(count):
         if step == HALF:
             half = {f"model.{n}": p.detach().clone() for n, p in trained.items()}
         adamw.zero_grad()
@@ -145,23 +167,28 @@ def named(*worlds: int, checkpoints: bool = False) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "world"), named(ALONE, PAIR))
 def test_every_layout_follows_the_curve_of_a_plain_loop(results: Results, case: Case, world: int) -> None:
     for rank in range(world):
-        assert_same_curve(results.measured[world, rank][case.name]["steps"], results.curves[case.reference][: case.steps], case)
+        expected = results.curves[case.reference][: case.steps_at(world)]
+        assert_same_curve(results.measured[world, rank][case.name]["steps"], expected, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "world"), named(ALONE, PAIR, checkpoints=True))
 def test_a_run_goes_on_from_the_checkpoint_of_another_world_size(results: Results, case: Case, world: int) -> None:
     for rank in range(world):
         assert_same_curve(results.measured[world, rank][case.name]["resumed"], results.curves[case.reference][HALF:], case)
 
 
+@pytest.mark.slow
 def test_a_single_process_goes_on_bit_for_bit(results: Results) -> None:
     found = results.measured[ALONE, 0]["single"]
     assert found["resumed"] == found["steps"][HALF:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "world"), named(ALONE, PAIR, checkpoints=True))
 def test_every_layout_stores_the_same_weights_under_the_same_names(results: Results, case: Case, world: int, tmp_path: Path) -> None:
     whole = harness.merged(results.folder, case, world)
@@ -171,9 +198,12 @@ def test_every_layout_stores_the_same_weights_under_the_same_names(results: Resu
     assert {n: t.numel() for n, t in stored.items()} == {n: t.numel() for n, t in expected.items()}
     for name, weights in expected.items():
         bound = 1e-5 if case.precision == "float32" else 2e-2
-        torch.testing.assert_close(stored[name].reshape(weights.shape), weights, rtol=0, atol=bound, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            stored[name].reshape(weights.shape), weights, rtol=0, atol=bound, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp2", "zero3", "zero3_untied", "fsdp2_untied"])
 def test_a_rank_holds_only_its_shard_of_the_weights(results: Results, name: str) -> None:
     for rank in range(PAIR):
@@ -183,6 +213,7 @@ def test_a_rank_holds_only_its_shard_of_the_weights(results: Results, name: str)
         assert found["held"]["optimizer"] < 1.7 * found["whole"]  # two moments, and ZeRO's own float32 weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload"])
 def test_zero_shards_the_optimizer_alone_below_stage_three(results: Results, name: str) -> None:
     for rank in range(PAIR):
@@ -191,14 +222,27 @@ def test_zero_shards_the_optimizer_alone_below_stage_three(results: Results, nam
         assert found["held"]["optimizer"] < 1.7 * found["whole"]
 
 
+@pytest.mark.slow
 def test_the_ranks_had_unequal_work(results: Results) -> None:
     """What the other tests stand on: dummies happened, clipping was active, and one step was not finite."""
     steps = results.measured[PAIR, 0]["ddp"]["steps"]
-    mine = [len(harness.bundle(step, 0)["lengths"]) for step in range(STEPS)]
-    assert all(s["micro_batches"] > 1 for s in steps) and mine
-    assert sum(s["grad_norm"] > 0.3 for s in steps) > STEPS / 4
+    run = harness.run_config(results.folder, CASES[0])
+    shares = [[_micro_batches(run, harness.bundle(step, part)) for part in range(PAIR)] for step in range(STEPS)]
+    assert all(first > second for first, second in shares)
+    assert sum(s["grad_norm"] > harness.CLIP_NORM for s in steps) > STEPS / 4
     assert [n for n, s in enumerate(steps) if s["skipped"]] == [POISONED]
     assert harness.bundle(7, 1)["loss_mask"].sum() == 0
+
+
+def _micro_batches(run: RunConfig, columns: Columns) -> int:
+    return len(cut(columns, ["teacher"], run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens))
+
+
+def test_one_process_follows_the_curve_of_a_plain_loop(tmp_path: Path) -> None:
+    case = Case("quick", "single", (ALONE,), steps=12)
+    tiny_model(tmp_path / "tied", vocab_size=harness.VOCABULARY, width=16)
+    steps = harness.Side(tmp_path, 0, ALONE).measure(case)["steps"]
+    assert_same_curve(steps, reference(tmp_path, case, case.steps)[0], case)
 
 
 def test_offloading_without_sharding_is_refused(tmp_path: Path) -> None:

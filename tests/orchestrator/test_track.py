@@ -221,23 +221,27 @@ def test_a_deleted_run_is_not_tried_for_ever(uri: str, tmp_path: Path) -> None:
 
 
 DRIVER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from orchestrator.track import Tracker, MetricRow
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 tracker = Tracker.start(sys.argv[1], "distill", "killed", Path(sys.argv[2]), {}, {})
 tracker.log([MetricRow(s, 1, {"loss": 1.0}, 1000.0 + s) for s in range(1, 6)])
+print("up", flush=True)
+time.sleep(600)
 """
-WAIT = "print('up', flush=True); time.sleep(600)\n"
 
 
-def driver(code: str, uri: str, folder: Path) -> subprocess.Popen[str]:
+@pytest.fixture
+def driver(uri: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that drives a run in `tmp_path / "run"`, has logged 5 steps, and waits; it does not mind Ctrl-C."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, uri, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-
-
-def up(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    command = [sys.executable, "-c", DRIVER, uri, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        assert eventually(lambda: len(watchdogs(tmp_path / "run")) == 1)
+        yield process
+        process.kill()
 
 
 def record(folder: Path) -> RunRecord:
@@ -257,13 +261,14 @@ def watchdogs(folder: Path) -> list[int]:
     return found
 
 
-def test_the_watchdog_outlives_ctrl_c_and_tells_the_truth_about_a_killed_driver(uri: str, tmp_path: Path) -> None:
-    process = driver("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + DRIVER + WAIT, uri, tmp_path / "run")
-    up(process)
-    os.killpg(process.pid, signal.SIGINT)
-    assert len(watchdogs(tmp_path / "run")) == 1 and process.poll() is None
-    process.kill()
-    process.wait()
+def test_the_watchdog_outlives_ctrl_c_and_tells_the_truth_about_a_killed_driver(
+    driver: subprocess.Popen[str], uri: str, tmp_path: Path
+) -> None:
+    os.killpg(driver.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert len(watchdogs(tmp_path / "run")) == 1 and driver.poll() is None
+    driver.kill()
+    driver.wait()
     assert eventually(lambda: not watchdogs(tmp_path / "run"))
     run_id = record(tmp_path / "run").run_id
     assert client(uri).get_run(run_id).info.status == "KILLED"
@@ -273,24 +278,21 @@ def test_the_watchdog_outlives_ctrl_c_and_tells_the_truth_about_a_killed_driver(
 
 def test_a_driver_that_ends_well_leaves_no_watchdog(uri: str, tmp_path: Path) -> None:
     tracker = start(uri, tmp_path / "run")
-    assert len(watchdogs(tmp_path / "run")) == 1
+    assert eventually(lambda: len(watchdogs(tmp_path / "run")) == 1)
     tracker.finish("FINISHED")
     assert not watchdogs(tmp_path / "run")
 
 
-def test_the_next_command_reconciles_when_the_watchdog_died_too(uri: str, tmp_path: Path) -> None:
-    process = driver(DRIVER + WAIT, uri, tmp_path / "run")
-    up(process)
+def test_the_next_command_reconciles_when_the_watchdog_died_too(driver: subprocess.Popen[str], uri: str, tmp_path: Path) -> None:
     os.kill(watchdogs(tmp_path / "run")[0], signal.SIGKILL)
     assert reconcile(tmp_path / "run") == "running"
-    process.kill()
+    driver.kill()
     assert eventually(lambda: not (beat := Heartbeat.load(tmp_path / "run")) or not beat.alive()), "a zombie is dead"
     assert client(uri).get_run(record(tmp_path / "run").run_id).info.status == "RUNNING"
     assert reconcile_all(tmp_path) == {"run": "delivered"}
     assert client(uri).get_run(record(tmp_path / "run").run_id).info.status == "KILLED"
     assert steps(uri, record(tmp_path / "run").run_id) == [1, 2, 3, 4, 5]
     assert reconcile_all(tmp_path) == {"run": "clean"}
-    process.wait()
 
 
 def test_a_run_that_another_process_took_over_is_left_alone(uri: str, tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""`distill export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.storage import Folder
+from orchestrator.export import ExportDtype, export_from_run
+from orchestrator.model_card import Manifest
+
+
+def export_run(run_folder: str, to: Path | None, checkpoint: str, adapter: bool, dtype: ExportDtype = "trained") -> None:
+    """Exports a run's student and says where it is, how large, how well it reloads, and what to do next."""
+    home = Folder.of(run_folder)
+    folder = export_from_run(home, to, checkpoint, adapter, dtype)
+    made = Manifest.load(folder)
+    megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    kind = "LoRA adapter" if made.adapter else "student"
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{folder}[/]: {kind} of {made.checkpoint}, {made.parameters:,} parameters in {made.dtype}, {megabytes:,.1f} MB")
+    console.print(f"Reloaded in a fresh process: logits differ by {made.difference:.2g} of the largest (at most {made.bound:g} passes)")
+    console.print(f"Next: distill evaluate {folder} --recipe {home.root}/recipe.yaml")

@@ -1,0 +1,62 @@
+"""Curves of a finished run as a PNG, read from the journals of the run and of its control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.journal import Journal, MetricRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = "curves.png"
+SMOOTHED_STEPS = 15
+
+
+def plot_curves(runs: Mapping[str, Path], to: Path) -> Path:
+    """Training loss terms (running mean) and held-out metrics against steps; `runs` maps a name to a run's folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for number, (name, folder) in enumerate(runs.items()):
+        rows = list(Journal(folder).rows())
+        _draw(left, rows, name, f"C{number}", dict(zip(_terms(rows), ("-", "--", ":", "-."), strict=False)), smooth=True)
+        _draw(right, rows, name, f"C{number}", {"eval/cross_entropy": "-o", "eval/forward_kl": "--o"}, smooth=False)
+    for name, value in _teachers(next(iter(runs.values()))).items():
+        right.axhline(value, color="grey", linestyle=":", label=f"{name}: cross entropy")
+    left.set(title=f"Training (mean of {SMOOTHED_STEPS} steps)", xlabel="step", ylabel="nats per token")
+    right.set(title="Held-out rows", xlabel="step", ylabel="nats per token")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(to, dpi=110)
+    plt.close(figure)
+    return to
+
+
+def _draw(axes: Axes, rows: Sequence[MetricRow], name: str, colour: str, styles: Mapping[str, str], smooth: bool) -> None:
+    for metric, style in styles.items():
+        points = [(r.step, r.values[metric]) for r in rows if metric in r.values]
+        if points:
+            steps, values = zip(*points, strict=True)
+            label = f"{name}: {metric.rpartition('/')[2].replace('_', ' ')}"
+            axes.plot(steps, _smoothed(values) if smooth else values, style, color=colour, label=label)
+
+
+def _terms(rows: Sequence[MetricRow]) -> list[str]:
+    """`loss/...` metrics of the first step; their weighted sum alone says little."""
+    return sorted(m for r in rows[:1] for m in r.values if m.startswith("loss/"))
+
+
+def _teachers(folder: Path) -> dict[str, float]:
+    prefix = "eval/teacher_cross_entropy/"
+    return {m.removeprefix(prefix): v for r in Journal(folder).rows() for m, v in r.values.items() if m.startswith(prefix)}
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    return [sum(window := values[max(0, i - SMOOTHED_STEPS + 1) : i + 1]) / len(window) for i in range(len(values))]

@@ -1,0 +1,69 @@
+"""The reader's side of the stream: walks the order and yields bundles of prepared rows.
+
+Imports neither torch nor a strategy, because the process that reads starts with it and a run waits for its first bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from ray.data import DataContext, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from orchestrator.bundle import HELD_OUT_STEP, to_table
+from orchestrator.order import Order, deal, steps_from
+from orchestrator.rows import Rows
+
+if TYPE_CHECKING:
+    from strategies.core import Columns
+
+
+class OrderSource(Datasource):
+    """One read task that walks the order; thousands of tasks would take Ray Data minutes to plan."""
+
+    def __init__(self, order: Order, start_step: int, attempt: int, with_held_out: bool):
+        self._walk = (order, start_step, attempt, with_held_out)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        walk = self._walk
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        return [ReadTask(lambda: read_bundles(*walk), metadata)]
+
+
+def read_bundles(order: Order, start_step: int, attempt: int, with_held_out: bool) -> Iterator[pa.Table]:
+    """One-row tables of the stream, in order, numbered from 0 within the attempt."""
+    number = 0
+    if with_held_out:
+        held_out = Rows(order.folder, "held_out")
+        for part in held_out_parts(held_out, order):
+            yield to_table(_stamped(held_out.read(part), HELD_OUT_STEP, number, attempt, len(part)))
+            number += 1
+    train = Rows(order.folder, "train")
+    for step, parts in steps_from(order, start_step):
+        total = sum(len(p) for p in parts)
+        for part in parts:
+            yield to_table(_stamped(train.read(part), step, number, attempt, total))
+            number += 1
+
+
+def held_out_parts(held_out: Rows, order: Order) -> list[NDArray[np.int64]]:
+    """Rows of each held-out bundle; their number is a multiple of the bundles of a step, so that ranks share evenly."""
+    per_step = order.bundles_per_step
+    rows_each = max(1, (order.batch_rows or 16 * per_step) // per_step)
+    rounds = -(-len(held_out) // (rows_each * per_step))
+    return deal(np.arange(len(held_out)), held_out.lengths, rounds * per_step)
+
+
+def _stamped(rows: Columns, step: int, number: int, attempt: int, total: int) -> Columns:
+    control = {"step": step, "bundle": number, "attempt": attempt, "rows_total": total}
+    return {**rows, **{name: np.asarray([value], dtype=np.int64) for name, value in control.items()}}
