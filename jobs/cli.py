@@ -108,14 +108,10 @@ def quickstart(
 def main() -> None:
     """Entry point: turns what this package raises on purpose into words and an exit code."""
     try:
-        app(standalone_mode=False)
+        app()
     except DistillError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

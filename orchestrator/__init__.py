@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.errors import DistillError, Interrupted, Refusal, RunFailed
-    from orchestrator.run import RunResult, distill, resume
+    from orchestrator.result import RunResult
+    from orchestrator.run import distill, resume
 
 __all__ = ["DistillError", "Interrupted", "Refusal", "RunFailed", "RunResult", "distill", "resume"]
 
-_HOMES = {"distill": "run", "resume": "run", "RunResult": "run"}
+_HOMES = {"distill": "run", "resume": "run", "RunResult": "result"}
 
 
 def __getattr__(name: str) -> Any:

@@ -194,7 +194,7 @@ class _Network:
 
     def __init__(self, name: str, model: PreTrainedModel, usable: int):
         self.name, self.device, self.usable = name, compute_device(), usable
-        self.model: Any = model.to(self.device)  # type: ignore[arg-type]
+        self.model: Any = model.to(self.device)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.sums = dict.fromkeys(("cross_entropy", "forward_kl", "reverse_kl", "top1", "top5", "mass"), 0.0)
         self.seconds, self.read = 0.0, 0.0

@@ -140,7 +140,6 @@ class TrainConfig(Model):
     """Bundles that may be scored before the student asks for them."""
     max_failures: NonNegativeInt = 2
     """Times the worker group is restarted from the last committed checkpoint."""
-    log_every_steps: PositiveInt = 1
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)

@@ -100,16 +100,8 @@ def comparison_table(rows: Iterable[Row]) -> Table:
     """Held-out numbers side by side."""
     table = Table(title="Held-out rows (nats per token)", title_justify="left")
     table.add_column("model", no_wrap=True)
-    for name in (
-        "model",
-        "cross-entropy\nnats/token",
-        "KL to teacher\nnats/token",
-        "top-1\nagreement",
-        "parameters",
-        "seconds",
-        "tokens/s",
-    ):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("cross-\nentropy", "KL to\nteacher", "top-1\nagree", "para-\nmeters", "seconds", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         table.add_row(
             r.who,

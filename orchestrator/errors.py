@@ -1,9 +1,9 @@
 """Errors a person meets. Every `Refusal` says where, what was got, what was expected and what to do.
 
-    DistillError
-    +-- Refusal      the plan says no; nothing was created (exit 2)
-    +-- RunFailed    a run that had started ended with an error (exit 1)
-    +-- Interrupted  a person stopped the run; a checkpoint was written (exit 130)
+DistillError
++-- Refusal      the plan says no; nothing was created (exit 2)
++-- RunFailed    a run that had started ended with an error (exit 1)
++-- Interrupted  a person stopped the run; a checkpoint was written (exit 130)
 """
 
 from __future__ import annotations

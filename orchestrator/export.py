@@ -219,8 +219,15 @@ def _write(run: RunConfig, source: Folder, part: Path, player: str, adapter: boo
     weights = str(model.get_base_model().dtype if adapter else model.dtype).removeprefix("torch.")
     with probing(model):
         write_proof(part, model, tokenizer, weights)
+    _check_finite(part, source)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not adapter)
     return _Written(weights, parameters, tokenizer.chat_template is not None)
+
+
+def _check_finite(part: Path, source: Folder) -> None:
+    with np.load(part / PROOF, allow_pickle=False) as proof:
+        if not np.isfinite(proof["logits"]).all():
+            raise RunFailed(f"checkpoint {source.root}: the student's logits are not finite. Use an earlier checkpoint.")
 
 
 def _name_base(model: PeftModel, run: RunConfig) -> None:

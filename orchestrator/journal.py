@@ -84,12 +84,13 @@ class Lines:
         with self._lock:
             offset = cursor.offset if cursor.generation == self._generation else 0
             found: list[Any] = []
-            if self.path.exists():
-                with self.path.open("rb") as file:
-                    file.seek(offset)
-                    while len(found) < limit and (line := file.readline()).endswith(b"\n"):
-                        offset += len(line)
-                        found += _parsed(line, self.path)
+            if not self.path.exists():
+                return found, Cursor(self._generation, offset)
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                while len(found) < limit and (line := file.readline()).endswith(b"\n"):
+                    offset += len(line)
+                    found += _parsed(line, self.path)
             return found, Cursor(self._generation, offset)
 
     def all(self) -> Iterator[Any]:

@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from cluster import session
 from cluster.resources import demands
 from cluster.storage import Folder
@@ -69,6 +71,8 @@ def _run(job: Job, planned: Callable[[], Plan], display: Display) -> RunResult:
     """Checks and runs. Ray starts beside the checks and MLflow beside the workers, because each takes seconds."""
     with ThreadPoolExecutor(2) as pool:
         started = pool.submit(session.start, job.cluster, display.verbose)
+        if not display.verbose:
+            disable_progress_bar()
         try:
             plan = planned()
         except BaseException:

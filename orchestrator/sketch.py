@@ -145,15 +145,29 @@ def saved_bytes_per_forward(network: Network, config: StudentConfig, rows: int, 
 
 
 def _counted(network: Network, config: StudentConfig, size: tuple[int, int], bf16: bool, checkpointing: bool) -> int:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         model = _adapted(_build(network.config, config), config)
-        model.train()
+    model.train()
+    with FakeTensorMode():
+        _move_to_cpu(model)
         if checkpointing:
             one = _at_depth(model, 2, size, bf16) - _at_depth(model, 1, size, bf16)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             return one + _extrapolated(model, network.layers, size, bf16)
         return _extrapolated(model, network.layers, size, bf16)
+
+
+def _move_to_cpu(model: nn.Module) -> None:
+    """Replaces tensors on no device by ones on the CPU, fake ones inside a `FakeTensorMode`; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _extrapolated(model: PreTrainedModel | PeftModel, layers: int, size: tuple[int, int], bf16: bool) -> int:

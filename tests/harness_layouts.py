@@ -29,7 +29,7 @@ from orchestrator.players import load_players
 from orchestrator.train import train_step
 from strategies.core import Columns, Progress
 
-STEPS, HALF, POISONED = 50, 25, 9
+STEPS, HALF, AFTER, POISONED = 50, 25, 12, 9
 VOCABULARY, TOP_K, CLIP_NORM = 97, 5, 0.2
 PAIR, ALONE = 2, 1
 CPU = torch.device("cpu")
@@ -94,9 +94,9 @@ CASES = (
     Case("ddp_bf16", "ddp", precision="bfloat16"),
     Case("fsdp2_bf16", "fsdp2", precision="bfloat16"),
     Case("zero0_bf16", "deepspeed", stage=0, precision="bfloat16"),
-    Case("zero1_bf16", "deepspeed", BOTH, 1, precision="bfloat16", steps=STEPS, checkpoints=True),
+    Case("zero1_bf16", "deepspeed", BOTH, 1, precision="bfloat16", steps=HALF, checkpoints=True),
     Case("zero2_bf16", "deepspeed", stage=2, precision="bfloat16"),
-    Case("zero3_bf16", "deepspeed", BOTH, 3, precision="bfloat16", steps=STEPS, checkpoints=True),
+    Case("zero3_bf16", "deepspeed", BOTH, 3, precision="bfloat16", steps=HALF, checkpoints=True),
 )
 
 
@@ -203,13 +203,13 @@ class Side:
         return {"steps": steps, "held": student.held_bytes(), "stored": stored_bytes(student), "whole": whole_bytes(self.folder, case)}
 
     def go_on(self, case: Case) -> dict[str, Any]:
-        """The second half of the curve, from the checkpoint of the other side: of this one where it has no other."""
+        """`AFTER` steps more, from the checkpoint of the other side: of this one where it has no other."""
         print(f"{case.name} goes on at {self.world}", file=sys.stderr, flush=True)
         others = [w for w in case.worlds if w != self.world] or [self.world]
         source = merged(self.folder, case, others[0])
         run, players = self._load(case)
         position = checkpoint.restore(players, checkpoint.Checkpoint.from_directory(str(source)))
-        return {"resumed": [self._step(run, players, step) for step in range(position.step, case.steps)]}
+        return {"resumed": [self._step(run, players, step) for step in range(position.step, position.step + AFTER)]}
 
     def _load(self, case: Case) -> tuple[RunConfig, dict[str, Layout]]:
         run = run_config(self.folder, case)

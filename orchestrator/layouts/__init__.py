@@ -6,6 +6,7 @@ backward is the step's final one and must synchronise; it is set *before* the fo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -133,6 +134,8 @@ def make_layout(config: LayoutConfig, module: nn.Module, optimizer: OptimizerFac
 
     Packages of a layout are imported only when it is chosen.
     """
+    # FSDP2 and DeepSpeed call these themselves, at every step.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     home, _, name = layout_facts(config).home.partition(":")
     layout: Layout = getattr(import_module(home), name)(module, optimizer, numerics, config)
     return layout

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.evaluate import COMPLETE
-from orchestrator.fit import ATTEMPTS
+from orchestrator.attempt import ATTEMPTS
+from orchestrator.held_out_store import COMPLETE
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
 from tests.benchmarks.material import standard_library

@@ -24,7 +24,7 @@ from orchestrator.microbatch import cut
 from orchestrator.models import load_student
 from strategies.core import Columns
 from tests import harness_layouts as harness
-from tests.harness_layouts import ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
+from tests.harness_layouts import AFTER, ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
 from tests.tiny import tiny_model
 
 EXACT = 1e-5
@@ -179,13 +179,13 @@ def test_every_layout_follows_the_curve_of_a_plain_loop(results: Results, case: 
 @pytest.mark.parametrize(("case", "world"), named(ALONE, PAIR, checkpoints=True))
 def test_a_run_goes_on_from_the_checkpoint_of_another_world_size(results: Results, case: Case, world: int) -> None:
     for rank in range(world):
-        assert_same_curve(results.measured[world, rank][case.name]["resumed"], results.curves[case.reference][HALF:], case)
+        assert_same_curve(results.measured[world, rank][case.name]["resumed"], results.curves[case.reference][HALF : HALF + AFTER], case)
 
 
 @pytest.mark.slow
 def test_a_single_process_goes_on_bit_for_bit(results: Results) -> None:
     found = results.measured[ALONE, 0]["single"]
-    assert found["resumed"] == found["steps"][HALF:]
+    assert found["resumed"] == found["steps"][HALF : HALF + AFTER]
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_the_ranks_had_unequal_work(results: Results) -> None:
     steps = results.measured[PAIR, 0]["ddp"]["steps"]
     run = harness.run_config(results.folder, CASES[0])
     shares = [[_micro_batches(run, harness.bundle(step, part)) for part in range(PAIR)] for step in range(STEPS)]
-    assert all(first > second for first, second in shares)
+    assert sum(first > second for first, second in shares) > 0.9 * STEPS
     assert sum(s["grad_norm"] > harness.CLIP_NORM for s in steps) > STEPS / 4
     assert [n for n, s in enumerate(steps) if s["skipped"]] == [POISONED]
     assert harness.bundle(7, 1)["loss_mask"].sum() == 0

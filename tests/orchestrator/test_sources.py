@@ -140,6 +140,27 @@ def test_a_hub_name_without_a_network_says_so() -> None:
     assert "no file or folder here" in said and "cannot be reached" in said and "HF_HOME" in said
 
 
+def test_a_hub_name_is_loaded_with_its_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load(*args: object, **named: object) -> datasets.Dataset:
+        asked.append((args, named))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    records = read("somebody/some-data", "dev", subset="small")
+    assert texts(records) == ["one", "two", "three"] and records[0].source == "somebody/some-data[dev]"
+    assert asked == [(("somebody/some-data", "small"), {"split": "dev"})]
+
+
+def test_what_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object, **named: object) -> datasets.Dataset:
+        raise ValueError('Unknown split "dev".')
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert 'Unknown split "dev"' in refusal("somebody/some-data", "dev")
+
+
 def test_an_unsupported_file_says_what_is_supported(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\n")
     assert "expected a file ending in one of .jsonl" in refusal(tmp_path / "rows.csv")

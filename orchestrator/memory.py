@@ -1,0 +1,192 @@
+"""What a run will hold: peak memory of every process, and disk. Estimates from shapes alone, meant to be within 20 %.
+
+Sizes are bytes. Constants of a process without a network were measured with the CPU build of torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config import EndpointConfig
+from cluster.engines.transformers import LOGITS_AT_ONCE
+from cluster.forwards import group_by_length
+from cluster.resources import Demand
+from orchestrator.config import RunConfig
+from orchestrator.data import PreparedData
+from orchestrator.layouts import layout_facts
+from orchestrator.order import Order
+from orchestrator.rows import Rows
+from orchestrator.sketch import Network, saved_bytes_per_forward
+from strategies.head import CHUNK_TOKENS
+
+MIB = 1 << 20
+WORKER_BYTES = 600 * MIB
+"""A training worker before it loads anything: torch, transformers, Ray."""
+SCORER_BYTES = 560 * MIB
+READER_BYTES = 350 * MIB
+HEAD_COPIES = 6
+"""float32 copies of a chunk's logits alive at once: raw, temperatures, scattered, normalised, gradient."""
+SCORE_COPIES = 4
+"""The same for a teacher's piece of logits."""
+FLOAT = 4
+SAMPLED_STEPS = 16
+TASKS_IN_FLIGHT = 4
+"""Bundles that Ray Data holds around each actor besides those the workers read ahead."""
+ROW_TOKEN_BYTES = 5
+"""Token id and mask."""
+SIGNAL_BYTES = 8
+"""One kept teacher token: id and log-probability."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak of one process of a role, by what holds it."""
+
+    role: str
+    processes: int
+    parts: Mapping[str, int]
+    on_gpu: bool = False
+    """Whether everything but `process` and `bundles` lives in GPU memory."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def host(self) -> int:
+        """The part in the machine's own memory."""
+        return sum(v for k, v in self.parts.items() if not self.on_gpu or k in ("process", "bundles"))
+
+    @property
+    def device(self) -> int:
+        """The part in GPU memory."""
+        return self.total - self.host
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest pieces that processes meet: padded forwards `(rows, tokens)` and one bundle."""
+
+    micro: tuple[int, int]
+    micros: int
+    """Forwards of one worker in one step."""
+    forward_tokens: Mapping[str, int]
+    """Padded tokens of one forward by endpoint."""
+    bundle_bytes: int
+
+
+def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], kept: Mapping[str, int]) -> Work:
+    """Measured on the bundles of some steps of the real order. `kept` is the teacher tokens per position by endpoint."""
+    rows = Rows(order.folder, "train")
+    steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
+    bundles = [np.asarray(rows.lengths[b], dtype=np.int64) for s in steps.tolist() for b in order.bundles(s) if len(b)]
+    limit = run.train.micro_batch_tokens
+    micros = [_groups(b, limit) for b in bundles]
+    largest = max((g for groups in micros for g in groups), key=lambda g: g[0] * g[1])
+    tokens = max(int(b.sum()) for b in bundles)
+    models = {name: saved for name, config in endpoints.items() if (saved := config.saved_model)}
+    return Work(
+        micro=largest,
+        micros=max(len(groups) for groups in micros),
+        forward_tokens={n: max(r * t for b in bundles for r, t in _groups(b, m.forward_tokens)) for n, m in models.items()},
+        bundle_bytes=tokens * (ROW_TOKEN_BYTES + sum(k * SIGNAL_BYTES + FLOAT for k in kept.values())),
+    )
+
+
+def _groups(lengths: NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
+    return [(len(g), int(lengths[g].max())) for g in group_by_length(lengths, limit)]
+
+
+def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand) -> Memory:
+    """One training worker under the run's layout."""
+    held = layout_facts(run.train.layout).held(run.train.layout, workers.processes)
+    bf16 = run.train.precision == "bfloat16"
+    moments = 2 * student.trained * FLOAT * held.moments + student.trained * FLOAT * held.exact
+    gradients = student.trained * FLOAT * held.gradients
+    activations = saved_bytes_per_forward(student, run.student, *work.micro, bf16, run.train.gradient_checkpointing)
+    head = _head_bytes(student, min(CHUNK_TOKENS, work.micro[0] * work.micro[1]), work.micro[0] * work.micro[1])
+    if work.micros == 1:  # gradients grow while activations are freed; the head's own gradient is there before
+        activations, gradients = max(activations, int(gradients) - student.vocabulary * student.hidden * FLOAT), 0
+    offloaded = run.train.layout.offload_optimizer
+    parts = {
+        "process": WORKER_BYTES + (int(moments) if offloaded else 0),
+        "weights": int(student.parameters * student.dtype.itemsize * held.weights),
+        "gradients": int(gradients),
+        "optimizer": 0 if offloaded else int(moments),
+        "activations": activations,
+        "head": head,
+        "bundles": work.bundle_bytes * (run.train.read_ahead_bundles + 1),
+    }
+    return Memory(workers.role, workers.processes, parts, on_gpu=workers.share.gpus > 0)
+
+
+def _head_bytes(network: Network, chunk_tokens: int, tokens: int) -> int:
+    """Logits of one chunk in several copies, and the gradients that the forward makes."""
+    gradient = network.vocabulary * network.hidden + tokens * network.hidden
+    return FLOAT * (HEAD_COPIES * chunk_tokens * network.vocabulary + gradient)
+
+
+def scorer_memory(teacher: Network, quantized_bits: int, work: Work, demand: Demand) -> Memory:
+    """One actor of an endpoint. `quantized_bits` is 0 for weights in their own dtype."""
+    tokens = work.forward_tokens[demand.role]
+    on_gpu = demand.share.gpus > 0
+    piece = (64 if on_gpu else 1) * LOGITS_AT_ONCE
+    weights = teacher.parameters * quantized_bits // 8 if quantized_bits else teacher.parameters * teacher.dtype.itemsize
+    parts = {
+        "process": SCORER_BYTES,
+        "weights": weights,
+        "activations": tokens * (3 * teacher.widest + 4 * teacher.hidden) * teacher.dtype.itemsize,
+        "head": FLOAT * SCORE_COPIES * min(tokens * teacher.vocabulary, max(piece, 64 * teacher.vocabulary)),
+        "bundles": 2 * work.bundle_bytes,
+    }
+    return Memory(demand.role, demand.processes, parts, on_gpu)
+
+
+def small_process(demand: Demand) -> Memory:
+    """A process without a network: a reader, or an endpoint that loads nothing."""
+    return Memory(demand.role, demand.processes, {"process": READER_BYTES})
+
+
+def stream_bytes(run: RunConfig, work: Work, demands: tuple[Demand, ...]) -> int:
+    """Bundles under way at once over the whole stream: what Ray's object store must have room for."""
+    actors = sum(d.processes for d in demands if d.role in work.forward_tokens)
+    return work.bundle_bytes * (run.train.workers * (run.train.read_ahead_bundles + 1) + TASKS_IN_FLIGHT * (actors + 1))
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a run writes."""
+
+    checkpoint: int
+    checkpoints: int
+    """Most that lie on disk at once, one being written included."""
+    export: int
+    held_out: int
+    """Scored held-out rows."""
+    prepared: int
+    """Prepared data, already there."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes still to be written."""
+        return self.checkpoint * self.checkpoints + self.export + self.held_out
+
+
+def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, kept: Mapping[str, int]) -> Disk:
+    """Estimate for one training of the run."""
+    period = run.checkpoint.every_steps
+    written = ceil(steps / period) if period else 1
+    rows = data.held_out
+    prepared = sum(s.tokens * ROW_TOKEN_BYTES + s.rows * 20 for s in (data.train, data.held_out))
+    return Disk(
+        checkpoint=(student.trained + student.tied) * student.dtype.itemsize + 2 * (student.trained + student.tied) * FLOAT,
+        checkpoints=min(written, run.checkpoint.keep + 2),
+        export=student.parameters * student.dtype.itemsize,
+        held_out=rows.tokens * ROW_TOKEN_BYTES + rows.loss_tokens * sum(k * SIGNAL_BYTES + FLOAT for k in kept.values()),
+        prepared=prepared,
+    )

@@ -1,0 +1,60 @@
+"""The command: help, listings and exit codes, without starting Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import main
+from strategies import STRATEGIES
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `distill ARGUMENTS`."""
+    monkeypatch.setattr("sys.argv", ["distill", *arguments])
+    monkeypatch.setenv("COLUMNS", "120")
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "evaluate", "export", "strategies", "quickstart"])
+def test_every_command_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_the_list_of_strategies_names_each_and_one_shows_its_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "strategies") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in STRATEGIES)
+    assert run(monkeypatch, "strategies", "logits") == 0
+    shown = capsys.readouterr().out
+    assert "strategy.temperature" in shown
+    assert "arXiv:1606.07947" in shown
+
+
+def test_a_refusal_exits_with_2_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("student: x\nstrategy: logits\ndata: rows.jsonl\ntrain: {steps: 3}\n")
+    assert run(monkeypatch, "plan", str(recipe), "train.learning_rate=1e-4") == 2
+    told = capsys.readouterr().err
+    assert "train.learning_rate" in told
+    assert "expected" in told
+    assert run(monkeypatch, "plan", str(tmp_path / "missing.yaml")) == 2
+    assert run(monkeypatch, "strategies", "logit") == 2
+    assert "Did you mean 'logits'" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_wrong_usage_of_the_command_exits_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "run") == 2
+    assert run(monkeypatch, "nonsense") == 2
+    assert "nonsense" in capsys.readouterr().err

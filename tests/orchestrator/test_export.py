@@ -1,0 +1,296 @@
+"""Export: a checkpoint becomes a folder that loads elsewhere, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from pyarrow import fs
+from ray.train import Checkpoint
+from safetensors.torch import load_file, save_file
+
+from cluster.storage import Folder
+from orchestrator import checkpoint, export, weights
+from orchestrator.config import RunConfig, load_job, to_yaml
+from orchestrator.errors import Refusal, RunFailed
+from orchestrator.export import export_from_run, export_student, prove_export
+from orchestrator.models import load_student
+from orchestrator.plan import RECIPE
+from orchestrator.players import load_players
+from orchestrator.reload import load_saved
+from orchestrator.weights import load_weights
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PADDED = 520
+"""Vocabulary rows of the models; their tokenizer has 512 ids."""
+IDS = torch.arange(24).reshape(2, 12) * 5 % 512
+LINEAGE = {"run": "tiny", "data": "nowhere"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the saved models `tied` and `untied`."""
+    home = tmp_path_factory.mktemp("models")
+    for name in ("tied", "untied"):
+        tiny_tokenizer(home / name)
+        tiny_model(home / name, vocab_size=PADDED, tied=name == "tied")
+    return home
+
+
+def recipe(models: Path, name: str = "tied", **student: object) -> RunConfig:
+    content = {"student": {"model": str(models / name), **student}, "strategy": "logits", "data": "x", "train": {"layout": "single"}}
+    return load_job({**content, "train": {"steps": 10, "layout": "single"}}).run
+
+
+def trained(run: RunConfig) -> tuple[Folder, torch.Tensor]:
+    """A checkpoint of a student whose trained weights have moved, and its logits."""
+    players = load_players(run, run.strategy.build().players, torch.device("cpu"))
+    network = players["student"].module
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        logits = network.eval().model(input_ids=IDS).logits
+    saved = checkpoint.save(players, checkpoint.Position(7, 1, {"eval/cross_entropy": 2.5, "eval/perplexity": 12.0}), 0)
+    return Folder(saved.path), logits
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh process, which takes seconds, where another test has one."""
+    monkeypatch.setattr(export, "prove_export", lambda *given: 0.0)
+
+
+def test_a_merged_lora_student_reloads_in_a_fresh_process_with_its_logits(models: Path, tmp_path: Path) -> None:
+    run = recipe(models, lora={"r": 4})
+    source, logits = trained(run)
+    folder = export_student(run, source, tmp_path / "deep" / "out", lineage=LINEAGE)
+    made = json.loads((folder / "export.json").read_text())
+    assert made["difference"] <= made["bound"] == 1e-5
+    assert (made["step"], made["dtype"], made["adapter"]) == (7, "float32", False)
+    torch.testing.assert_close(load_saved(str(folder))(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    with np.load(folder / "proof.npz") as proof:
+        kept = {name: proof[name] for name in proof.files}
+    np.savez(folder / "proof.npz", **{**kept, "logits": kept["logits"] * 1.001})
+    with pytest.raises(RunFailed, match="reloaded logits differ by 0.001 of the largest; expected at most 1e-05"):
+        prove_export(folder, adapter=False)
+
+
+@pytest.mark.slow
+def test_an_adapter_reloads_over_the_base_it_names(models: Path, tmp_path: Path) -> None:
+    run = recipe(models, lora={"r": 4})
+    source, logits = trained(run)
+    folder = export_student(run, source, tmp_path / "out", merge_lora=False, lineage=LINEAGE)
+    torch.testing.assert_close(load_saved(str(folder))(input_ids=IDS).logits, logits, rtol=1e-5, atol=1e-5)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(models / "tied")
+    assert not (folder / "model.safetensors").exists()
+    assert "library_name: peft" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_student_written_in_bfloat16_reloads(models: Path, tmp_path: Path) -> None:
+    run = recipe(models)
+    source, _ = trained(run)
+    folder = export_student(run, source, tmp_path / "out", lineage=LINEAGE, dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "export.json").read_text())["bound"] == 0.02
+
+
+@pytest.mark.slow
+def test_a_folder_whose_weights_are_gone_is_not_proved(models: Path, tmp_path: Path) -> None:
+    run = recipe(models, "untied")
+    source, _ = trained(run)
+    folder = export_student(run, source, tmp_path / "out", lineage=LINEAGE)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match="logits differ"):
+        prove_export(folder, adapter=False)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RunFailed, match="a fresh process cannot load it"):
+        prove_export(folder, adapter=False)
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize(("name", "init"), [("tied", "pretrained"), ("untied", "pretrained"), ("tied", "random")])
+def test_a_whole_student_keeps_its_weights_tokenizer_and_settings(models: Path, tmp_path: Path, name: str, init: str) -> None:
+    run = recipe(models, name, init=init)
+    source, logits = trained(run)
+    folder = export_student(run, source, tmp_path / "out", lineage=LINEAGE)
+    assert torch.equal(load_saved(str(folder))(input_ids=IDS).logits, logits)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["use_cache"], config["vocab_size"], config["tie_word_embeddings"]) == (True, PADDED, name == "tied")
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert (folder / "chat_template.jinja").read_text() == (models / name / "chat_template.jinja").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.usefixtures("unproved")
+def test_the_card_says_where_the_student_comes_from(models: Path, tmp_path: Path) -> None:
+    run = recipe(models)
+    source, _ = trained(run)
+    lineage = {**LINEAGE, "teacher big": "org/big (abc)", "train tokens": 1234567, "MLflow run": "f00"}
+    text = (export_student(run, source, tmp_path / "out", lineage=lineage) / "README.md").read_text()
+    front = text.split("---\n")[1]
+    for line in ("base_model: tied", "library_name: transformers", "- distillation", "- perplexity"):
+        assert line in front
+    for words in ("org/big (abc)", "1,234,567", "f00", "arXiv:1606.07947", "type: logits", "| perplexity | 12 |", "| torch |"):
+        assert words in text
+
+
+@pytest.mark.usefixtures("unproved")
+def test_settings_that_cannot_be_saved_are_mended(models: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(models / "tied", tmp_path / "models" / "tied")
+    settings = json.loads((home / "generation_config.json").read_text())
+    (home / "generation_config.json").write_text(json.dumps({**settings, "do_sample": False, "temperature": 0.6}))
+    run = recipe(tmp_path / "models")
+    source, _ = trained(run)
+    folder = export_student(run, source, tmp_path / "out", lineage=LINEAGE)
+    written = json.loads((folder / "generation_config.json").read_text())
+    assert (written["do_sample"], written["temperature"]) == (True, 0.6)
+
+
+Change = Callable[[dict[str, torch.Tensor]], None]
+
+
+def rewritten(source: Folder, change: Change) -> Folder:
+    """A checkpoint with the same position whose model tensors `change` has been at."""
+    names = dcp.FileSystemReader(source.root).read_metadata().state_dict_metadata
+    state = {n: torch.zeros(e.size) for n, e in names.items() if n.startswith("student.model.")}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(source.root), no_dist=True)
+    change(state)
+    folder = Path(source.root + "-rewritten")
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    shutil.copy(Path(source.root, checkpoint.PROGRESS), folder)
+    return Folder(str(folder))
+
+
+def test_flat_tensors_as_zero_saves_them_take_the_students_shape(models: Path) -> None:
+    run = recipe(models, "untied")
+    source, logits = trained(run)
+    flat = rewritten(source, lambda state: state.update({n: t.flatten() for n, t in state.items()}))
+    student = load_student(run.student, gradient_checkpointing=False, seed=0)
+    load_weights(flat, "student", student)
+    assert torch.equal(student(input_ids=IDS).logits, logits)
+
+
+def test_one_name_of_a_tied_head_is_enough(models: Path) -> None:
+    run = recipe(models)
+    source, logits = trained(run)
+    single = rewritten(source, lambda state: state.pop("student.model.model.lm_head.weight", None))
+    student = load_student(run.student, gradient_checkpointing=False, seed=0)
+    load_weights(single, "student", student)
+    assert torch.equal(student(input_ids=IDS).logits, logits)
+
+
+NORM = "student.model.model.model.norm.weight"
+DAMAGES: list[tuple[Change, str]] = [
+    (lambda state: state.pop(NORM), "it lacks model.norm.weight. Expected"),
+    (lambda state: state.update({NORM: torch.zeros(4)}), r"got model.norm.weight of shape \(4,\); expected \(32,\)"),
+    (lambda state: state.update({"student.model.model.extra": torch.zeros(4)}), "it also has extra. Expected"),
+    (lambda state: state.update({NORM: torch.full((32,), torch.nan)}), "not finite"),
+]
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize(("change", "message"), DAMAGES, ids=["missing", "shape", "unexpected", "not finite"])
+def test_damaged_weights_are_refused_and_leave_nothing(models: Path, tmp_path: Path, change: Change, message: str) -> None:
+    run = recipe(models)
+    source, _ = trained(run)
+    with pytest.raises(RunFailed, match=message):
+        export_student(run, rewritten(source, change), tmp_path / "out", lineage=LINEAGE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("content", [None, b"", b"PK garbage"])
+def test_damaged_files_are_refused_in_one_sentence(models: Path, file: str, content: bytes | None) -> None:
+    run = recipe(models)
+    source, _ = trained(run)
+    path = Path(source.root, file)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(RunFailed, match="cannot be read"):
+        load_weights(source, "student", load_student(run.student, gradient_checkpointing=False, seed=0))
+
+
+def test_a_player_that_is_not_there_is_named(models: Path) -> None:
+    run = recipe(models)
+    source, _ = trained(run)
+    with pytest.raises(RunFailed, match="got the players student; expected 'critic'"):
+        load_weights(source, "critic", load_student(run.student, gradient_checkpointing=False, seed=0))
+
+
+def test_a_failed_proof_leaves_nothing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> float:
+        raise RunFailed("differs")
+
+    monkeypatch.setattr(export, "prove_export", fails)
+    run = recipe(models)
+    source, _ = trained(run)
+    with pytest.raises(RunFailed, match="differs"):
+        export_student(run, source, tmp_path / "out", lineage=LINEAGE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_in_remote_storage_is_downloaded(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recipe(models)
+    source, logits = trained(run)
+    remote = fs.SubTreeFileSystem(source.root, fs.LocalFileSystem())
+    monkeypatch.setattr(weights, "Checkpoint", lambda root: Checkpoint("/", filesystem=remote))
+    student = load_student(run.student, gradient_checkpointing=False, seed=0)
+    load_weights(Folder("s3://bucket/run/checkpoint"), "student", student)
+    assert torch.equal(student(input_ids=IDS).logits, logits)
+
+
+@contextmanager
+def run_folder(models: Path, home: Path, **student: object) -> Iterator[Folder]:
+    """A run with the checkpoints `one` and `two`, of which the first is the best."""
+    run = recipe(models, **student)
+    results = []
+    for step, (name, loss) in enumerate((("one", 1.0), ("two", 2.0)), start=1):
+        source, _ = trained(run)
+        shutil.copytree(source.root, home / name)
+        position = {"step": step, "attempt": 1, "metrics": {"eval/cross_entropy": loss}}
+        (home / name / checkpoint.PROGRESS).write_text(json.dumps(position))
+        results.append({"checkpoint_dir_name": name})
+    (home / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": results[-1], "checkpoint_results": results}))
+    (home / RECIPE).write_text(to_yaml(run))
+    yield Folder(str(home))
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_run_exports_its_best_last_or_named_checkpoint(models: Path, tmp_path: Path) -> None:
+    with run_folder(models, tmp_path) as home:
+        best = export_from_run(home, None, "best", adapter=False, dtype="trained")
+        last = export_from_run(home, tmp_path / "last", "last", adapter=False, dtype="trained")
+        named = export_from_run(home, tmp_path / "named", "one", adapter=False, dtype="trained")
+    assert best == tmp_path / "export"
+    assert [json.loads((f / "export.json").read_text())["checkpoint"] for f in (best, last, named)] == ["one", "two", "one"]
+    assert "sha256:" in (best / "README.md").read_text()
+
+
+def test_what_cannot_be_exported_is_refused_at_the_door(models: Path, tmp_path: Path) -> None:
+    def refused(home: Folder, to: Path | None, wanted: str, adapter: bool) -> str:
+        with pytest.raises(Refusal) as caught:
+            export_from_run(home, to, wanted, adapter, "trained")
+        return str(caught.value)
+
+    (tmp_path / "run").mkdir()
+    assert "no recipe.yaml; expected the folder of a run" in refused(Folder(str(tmp_path)), None, "best", False)
+    with run_folder(models, tmp_path / "run", init="random", lora={"r": 2}) as home:
+        assert "got 'three'; expected best, last or one of one, two" in refused(home, None, "three", False)
+        assert "which exists; expected a new folder" in refused(home, tmp_path, "best", False)
+        assert "a base of fresh random weights" in refused(home, None, "best", True)
+        (tmp_path / "run" / checkpoint.SNAPSHOT).unlink()
+        assert "no committed checkpoint" in refused(home, None, "best", False)
+    assert "a new local folder" in refused(Folder("s3://bucket/run"), None, "best", False)
+    (tmp_path / "run" / RECIPE).write_text(to_yaml(recipe(models)))
+    assert "a student without LoRA" in refused(home, None, "best", True)
