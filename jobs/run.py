@@ -8,15 +8,16 @@ from pathlib import Path
 from orchestrator import run as runs
 from orchestrator.config import load_job
 from orchestrator.display import Display
-from orchestrator.plan import make_plan
 
 CLUSTER = Path("ray_config.yaml")
 
 
 def show_plan(recipe: Path, overrides: Sequence[str], cluster: Path | None) -> None:
     """Checks and prints; `Refusal` says what is wrong."""
+    from orchestrator.plan import make_plan, plan_text
+
     job = load_job(recipe, overrides, cluster_file(cluster))
-    Display().plan(make_plan(job, recipe.stem))
+    Display().plan(plan_text(make_plan(job, recipe.stem)))
 
 
 def start_run(recipe: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:

@@ -16,7 +16,7 @@ from orchestrator.config import DataConfig, load_job
 from orchestrator.data import prepare
 from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer
-from orchestrator.plan import RECIPE
+from orchestrator.result import RECIPE
 from orchestrator.rows import Rows
 from orchestrator.saved_models import load_config
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from orchestrator.board import Entry
-from orchestrator.plan import Plan, plan_text
 from orchestrator.result import Row, RunResult
+
+if TYPE_CHECKING:
+    from orchestrator.board import Entry
 
 LINE_SECONDS = 10.0
 """Without a terminal, how often a line of progress is printed."""
@@ -34,13 +36,14 @@ class Display:
         """One line of words."""
         self._console.print(text, soft_wrap=True)
 
-    def plan(self, plan: Plan) -> None:
-        self._console.print(plan_text(plan), soft_wrap=True)
+    def plan(self, text: RenderableType) -> None:
+        """The checked plan."""
+        self._console.print(text, soft_wrap=True)
 
     @contextmanager
-    def training(self, plan: Plan) -> Iterator[None]:
+    def training(self, steps: int) -> Iterator[None]:
         """Around the training of one plan: a live bar on a terminal, a line now and then elsewhere."""
-        self._plan_steps = plan.steps
+        self._plan_steps = steps
         if not self._console.is_terminal:
             self.say("Starting Ray, teachers and workers ...")
             yield
@@ -56,7 +59,7 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=False) as self._bar:
-            self._task = self._bar.add_task("starting", total=plan.steps, numbers="", start=False)
+            self._task = self._bar.add_task("starting", total=steps, numbers="", start=False)
             yield
         self._bar = None
 

@@ -27,8 +27,9 @@ from orchestrator.errors import Refusal, RunFailed
 from orchestrator.lineage import LINEAGE, lineage_of, lineage_of_recipe
 from orchestrator.model_card import Manifest, card, versions
 from orchestrator.models import load_student, load_tokenizer
-from orchestrator.plan import RECIPE, Plan
+from orchestrator.plan import Plan
 from orchestrator.reload import ADAPTER, PROOF, Reloaded, write_proof
+from orchestrator.result import RECIPE
 from orchestrator.weights import load_weights
 
 BOUNDS = {"float32": 1e-5}

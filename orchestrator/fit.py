@@ -18,7 +18,7 @@ from cluster import session
 from orchestrator.attempt import StreamFactory
 from orchestrator.board import Entry, open_board
 from orchestrator.plan import Plan
-from orchestrator.train import WorkerJob, train_worker
+from orchestrator.worker import WorkerJob, run_worker
 
 POLL_SECONDS = 0.25
 
@@ -79,7 +79,7 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
     resources: dict[str, float] = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     environment = {"RAY_ADDRESS": session.address(), "DS_ACCELERATOR": "cuda" if share.gpus else "cpu"}
     return TorchTrainer(
-        train_worker,
+        run_worker,
         train_loop_config={"job": job},
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),

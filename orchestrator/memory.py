@@ -184,7 +184,7 @@ def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, kept:
     rows = data.held_out
     prepared = sum(s.tokens * ROW_TOKEN_BYTES + s.rows * 20 for s in (data.train, data.held_out))
     return Disk(
-        checkpoint=(student.trained + student.tied) * student.dtype.itemsize + 2 * (student.trained + student.tied) * FLOAT,
+        checkpoint=(student.trained + student.tied) * student.dtype.itemsize + 2 * student.trained * FLOAT,
         checkpoints=min(written, run.checkpoint.keep + 2),
         export=student.parameters * student.dtype.itemsize,
         held_out=rows.tokens * ROW_TOKEN_BYTES + rows.loss_tokens * sum(k * SIGNAL_BYTES + FLOAT for k in kept.values()),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +30,9 @@ from orchestrator.microbatch import MicroBatch
 from orchestrator.saved_models import config_folder, fingerprint, load_config
 from strategies.core import Progress, Term
 from strategies.head import CHUNK_TOKENS, Head, chunked_terms
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 __all__ = [
     "StudentModule",
@@ -77,7 +79,7 @@ def load_student(config: StudentConfig, gradient_checkpointing: bool, seed: int)
         base.config.use_cache = False
         if gradient_checkpointing:
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        model = base if config.lora is None else get_peft_model(base, lora_config(config.lora))
+        model = base if config.lora is None else _adapted(base, config.lora)
     return model.eval()
 
 
@@ -102,10 +104,19 @@ def _random(config: StudentConfig) -> PreTrainedModel:
     return model
 
 
+def _adapted(base: PreTrainedModel, config: Lora) -> PeftModel:
+    from peft import get_peft_model  # takes seconds, and only a LoRA student waits for it
+
+    adapted: PeftModel = get_peft_model(base, lora_config(config))
+    return adapted
+
+
 def lora_config(config: Lora) -> LoraConfig:
     """PEFT's form of the settings."""
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     alpha: Any = config.alpha  # PEFT divides it; its annotation says int
+    from peft import LoraConfig
+
     return LoraConfig(
         r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
@@ -123,7 +134,7 @@ def backbone_of(model: PreTrainedModel | PeftModel) -> nn.Module:
 
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PreTrainedModel):
         return model
     base: Any = model.get_base_model()
     assert isinstance(base, PreTrainedModel)

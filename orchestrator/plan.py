@@ -18,11 +18,6 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from strategies.core import Strategy
 
-RECIPE = "recipe.yaml"
-"""The recipe of a run, in its folder."""
-RESULT = "result.json"
-"""What a finished run leaves in its folder; its presence says that the run is finished."""
-
 
 @dataclass(frozen=True)
 class Plan:

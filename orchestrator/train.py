@@ -10,14 +10,12 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
 
-from cluster.storage import Folder
 from orchestrator import checkpoint, evaluate, held_out_store
 from orchestrator.board import RankJournal
 from orchestrator.bundle import scalar
@@ -28,33 +26,18 @@ from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
 from orchestrator.stream import Stream
+from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
 
 MOST_SKIPPED_STEPS = 10
 """Consecutive steps with a gradient that is not finite before the run fails."""
 
 
-@dataclass(frozen=True)
-class WorkerJob:
-    """What every training worker of a run is told."""
-
-    run: RunConfig
-    steps: int
-    folder: Folder
-    """The run's own folder."""
-    held_out: Folder
-    """Where scored held-out bundles are kept."""
-    board: Any
-    threads: int
-
-
-def train_worker(config: dict[str, WorkerJob]) -> None:
-    """Body of one Ray Train worker."""
-    job = config["job"]
+def train_worker(job: WorkerJob, stream: Stream) -> None:
+    """Trains this worker's share of every step, from the newest checkpoint to the last step."""
     torch.set_num_threads(job.threads)
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
-    stream = Stream(ray.train.get_dataset_shard("train"), rank, world_size(), job.run.train.read_ahead_bundles)
     strategy = job.run.strategy.build()
     players = load_players(job.run, strategy.players, device)
     resumed = ray.train.get_checkpoint()

@@ -129,6 +129,11 @@ def layout_facts(config: LayoutConfig) -> LayoutFacts:
     return _LAYOUTS[config.type]
 
 
+def layouts_with(setting: str) -> list[str]:
+    """Layouts that read a setting of `LayoutConfig`."""
+    return [name for name, facts in _LAYOUTS.items() if setting in facts.settings]
+
+
 def make_layout(config: LayoutConfig, module: nn.Module, optimizer: OptimizerFactory, numerics: Numerics) -> Layout:
     """Wraps `module` (already on CPU or device, whole on every rank) under the configured layout.
 

@@ -1,0 +1,151 @@
+"""Checks of student and teachers as saved networks: precision, context, vocabulary, tokenizers, templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cluster.config import EndpointConfig, SavedModel
+from orchestrator.checks.recipe import check_attention
+from orchestrator.config import DataConfig, Job, RunConfig, StudentConfig
+from orchestrator.data import PreparedData, template_digest
+from orchestrator.errors import Refusal
+from orchestrator.models import load_tokenizer, usable_vocabulary
+from orchestrator.sketch import Network, student_network, teacher_network
+from orchestrator.sources import open_source
+
+SHOWN_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who takes part: networks and tokenizers, all without weights."""
+
+    student: Network
+    tokenizer: PreTrainedTokenizerBase
+    teachers: Mapping[str, Network]
+    """By endpoint; those that load a saved model."""
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    """The teachers' own, where there is one."""
+    vocabulary: int
+    """Ids, from 0, that student and every teacher predict."""
+
+
+def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[str]]:
+    """Opens every network and tokenizer of a run and compares them; also returns warnings."""
+    run = job.run
+    saved = {name: model for name, config in endpoints.items() if (model := config.saved_model)}
+    for name, model in saved.items():
+        _check_endpoint(name, model, endpoints[name].resources.gpus)
+    tokenizer = load_tokenizer(run.student)
+    student = student_network(run.student)
+    _check_precision(job, student)
+    teachers = {n: teacher_network(n, m.model, m.revision, m.trust_remote_code, m.dtype) for n, m in saved.items()}
+    own = {n: t for n, m in saved.items() if (t := _own_tokenizer(m)) is not None}
+    warnings = [f"endpoint {n!r} has no tokenizer beside its model; it is taken to share the student's." for n in saved if n not in own]
+    for name, theirs in own.items():
+        warnings += _compare_tokenizers(name, tokenizer, theirs)
+    warnings += _about_weights(run, student, teachers)
+    return Cast(student, tokenizer, teachers, own, _shared_vocabulary(student, tokenizer, teachers, endpoints)), warnings
+
+
+def check_rows(run: RunConfig, people: Cast, data: PreparedData) -> list[str]:
+    """Rows against contexts and chat templates."""
+    longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
+    for network in (people.student, *people.teachers.values()):
+        if network.context is not None and longest > network.context:
+            do = f"Set data.max_length_tokens={network.context} or less, or choose a network with a longer context."
+            raise Refusal("data.max_length_tokens", f"rows of {longest} tokens", f"at most the {network.context} of {network.where}", do)
+    different = [n for n, t in people.tokenizers.items() if template_digest(t) != template_digest(people.tokenizer)]
+    if different and _templated(run.data):
+        do = "Give both the same chat template (chat_template.jinja beside the model), or turn messages into prompt and completion."
+        got = f"messages, which endpoint {different[0]!r} and the student lay out by different chat templates"
+        raise Refusal("data.train", got, "one template, because the teacher scores the student's tokens", do)
+    return [f"endpoint {n!r} has another chat template than the student; rows of plain text do not use it." for n in different]
+
+
+def _check_endpoint(name: str, model: SavedModel, gpus: float) -> None:
+    if model.quantization != "none" and not gpus:
+        do = f"Set endpoints.{name}.resources.gpus=1, or quantization=none."
+        raise Refusal(f"endpoints.{name}.quantization", f"{model.quantization!r} in a process without a GPU", "'none' on CPUs", do)
+    check_attention(f"endpoints.{name}.attention", model.attention, gpus, model.dtype != "float32", f"endpoints.{name}.dtype=bfloat16")
+
+
+def _check_precision(job: Job, student: Network) -> None:
+    run = job.run
+    if student.dtype == torch.float16:
+        got = "'auto', which for this model is float16"
+        do = "Set student.dtype=float32 and train.precision=bfloat16 for speed."
+        raise Refusal("student.dtype", got, "float32, because float16 weights overflow without loss scaling", do)
+    half = run.train.precision == "bfloat16" or student.dtype == torch.bfloat16
+    check_attention("student.attention", run.student.attention, job.cluster.resources.worker.gpus, half, "train.precision=bfloat16")
+
+
+def _own_tokenizer(model: SavedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved beside a teacher; None when there is none."""
+    beside = StudentConfig(model=model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    try:
+        return load_tokenizer(beside)
+    except Refusal:  # teachers are given ids, so they may come without one
+        return None
+
+
+def _shared_vocabulary(
+    student: Network, tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, Network], endpoints: Mapping[str, EndpointConfig]
+) -> int:
+    sizes = [usable_vocabulary(student.config, tokenizer, teacher.config, name) for name, teacher in teachers.items()]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    own = {"student": student.vocabulary, **{f"endpoint {n!r}": v for n, c in endpoints.items() if (v := c.own_vocabulary)}}
+    for who, size in own.items():
+        if size < needed:
+            do = "Use the tokenizer it was made with, or one that fits it."
+            raise Refusal(f"vocabulary of {who}", f"{size} ids", f"at least the {needed} ids of the student's tokenizer", do)
+    return min([*sizes, *own.values()])
+
+
+def _compare_tokenizers(name: str, ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> list[str]:
+    """`Refusal` when the same ids mean other tokens; warnings about special tokens."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    owner = {i: token for token, i in other.items()}
+    different = {t: i for t, i in mine.items() if other.get(t, i) != i or owner.get(i, t) != t}
+    if different:
+        shown = ", ".join(f"{t!r} is {i} here and {other.get(t, 'unknown')} there" for t, i in list(different.items())[:SHOWN_TOKENS])
+        do = "Use a teacher of the student's family; other tokenizers need a strategy that aligns them."
+        raise Refusal(f"tokenizer of endpoint {name!r}", f"{len(different)} tokens with other ids ({shown})", "the student's ids", do)
+    warnings = []
+    if lacking := len([t for t in mine if t not in other]):
+        warnings.append(f"the tokenizer of endpoint {name!r} lacks {lacking} tokens of the student's; it never learnt them.")
+    if ours.eos_token_id != theirs.eos_token_id:
+        warnings.append(
+            f"EOS is {ours.eos_token_id} ({ours.eos_token!r}) for the student and {theirs.eos_token_id} ({theirs.eos_token!r}) for endpoint "
+            f"{name!r}: the teacher will call every end of a row unlikely. Give both tokenizers the same eos_token."
+        )
+    if _adds_before(ours) != _adds_before(theirs):
+        warnings.append(
+            f"the student's rows begin with {_adds_before(ours)} where endpoint {name!r} is used to {_adds_before(theirs)} (BOS)."
+        )
+    return warnings
+
+
+def _adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special ids that the tokenizer puts before a text."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return [int(i) for i in whole[:start]]
+
+
+def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Network]) -> list[str]:
+    if run.student.init == "random":
+        return []
+    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint]
+    return [f"endpoint {n!r} has the very weights that the student starts from; it can only teach it to stay." for n in same]
+
+
+def _templated(config: DataConfig) -> bool:
+    """Whether rows go through the chat template."""
+    source = open_source(config.train, config, config.split, "data.train")
+    first = next((record.columns for record in source.records() if record.problem is None), {})
+    return "tokens" not in first and ("messages" in first or isinstance(first.get("prompt"), list))

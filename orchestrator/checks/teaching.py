@@ -1,0 +1,159 @@
+"""Checks of a strategy: its parts name each other, its stages find their columns, and something is learnt.
+
+The stages are rehearsed on one row of two tokens with deterministic scores, so that what they ask of their endpoints
+and what they really add is known before any model loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cluster.config import EndpointConfig
+from cluster.engines.fake import FakeEngine
+from orchestrator import evaluate
+from orchestrator.bundle import HELD_OUT_STEP
+from orchestrator.config import Job
+from orchestrator.errors import Refusal
+from orchestrator.explain import nearest
+from strategies.core import Columns, Progress, Stage, Strategy, Term
+
+ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
+CONTROL_COLUMNS = frozenset({"step", "bundle", "attempt", "rows_total"})
+SIGNAL_PARTS = ("ids", "logprobs")
+SAMPLED_STEPS = 257
+
+
+def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]:
+    """The record by itself. `steps` is None while epochs have not been counted."""
+    where = f"strategy.{job.run.strategy.type}"
+    _check_parts(where, strategy)
+    _check_columns(where, strategy)
+    _check_best_metric(job, strategy)
+    warnings = _check_weights(where, strategy, steps or 1000)
+    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages})
+    warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
+    if job.run.baseline and not strategy.signals:
+        warnings.append("baseline: true trains the same again, because the strategy has no teacher.")
+    return warnings
+
+
+def used_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
+    """The endpoints that stages name. `Refusal` for one that nothing defines."""
+    wanted = {s.endpoint for s in strategy.stages if s.endpoint}
+    for name in sorted(wanted - set(job.endpoints)):
+        known = sorted(job.endpoints)
+        raise Refusal(
+            f"strategy.{job.run.strategy.type}",
+            f"the endpoint {name!r}, which nothing defines",
+            f"one of {', '.join(known) or 'the endpoints of ray_config.yaml or the recipe (none are defined)'}",
+            f"{nearest(name, known)}Add endpoints.{name}.model to the recipe or to ray_config.yaml.",
+        )
+    return {name: job.endpoints[name] for name in sorted(wanted)}
+
+
+def _check_parts(where: str, strategy: Strategy) -> None:
+    for update in strategy.updates:
+        if update.player not in strategy.players:
+            known = ", ".join(sorted(strategy.players)) or "none"
+            raise Refusal(where, f"an update of the player {update.player!r}", f"a player of the strategy: {known}", "Mend the strategy.")
+        names = [t.name for t in update.terms]
+        if len(set(names)) < len(names):
+            raise Refusal(where, f"terms named {', '.join(names)}", "a name of its own for each", "Mend the strategy.")
+        for term in update.terms:
+            if term.signal is not None and term.signal not in strategy.signals:
+                expected = f"one of its signals: {', '.join(strategy.signals) or 'none'}"
+                raise Refusal(where, f"the term {term.name!r} reading the signal {term.signal!r}", expected, "Mend the strategy.")
+
+
+def _check_columns(where: str, strategy: Strategy) -> None:
+    there = ROW_COLUMNS | CONTROL_COLUMNS
+    for stage in strategy.stages:
+        missing = sorted(stage.needs - there)
+        if missing:
+            raise Refusal(
+                f"{where}: stage {type(stage).__name__}",
+                f"no column {missing[0]!r}",
+                f"a column of the rows or of an earlier stage: {', '.join(sorted(there))}",
+                "Put a stage that adds it before this one.",
+            )
+        there = there | stage.adds
+    for column in (f"{signal}/{part}" for signal in strategy.signals for part in SIGNAL_PARTS):
+        if column not in there:
+            do = "Add a stage that scores the rows, or drop the signal."
+            raise Refusal(where, f"the signal column {column!r}, which no stage adds", "a stage that adds it", do)
+
+
+def _check_best_metric(job: Job, strategy: Strategy) -> None:
+    given = job.run.checkpoint.best_metric
+    known = [f"eval/{t.name}" for t in evaluate.evaluation_terms(strategy.signals)] + ["eval/perplexity"]
+    if given not in known:
+        do = nearest(given, known) or "Correct the name."
+        raise Refusal("checkpoint.best_metric", repr(given), f"one of {', '.join(known)}", do)
+
+
+def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
+    """Some term has a weight at some step. Negative weights are fine: only sums that are always zero teach nothing."""
+    points = [Progress(int(s), steps) for s in np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int))]
+    idle: list[Term] = []
+    for update in strategy.updates:
+        never = [t for t in update.terms if not any(t.scale(p) for p in points)]
+        if len(never) == len(update.terms):
+            names = ", ".join(t.name for t in never)
+            do = "Give one of them a weight, negative ones included."
+            raise Refusal(where, f"weight 0 at every step for all of its terms ({names})", "at least one term that teaches", do)
+        idle += never
+    return [f"the term {t.name!r} has weight 0 throughout" + (f"; {t.signal!r} is asked for nothing." if t.signal else ".") for t in idle]
+
+
+@dataclass
+class _Rehearsal:
+    """Stands in for an endpoint: answers any question about two tokens, and remembers how many ids were asked for."""
+
+    where: str
+    vocabulary: int
+    asked: list[int] = field(default_factory=list)
+
+    def score(self, columns: Columns, top_k: int) -> Columns:
+        """See `cluster.engines.Engine.score`."""
+        if top_k > self.vocabulary:
+            do = f"Set strategy.top_k to at most {self.vocabulary}; 64 is plenty."
+            raise Refusal(f"{self.where}: top_k", str(top_k), f"at most the {self.vocabulary} ids that student and teacher share", do)
+        self.asked.append(top_k)
+        return FakeEngine(self.vocabulary).score(columns, top_k)
+
+
+def rehearse(job: Job, strategy: Strategy, vocabulary: int) -> dict[str, int]:
+    """Most ids per position that each endpoint is asked for. `Refusal` for more than there are, and for a stage that
+    does not add what it says."""
+    where = f"strategy.{job.run.strategy.type}"
+    columns = _smallest_bundle()
+    asked: dict[str, int] = {}
+    for stage in strategy.stages:
+        endpoint = _Rehearsal(where, vocabulary)
+        columns = _play(where, stage, columns, endpoint)
+        if stage.endpoint is not None:
+            asked[stage.endpoint] = max([asked.get(stage.endpoint, 0), *endpoint.asked])
+    return asked
+
+
+def _play(where: str, stage: Stage, columns: Columns, endpoint: _Rehearsal) -> Columns:
+    after = stage(dict(columns), endpoint if stage.endpoint else None)
+    missing = sorted(stage.adds - set(after))
+    if missing:
+        got = f"no column {missing[0]!r} after it ran"
+        raise Refusal(f"{where}: stage {type(stage).__name__}", got, "every column that it says it adds", "Mend the stage.")
+    return after
+
+
+def _smallest_bundle() -> Columns:
+    control: Mapping[str, int] = {"step": HELD_OUT_STEP, "bundle": 0, "attempt": 1, "rows_total": 1}
+    return {
+        "tokens": np.asarray([0, 0], dtype=np.int32),
+        "lengths": np.asarray([2], dtype=np.int32),
+        "loss_mask": np.asarray([0, 1], dtype=np.uint8),
+        "row_id": np.asarray([0], dtype=np.int64),
+        **{name: np.asarray([value], dtype=np.int64) for name, value in control.items()},
+    }

@@ -1,0 +1,43 @@
+"""The lines of a run's closing comparison: every teacher, the student, the control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Plan
+from orchestrator.result import Row
+from orchestrator.saved_models import count_parameters
+
+
+def student_row(plan: Plan, who: str, metrics: Mapping[str, float], ledger: Ledger, student: Path) -> Row:
+    """The line of a trained student."""
+    return Row(
+        who=who,
+        cross_entropy=metrics.get("eval/cross_entropy"),
+        forward_kl=metrics.get("eval/forward_kl"),
+        top1_agreement=metrics.get("eval/top1_agreement"),
+        parameters=count_parameters(student),
+        seconds=ledger.seconds,
+        tokens_per_second=ledger.tokens_per_second,
+    )
+
+
+def teacher_rows(plan: Plan, metrics: Mapping[str, float], ledger: Ledger) -> list[Row]:
+    """One line for every teacher that scored held-out rows."""
+    rows = []
+    for name, config in plan.endpoints.items():
+        seconds = ledger.score_seconds.get(name, 0.0)
+        rows.append(
+            Row(
+                who=name,
+                cross_entropy=metrics.get(f"eval/teacher_cross_entropy/{name}"),
+                forward_kl=0.0,
+                top1_agreement=1.0,
+                parameters=count_parameters(Path(model)) if (model := getattr(config, "model", None)) else None,
+                seconds=seconds,
+                tokens_per_second=ledger.tokens / seconds if seconds else 0.0,
+            )
+        )
+    return rows

@@ -1,0 +1,179 @@
+"""The driver of a checked run: train, export, train the control, compare, and keep MLflow true to it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from cluster.resources import demands
+from cluster.storage import Folder
+from orchestrator import checkpoint
+from orchestrator.comparison import student_row, teacher_rows
+from orchestrator.config import Job, to_yaml
+from orchestrator.display import Display
+from orchestrator.errors import Interrupted, RunFailed
+from orchestrator.fit import Fit, start_fit
+from orchestrator.journal import RunRecord
+from orchestrator.ledger import Ledger
+from orchestrator.plan import Plan, plan_text
+from orchestrator.result import RECIPE, RESULT, Row, RunResult
+from orchestrator.track import Tracker, reconcile_all
+from strategies import baseline
+
+BASELINE = "-baseline"
+
+
+def drive(plan: Plan, display: Display, ray_started: Future[bool]) -> RunResult:
+    """Runs a plan to its end. MLflow starts beside the workers, because each takes seconds."""
+    display.plan(plan_text(plan))
+    if not display.verbose:
+        disable_progress_bar()
+    plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
+    with ThreadPoolExecutor(1) as pool:
+        tracking = pool.submit(_start_tracking, plan, None)
+        ray_started.result()
+        tracker, ledger = _train(plan, display, tracking)
+        try:
+            result = _conclude(plan, ledger, tracker, display)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+    tracker.finish("FINISHED")
+    return result
+
+
+def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
+    """Opens the MLflow run, or goes on with the folder's own; settles first what earlier drivers left behind."""
+    folder = plan.local
+    reconcile_all(folder.parent)
+    known = RunRecord.load(folder)
+    tracker = Tracker.start(
+        uri=known.uri if known else plan.job.cluster.tracking_uri,
+        experiment=plan.job.cluster.mlflow.experiment,
+        name=plan.name,
+        folder=folder,
+        params={**plan.job.run.model_dump(mode="json"), "steps": plan.steps, "fingerprint": plan.fingerprints},
+        tags=dict(plan.job.run.tags),
+        run_id=known.run_id if known else None,
+        parent_run_id=parent,
+    )
+    tracker.log_text(to_yaml(plan.job.run), RECIPE)
+    tracker.log_text(plan_text(plan), "plan.txt")
+    return tracker
+
+
+def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tracker, Ledger]:
+    """Trains to the last step; raises what ended the run before it."""
+    ledger = Ledger()
+    if plan.done_steps == plan.steps:
+        return tracking.result(), ledger
+    fit = start_fit(plan)
+    with display.training(plan.steps), _interruptible(fit, display):
+        for entries in fit.entries():
+            display.progress(ledger.take(entries))
+            ledger.tell(tracking.result() if tracking.done() else None)
+    tracker = tracking.result()
+    ledger.tell(tracker)
+    if fit.error is not None:
+        tracker.finish("FAILED")
+        raise RunFailed(f"{fit.reason} Its last checkpoint is kept: distill run --resume {plan.folder.root}") from fit.error
+    if ledger.step < plan.steps:
+        tracker.finish("KILLED")
+        raise Interrupted(f"stopped after step {ledger.step} of {plan.steps}. To go on: distill run --resume {plan.folder.root}")
+    return tracker, ledger
+
+
+def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) -> RunResult:
+    """Exports the best checkpoint, trains the control if asked, and writes the result."""
+    student, position = _export(plan, tracker)
+    rows = [*teacher_rows(plan, position.metrics, ledger), student_row(plan, "student", position.metrics, ledger, student)]
+    if plan.job.run.baseline:
+        rows.append(_control(plan, tracker, display))
+    result = RunResult(
+        name=plan.name,
+        folder=plan.folder.root,
+        steps=plan.steps,
+        metrics={**position.metrics, "tokens": ledger.tokens, "tokens_per_second": ledger.tokens_per_second},
+        student=str(student),
+        tracking_uri=plan.job.cluster.tracking_uri,
+        mlflow_run_id=tracker.run_id,
+        page=tracker.page,
+        comparison=tuple(rows),
+    )
+    content = json.dumps(asdict(result), indent=1)
+    tracker.log_text(content, RESULT)
+    plan.folder.write(RESULT, content.encode())
+    return result
+
+
+def _export(plan: Plan, tracker: Tracker) -> tuple[Path, checkpoint.Position]:
+    from orchestrator.export import export_checkpoint  # imports the networks, which the driver needs only now
+
+    source = checkpoint.best(plan.folder, plan.job.run.checkpoint.best_metric)
+    assert source is not None, "a run that reached its last step has a checkpoint"
+    position = checkpoint.read_position(source)
+    student = plan.local / "student"
+    if not student.exists():
+        export_checkpoint(plan, source, student)
+    tracker.log_student(student, position.metrics, position.step, {"strategy": plan.job.run.strategy.type})
+    return student, position
+
+
+def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
+    """The same student, rows and steps without a teacher, as a child run; held-out scores are shared."""
+    control = control_plan(plan)
+    if control.done_steps < control.steps:
+        display.say(f"Control: the same student, rows and steps without a teacher ({control.name})")
+    control.folder.write(RECIPE, to_yaml(control.job.run).encode())
+    tracking: Future[Tracker] = Future()
+    tracking.set_result(_start_tracking(control, parent.run_id))
+    tracker, ledger = _train(control, display, tracking)
+    try:
+        student, position = _export(control, tracker)
+        row = student_row(control, "without teacher", position.metrics, ledger, student)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish("FINISHED")
+    return row
+
+
+def control_plan(plan: Plan) -> Plan:
+    """The plan of a run's control: no stages, no endpoints, cross-entropy alone."""
+    strategy = baseline()
+    run = plan.job.run.model_copy(update={"strategy": strategy, "baseline": False, "name": plan.name + BASELINE, "endpoints": {}})
+    job = Job(run=run, cluster=plan.job.cluster)
+    return replace(
+        plan,
+        job=job,
+        name=plan.name + BASELINE,
+        folder=Folder(plan.folder.root + BASELINE),
+        strategy=strategy.build(),
+        endpoints={},
+        demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),
+    )
+
+
+@contextmanager
+def _interruptible(fit: Fit, display: Display) -> Iterator[None]:
+    """First Ctrl-C: a checkpoint at the next step, then the end. Second: at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        display.stopping()
+        threading.Thread(target=fit.ask_to_stop, daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
