@@ -40,9 +40,8 @@ format: setup ## Sort imports, mend what ruff can, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Run one measurement: make bench NAME=<file in tests/benchmarks>
-	@test -f "tests/benchmarks/$(NAME).py" || { echo "got NAME='$(NAME)'; expected one of:" $(basename $(notdir $(wildcard tests/benchmarks/*.py))) >&2; exit 2; }
-	$(BIN)/python -m tests.benchmarks.$(NAME) $(ARGS)
+bench: setup ## Run one measurement: make bench NAME=...; without NAME, list them
+	$(BIN)/python -m tests.benchmarks $(NAME) $(ARGS)
 
 lock: setup ## Rewrite requirements.txt from what is installed, after changing dependencies by hand
 	@{ sed -n '/^#/p;/^[^#]/q' requirements.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

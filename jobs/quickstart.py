@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
@@ -34,15 +35,23 @@ def run_quickstart(folder: Path, verbose: bool) -> None:
     display.say(f"Text: the standard library's sources, in {folder / 'data'}")
     prepare(folder)
     places = [f"data.train={folder}/data/train.jsonl", f"data.held_out={folder}/data/held_out.jsonl"]
+    fast = has_bfloat16()
     cluster = {"storage": str(folder / "runs"), "mlflow": {"experiment": "quickstart"}}
     teacher = folder / "teacher"
     if not (teacher / "config.json").exists():
         display.say("Teacher: cross-entropy on that text")
-        made = runs.distill(RECIPES / "quickstart_teacher.yaml", [*places, f"student={folder}/shapes/teacher"], cluster, display=display)
+        overrides = [*places, f"student={folder}/shapes/teacher", *(["train.precision=bfloat16"] if fast else [])]
+        made = runs.distill(RECIPES / "quickstart_teacher.yaml", overrides, cluster, display=display)
         Path(made.student).rename(teacher)
     display.say("Student: the teacher's distributions and the text, against the text alone")
     overrides = [*places, f"student={folder}/shapes/student", f"endpoints.teacher.model={teacher}"]
+    overrides += ["endpoints.teacher.dtype=bfloat16"] if fast else []
     display.result(runs.distill(RECIPES / "quickstart.yaml", overrides, cluster, display=display))
+
+
+def has_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16 natively; there it is two to four times as fast, elsewhere much slower."""
+    return bool(torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def prepare(folder: Path) -> None:

@@ -254,9 +254,15 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             inner = {}
         here[key] = here = inner
-    here[keys[-1]] = _value(text)
+    last, value = keys[-1], _value(text)
+    if isinstance(value, str) and last in _KEEPS_SIBLINGS and isinstance(here.get(last), dict):
+        here[last] = {**here[last], _SHORT_KEYS[last]: value}
+    else:
+        here[last] = value
 
 
+_KEEPS_SIBLINGS = {"student", "data"}
+"""`student=other/model` changes the model of a student and keeps its LoRA; another strategy or layout starts afresh."""
 _SHORT_KEYS = {"student": "model", "data": "train", "layout": "type", "strategy": "type"}
 
 

@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.config import EndpointConfig
+from cluster.config import EndpointConfig, SavedModel
 from cluster.engines.transformers import LOGITS_AT_ONCE
 from cluster.forwards import group_by_length
 from cluster.resources import Demand
@@ -39,6 +39,8 @@ TASKS_IN_FLIGHT = 4
 """Bundles that Ray Data holds around each actor besides those the workers read ahead."""
 ROW_TOKEN_BYTES = 5
 """Token id and mask."""
+QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.6}
+"""Per parameter; embeddings and the head stay as they are."""
 SIGNAL_BYTES = 8
 """One kept teacher token: id and log-probability."""
 
@@ -131,15 +133,14 @@ def _head_bytes(network: Network, chunk_tokens: int, tokens: int) -> int:
     return FLOAT * (HEAD_COPIES * chunk_tokens * network.vocabulary + gradient)
 
 
-def scorer_memory(teacher: Network, quantized_bits: int, work: Work, demand: Demand) -> Memory:
-    """One actor of an endpoint. `quantized_bits` is 0 for weights in their own dtype."""
+def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Demand) -> Memory:
+    """One actor of an endpoint that loads `saved`."""
     tokens = work.forward_tokens[demand.role]
     on_gpu = demand.share.gpus > 0
     piece = (64 if on_gpu else 1) * LOGITS_AT_ONCE
-    weights = teacher.parameters * quantized_bits // 8 if quantized_bits else teacher.parameters * teacher.dtype.itemsize
     parts = {
         "process": SCORER_BYTES,
-        "weights": weights,
+        "weights": int(teacher.parameters * QUANTIZED_BYTES.get(saved.quantization, teacher.dtype.itemsize)),
         "activations": tokens * (3 * teacher.widest + 4 * teacher.hidden) * teacher.dtype.itemsize,
         "head": FLOAT * SCORE_COPIES * min(tokens * teacher.vocabulary, max(piece, 64 * teacher.vocabulary)),
         "bundles": 2 * work.bundle_bytes,

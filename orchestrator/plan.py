@@ -1,22 +1,33 @@
-"""The door: every check of a run before any model loads, and the plan as a person reads it."""
+"""The door: every check of a run before any model loads. Nothing but the prepared-data cache is written here."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.config import EndpointConfig
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import checkpoint, models
+from orchestrator import checkpoint
+from orchestrator.checks import machine, networks, recipe, resumed, teaching
+from orchestrator.checks.networks import Cast
+from orchestrator.checks.resumed import FACTS, Facts
 from orchestrator.config import Job
-from orchestrator.data import PreparedData, prepare
-from orchestrator.errors import Refusal
+from orchestrator.data import PreparedData, prepare, tokenizer_digest
+from orchestrator.memory import Disk, Memory, disk, largest_work, scorer_memory, small_process, stream_bytes, worker_memory
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
+from orchestrator.plan_text import plan_text
+from orchestrator.result import RECIPE, RESULT
 from strategies.core import Strategy
+
+__all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
+
+BASELINE = "-baseline"
+"""Follows a run's name in that of its control."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +41,18 @@ class Plan:
     data: PreparedData
     order: Order
     vocabulary: int
+    """Token ids, from 0, that student and teachers share."""
     endpoints: Mapping[str, EndpointConfig]
     demands: tuple[Demand, ...]
     held_out: Folder
     """Where scored held-out bundles are kept; a control shares its run's."""
+    cast: Cast
+    disk: Disk
+    memory: tuple[Memory, ...]
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """What identifies data, student, tokenizer and each endpoint's model."""
+    warnings: tuple[str, ...] = ()
+    """What may be meant otherwise, one sentence each."""
 
     @property
     def local(self) -> Path:
@@ -55,42 +73,86 @@ class Plan:
     def shares(self) -> Mapping[str, Share]:
         return {d.role: d.share for d in self.demands}
 
+    @property
+    def facts(self) -> Facts:
+        """What a resumed run must find again; the driver keeps it as `FACTS`."""
+        return Facts(self.fingerprints, self.steps, self.vocabulary, self.job.run.train.workers)
+
     def stream(self) -> StreamSpec:
         """The run's stream of bundles."""
         return StreamSpec(self.order, self.strategy.stages, self.endpoints, self.shares, self.vocabulary)
 
 
 def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
-    """Checks a job and lays it out; raises `Refusal` with the first thing that cannot work. Loads no weights."""
-    run = job.run
+    """Checks a job and lays it out; raises `Refusal` with the first thing that cannot work. Loads no weights.
+
+    The run is called as the recipe says, else after `recipe_name` and the time. With `resume`, the folder of an earlier
+    run, it goes on under that run's name, and only settings that leave its result alone may differ.
+    """
+    run, train = job.run, job.run.train
     strategy = run.strategy.build()
-    endpoints = _endpoints(job, strategy)
-    name = recipe_name if resume else run.name or f"{recipe_name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder = resume or Folder.of(job.cluster.storage, name)
-    tokenizer = models.load_tokenizer(run.student)
-    student = models.load_config(run.student.model, run.student.revision, run.student.trust_remote_code)
-    data = prepare(run.data, tokenizer, run.seed, Path(job.cluster.storage) / "data")
+    warnings = recipe.check_recipe(job)
+    warnings += teaching.check_strategy(job, strategy, train.steps)
+    endpoints = teaching.used_endpoints(job, strategy)
+    folder = _folder(job, recipe_name, resume)
+    wanted = tuple(demands(job.cluster, endpoints, train.workers, machine_cpus()))
+    machine.check_packages(train, job.cluster.resources.worker.gpus, endpoints)
+    machine.check_processors(job, wanted)
+    people, found = networks.cast(job, endpoints)
+    asked = teaching.rehearse(job, strategy, people.vocabulary)
+    data = prepare(run.data, people.tokenizer, run.seed, _data_cache(job))
     order = make_order(job, data)
-    cpus = machine_cpus()
-    return Plan(
+    warnings += found + networks.check_rows(run, people, data)
+    warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
+    memory, stream = _memory(job, people, order, endpoints, wanted, asked)
+    written = disk(run, people.student, data, order.steps, asked)
+    machine.check_disk(job.cluster.storage, written)
+    warnings += machine.check_memory(job, memory, stream)
+    plan = Plan(
         job=job,
-        name=name,
+        name=folder.root.rpartition("/")[2],
         folder=folder,
         strategy=strategy,
         data=data,
         order=order,
-        vocabulary=student.vocab_size,
+        vocabulary=people.vocabulary,
         endpoints=endpoints,
-        demands=tuple(demands(job.cluster, endpoints, run.train.workers, cpus)),
+        demands=wanted,
         held_out=folder.child("held_out"),
+        cast=people,
+        disk=written,
+        memory=memory,
+        fingerprints=_fingerprints(people, data),
+        warnings=tuple(warnings),
     )
+    if resume is not None:
+        resumed.check_same_facts(folder, job, plan.facts)
+    return plan
+
+
+def _folder(job: Job, recipe_name: str, resume: Folder | None) -> Folder:
+    """The run's folder: a new one that nobody has, or the earlier run's."""
+    machine.check_storage(job.cluster.storage)
+    if resume is not None:
+        resumed.check_resumable(resume, job, RECIPE, RESULT)
+        return resume
+    stem = re.sub(r"[^\w.+=-]+", "-", recipe_name, flags=re.ASCII).strip("-.") or "run"
+    name = job.run.name or f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    recipe.check_name(name)
+    names = [name, name + BASELINE] if job.run.baseline else [name]
+    machine.check_folders_free([Folder.of(job.cluster.storage, n) for n in names], RESULT)
+    return Folder.of(job.cluster.storage, name)
+
+
+def _data_cache(job: Job) -> Path:
+    """Prepared data is mapped into memory, so it lies on a disk even when runs do not."""
+    storage = job.cluster.storage
+    return Path("runs" if "://" in storage else storage).absolute() / "data"
 
 
 def make_order(job: Job, data: PreparedData) -> Order:
     """The order in which the run reads its rows."""
     train = job.run.train
-    if (train.steps is None) == (train.epochs is None):
-        raise Refusal("train", "both or neither of steps and epochs", "exactly one of them", "Set train.steps or train.epochs.")
     order = Order(
         folder=data.folder,
         seed=job.run.seed,
@@ -105,19 +167,23 @@ def make_order(job: Job, data: PreparedData) -> Order:
     return replace(order, steps=order.count_steps(train.epochs), last_row=last)
 
 
-def _endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
-    wanted = {s.endpoint for s in strategy.stages if s.endpoint}
-    missing = sorted(wanted - set(job.endpoints))
-    if missing:
-        raise Refusal(
-            f"strategy.{job.run.strategy.type}",
-            f"the endpoint {missing[0]!r}, which nothing defines",
-            f"one of {', '.join(sorted(job.endpoints)) or 'the endpoints of ray_config.yaml or the recipe (none are defined)'}",
-            f"Add endpoints.{missing[0]}.model to the recipe or to ray_config.yaml.",
-        )
-    return {name: job.endpoints[name] for name in sorted(wanted)}
+def _memory(
+    job: Job,
+    people: Cast,
+    order: Order,
+    endpoints: Mapping[str, EndpointConfig],
+    wanted: Sequence[Demand],
+    asked: Mapping[str, int],
+) -> tuple[tuple[Memory, ...], int]:
+    """Peak of every role's process, and bytes of bundles under way."""
+    work = largest_work(job.run, order, endpoints, asked)
+    found = [worker_memory(job.run, people.student, work, wanted[0])]
+    for demand in wanted[1:]:
+        model = endpoints[demand.role].saved_model if demand.role in endpoints else None
+        found.append(scorer_memory(people.teachers[demand.role], model, work, demand) if model else small_process(demand))
+    return tuple(found), stream_bytes(job.run, work, tuple(wanted))
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan as a person reads it."""
-    return f"{plan.name}: {plan.steps} steps"
+def _fingerprints(people: Cast, data: PreparedData) -> dict[str, str]:
+    teachers = {f"endpoints.{name}": network.fingerprint for name, network in people.teachers.items()}
+    return {"data": data.fingerprint, "student": people.student.fingerprint, "tokenizer": tokenizer_digest(people.tokenizer), **teachers}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from ray.train import Checkpoint
 
 from orchestrator import checkpoint
 from orchestrator.config import RunConfig, load_job
@@ -208,7 +209,7 @@ class Side:
         others = [w for w in case.worlds if w != self.world] or [self.world]
         source = merged(self.folder, case, others[0])
         run, players = self._load(case)
-        position = checkpoint.restore(players, checkpoint.Checkpoint.from_directory(str(source)))
+        position = checkpoint.restore(players, Checkpoint.from_directory(str(source)))
         return {"resumed": [self._step(run, players, step) for step in range(position.step, position.step + AFTER)]}
 
     def _load(self, case: Case) -> tuple[RunConfig, dict[str, Layout]]:

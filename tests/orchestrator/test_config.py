@@ -237,3 +237,10 @@ def test_the_learning_rate_of_a_run_follows_its_own_settings() -> None:
 
 def test_nothing_is_suggested_for_a_word_that_is_near_to_none() -> None:
     assert nearest("zebra", ["train", "data"]) == ""
+
+
+def test_a_plain_name_changes_the_student_and_keeps_what_stands_beside_it() -> None:
+    content = recipe(student={"model": "a", "init": "random"}) | {"train": {"steps": 1, "layout": {"type": "deepspeed", "zero_stage": 3}}}
+    run = load_job(content, ["student=b", "train.layout=fsdp2", "student.lora.r=3"]).run
+    assert (run.student.model, run.student.init, run.student.lora and run.student.lora.r) == ("b", "random", 3)
+    assert run.train.layout.type == "fsdp2"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pyarrow import fs
 from ray.train import Checkpoint
@@ -32,6 +36,12 @@ PADDED = 520
 """Vocabulary rows of the models; their tokenizer has 512 ids."""
 IDS = torch.arange(24).reshape(2, 12) * 5 % 512
 LINEAGE = {"run": "tiny", "data": "nowhere"}
+
+
+@pytest.fixture(autouse=True)
+def checkpoints_go_with_the_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are written below the system's temporary folder, where nobody would remove them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("checkpoints")))
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +190,34 @@ def test_flat_tensors_as_zero_saves_them_take_the_students_shape(models: Path) -
     student = load_student(run.student, gradient_checkpointing=False, seed=0)
     load_weights(flat, "student", student)
     assert torch.equal(student(input_ids=IDS).logits, logits)
+
+
+def save_one_rank(recipe: str, folder: str, rank: int) -> None:
+    """Body of one of two processes that share a student and save it untrained."""
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    run = load_job(json.loads(recipe)).run
+    players = load_players(run, run.strategy.build().players, torch.device("cpu"))
+    part = checkpoint.save(players, checkpoint.Position(1, 1, {}), rank)
+    shutil.move(part.path, f"{folder}/part{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"type": "ddp"}, {"type": "fsdp2"}, *({"type": "deepspeed", "zero_stage": n} for n in (2, 3))], ids=str)
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_what_two_processes_saved_is_read_by_one(models: Path, tmp_path: Path, name: str, layout: dict[str, object]) -> None:
+    run = recipe(models, name, init="random").model_dump(mode="json")
+    content = json.dumps({**run, "seed": 1, "train": {"steps": 1, "layout": layout, "workers": 2}})
+    code = "import sys; from tests.orchestrator.test_export import save_one_rank as s; s(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    ranks = [subprocess.Popen([sys.executable, "-c", code, content, str(tmp_path), str(rank)]) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    whole = shutil.copytree(tmp_path / "part0", tmp_path / "whole")
+    shutil.copytree(tmp_path / "part1", whole, dirs_exist_ok=True)
+    config = recipe(models, name, init="random").student
+    student = load_student(config, gradient_checkpointing=False, seed=0)
+    load_weights(Folder(str(whole)), "student", student)
+    wanted = load_student(config, gradient_checkpointing=False, seed=1).state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in student.state_dict().items())
 
 
 def test_one_name_of_a_tied_head_is_enough(models: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +72,20 @@ def _collect(folder: Path, processes: dict[tuple[int, int], subprocess.Popen[byt
     curves, half = {}, {}
     for case in {c.reference: c for c in CASES if c.precision == "float32"}.values():
         curves[case.reference], half[case.reference] = reference(folder, case)
+    while any(process.poll() is None for process in processes.values()):
+        _check(folder, processes)
+        time.sleep(0.2)
+    _check(folder, processes)
     measured = {}
-    for (world, rank), process in processes.items():
-        assert process.wait(timeout=280) == 0, f"rank {rank} of {world}:\n{_log(folder, rank, world).read_text()[-6000:]}"
+    for world, rank in processes:
         measured[world, rank] = json.loads((folder / f"{world}_{rank}.json").read_text(encoding="utf-8"))
     return Results(folder, measured, curves, half)
+
+
+def _check(folder: Path, processes: dict[tuple[int, int], subprocess.Popen[bytes]]) -> None:
+    """Fails with the log of the first process that failed: its peers would only wait for it."""
+    for (world, rank), process in processes.items():
+        assert not process.poll(), f"rank {rank} of {world}:\n{_log(folder, rank, world).read_text(encoding='utf-8')[-6000:]}"
 
 
 def _start(folder: Path, rank: int, world: int) -> subprocess.Popen[bytes]:

@@ -1,0 +1,177 @@
+"""The plan as a person reads it: plain text of at most 100 columns, paths and warnings apart."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from cluster.resources import machine_cpus
+from orchestrator.checks.machine import is_local, machine_memory
+from orchestrator.checks.machine import text as size
+from orchestrator.memory import Memory
+from orchestrator.sketch import Network
+from strategies.core import Progress, Term
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
+
+COLUMNS = 100
+LABEL = 10
+SHOWN_IDS = 16
+SHOWN_CHARACTERS = 80
+SHORT = 12
+"""Digits of a fingerprint."""
+
+
+def plan_text(plan: Plan) -> str:
+    """Name, folder, what is taught, who takes part, data, order, resources, memory, disk, the first row, warnings."""
+    sections = (
+        ("Run", _run(plan)),
+        ("Strategy", _strategy(plan)),
+        ("Student", [_network(plan.cast.student, plan)]),
+        ("Teachers", _teachers(plan)),
+        ("Data", _data(plan)),
+        ("Steps", _steps(plan)),
+        ("Layout", _layout(plan)),
+        ("CPUs", [_processors(plan)]),
+        ("Memory", _memory(plan)),
+        ("Disk", _disk(plan)),
+        ("First row", _first_row(plan)),
+        ("Warnings", [f"! {w}" for w in plan.warnings]),
+    )
+    return "\n".join(line for label, lines in sections for line in _section(label, list(lines)))
+
+
+def _section(label: str, lines: Sequence[str]) -> Iterator[str]:
+    for i, line in enumerate(lines):
+        start = f"{label if i == 0 else '':<{LABEL}}"
+        yield from textwrap.wrap(
+            line, COLUMNS, initial_indent=start, subsequent_indent=" " * (LABEL + 2), break_long_words=False, break_on_hyphens=False
+        )
+
+
+def _run(plan: Plan) -> list[str]:
+    done = plan.done_steps
+    again = [f"goes on after step {done}" if done else "goes on from the start"] if plan.folder.exists() else []
+    return [plan.name, f"in {plan.folder.root}", *again]
+
+
+def _strategy(plan: Plan) -> Iterator[str]:
+    stages = " -> ".join(f"{type(s).__name__}({s.endpoint})" if s.endpoint else type(s).__name__ for s in plan.strategy.stages)
+    yield plan.job.run.strategy.type + (f": {stages} -> train" if stages else "")
+    for update in plan.strategy.updates:
+        every = f" every {update.every} steps" if update.every > 1 else ""
+        yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan.steps) for t in update.terms)
+
+
+def _term(term: Term, steps: int) -> str:
+    first, last = term.scale(Progress(0, steps)), term.scale(Progress(max(0, steps - 1), steps))
+    weight = f"{first:g}" if first == last else f"{first:g} to {last:g}"
+    signal = f" of {term.signal}" if term.signal else ""
+    return f"{term.name} = {weight} x {type(term.objective).__name__}{signal}"
+
+
+def _network(network: Network, plan: Plan) -> str:
+    trained = f", {network.trained:,} of them trained" if network.trained != network.parameters else ""
+    fresh = ", fresh weights" if network is plan.cast.student and plan.job.run.student.init == "random" else ""
+    return (
+        f"{network.source}: {network.architecture}, {network.parameters:,} parameters{trained}{fresh}, "
+        f"{_dtype(network.dtype)}, vocabulary {network.vocabulary:,}, context {network.context or 'unknown'}, "
+        f"{_short(network.fingerprint)}"
+    )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint.rpartition(":")[2][:SHORT]
+
+
+def _teachers(plan: Plan) -> Iterator[str]:
+    for name, config in plan.endpoints.items():
+        network = plan.cast.teachers.get(name)
+        yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'})" + (
+            f" {_network(network, plan)}" if network else ""
+        )
+    if plan.endpoints:
+        yield f"{plan.vocabulary:,} token ids are shared by all"
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    data, run = plan.data, plan.job.run.data
+    yield f"{run.train}: {data.train.rows:,} rows, {data.train.tokens:,} tokens ({data.train.loss_tokens:,} learnt)"
+    by = {"source": f"from {run.held_out}"}.get(data.held_out_by, f"set aside as {data.held_out_by} of the same source")
+    yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {by}"
+    longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
+    dropped = f", {data.dropped_rows:,} rows in neither split" if data.dropped_rows else ""
+    yield f"longest row {longest:,} tokens (limit {run.max_length_tokens:,}){dropped}, {_short(data.fingerprint)}"
+    if data.quarantined:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in data.quarantined.items())
+        yield f"set aside as bad: {sum(data.quarantined.values()):,} of {data.records:,} records ({reasons}), listed in {data.quarantine_file}"
+
+
+def _steps(plan: Plan) -> Iterator[str]:
+    train = plan.job.run.train
+    batch = f"{train.batch_tokens:,} tokens" if train.batch_tokens else f"{train.batch_rows:,} rows"
+    mean = plan.data.train.tokens / plan.data.train.rows
+    epochs = plan.steps * (train.batch_tokens / mean if train.batch_tokens else train.batch_rows) / plan.data.train.rows
+    yield f"{plan.steps:,} of {batch}, about {epochs:.2g} passes over the data, shuffled by seed {plan.job.run.seed}"
+    yield (
+        f"AdamW {train.lr:g}, {train.lr_schedule} after {train.warmup_steps} steps of warm-up, clip {train.clip_norm:g}, "
+        f"{train.precision}, micro-batches of {train.micro_batch_tokens:,} tokens, {train.batching}"
+    )
+
+
+def _layout(plan: Plan) -> list[str]:
+    train, share = plan.job.run.train, plan.shares["worker"]
+    device = f"{share.gpus:g} GPU each" if share.gpus else "on CPUs"
+    workers = "worker" if train.workers == 1 else "workers"
+    return [f"{train.layout.type}, {train.workers} {workers} of {share.threads} threads {device}, up to {train.max_failures} restarts"]
+
+
+def _processors(plan: Plan) -> str:
+    total = sum(d.processes * d.share.cpus for d in plan.demands)
+    listed = " + ".join(f"{d.role} {d.processes} x {d.share.cpus:g}" for d in plan.demands)
+    where = f"the {machine_cpus()} of this machine" if is_local(plan.job) else f"those of the cluster at {plan.job.cluster.ray_address}"
+    return f"{listed} = {total:g} logical, of {where}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    yield from (_process(m) for m in plan.memory)
+    total = sum(m.host * m.processes for m in plan.memory)
+    yield f"{size(total)} in all" + (f", of the {size(machine_memory())} of this machine" if is_local(plan.job) else "")
+
+
+def _process(memory: Memory) -> str:
+    parts = ", ".join(f"{name} {size(value)}" for name, value in memory.parts.items() if value >= 1 << 20)
+    gpu = f", {size(memory.device)} of it on its GPU" if memory.on_gpu else ""
+    return f"{memory.role} {memory.processes} x {size(memory.total)}{gpu} ({parts})"
+
+
+def _disk(plan: Plan) -> list[str]:
+    disk = plan.disk
+    return [
+        f"{size(disk.needed)} to write: checkpoints {disk.checkpoints} x {size(disk.checkpoint)}, student {size(disk.export)}, "
+        f"held-out scores {size(disk.held_out)}; prepared data {size(disk.prepared)} in {plan.data.folder}"
+    ]
+
+
+def _first_row(plan: Plan) -> Iterator[str]:
+    first = plan.data.first_row
+    shown = first.text[:SHOWN_CHARACTERS]
+    yield repr(shown) + (" ..." if len(first.text) > len(shown) else "")
+    yield f"student's ids {_ids(first.tokens)}"
+    for name, tokenizer in plan.cast.tokenizers.items():
+        ids = tokenizer(first.text, add_special_tokens=False)["input_ids"]
+        ours = plan.cast.tokenizer(first.text, add_special_tokens=False)["input_ids"]
+        same = "the same text alike" if ids == ours else f"the same text as {_ids(ids)}"
+        yield f"{name} would read {same}"
+
+
+def _ids(ids: Sequence[int]) -> str:
+    return " ".join(str(i) for i in ids[:SHOWN_IDS]) + (" ..." if len(ids) > SHOWN_IDS else "")
