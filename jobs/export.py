@@ -21,4 +21,5 @@ def export_run(run_folder: str, to: Path | None, checkpoint: str, adapter: bool,
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{folder}[/]: {kind} of {made.checkpoint}, {made.parameters:,} parameters in {made.dtype}, {megabytes:,.1f} MB")
     console.print(f"Reloaded in a fresh process: logits differ by {made.difference:.2g} of the largest (at most {made.bound:g} passes)")
-    console.print(f"Next: distill evaluate {folder} --recipe {home.root}/recipe.yaml")
+    rows = f"--recipe {home.root}/recipe.yaml" if home.local else "--data SOURCE"
+    console.print(f"Next: distill evaluate {folder} {rows}")

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,19 +244,14 @@ class _Network:
         )
 
 
-class _Timed:
-    """Adds the wall time of its block to a network's seconds, with the device's work in it."""
-
-    def __init__(self, network: _Network):
-        self._network = network
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *raised: object) -> None:
-        if self._network.device.type == "cuda":
-            torch.cuda.synchronize(self._network.device)
-        self._network.seconds += time.perf_counter() - self._began
+@contextmanager
+def _timed(network: _Network) -> Iterator[None]:
+    """Adds the wall time of the block to the network's seconds, with the device's work in it."""
+    began = time.perf_counter()
+    yield
+    if network.device.type == "cuda":
+        torch.cuda.synchronize(network.device)
+    network.seconds += time.perf_counter() - began
 
 
 def _measure(networks: Sequence[_Network], compared: bool, micro: MicroBatch, read: float, top_k: int) -> None:
@@ -263,7 +259,7 @@ def _measure(networks: Sequence[_Network], compared: bool, micro: MicroBatch, re
     hidden = []
     for network in networks:
         network.read += read
-        with _Timed(network):
+        with _timed(network):
             hidden.append(network.hidden(micro))
     room = LOGITS_AT_ONCE if micro.labels.device.type == "cpu" else 64 * LOGITS_AT_ONCE
     step = max(64, room // networks[0].usable)
@@ -271,11 +267,11 @@ def _measure(networks: Sequence[_Network], compared: bool, micro: MicroBatch, re
         piece = slice(start, start + step)
         view: _TeacherView | None = None
         if compared:
-            with _Timed(networks[-1]):
+            with _timed(networks[-1]):
                 log_p = networks[-1].log_probs(hidden[-1][piece])
                 first = log_p.topk(min(max(top_k, AGREE_ON), log_p.shape[-1])).indices
                 view = _TeacherView(log_p, first, top_k)
                 networks[-1].add(log_p, micro.labels[piece], view)
         for network, states in zip(networks[: len(networks) - compared], hidden, strict=False):
-            with _Timed(network):
+            with _timed(network):
                 network.add(network.log_probs(states[piece]), micro.labels[piece], view)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import Folder
+from orchestrator.checkpoint import SNAPSHOT
 from orchestrator.compare import base_of, tokenizer_of
 from orchestrator.config import DataConfig, load_job
 from orchestrator.data import prepare
@@ -36,9 +37,10 @@ class ChosenRows:
 
 
 def rows_of_recipe(recipe: Path, overrides: Sequence[str], cluster: Path | Mapping[str, Any] | None) -> ChosenRows:
-    """The held-out rows of a recipe: the very ones that its runs are evaluated on."""
+    """The held-out rows of a recipe: the very ones that its runs are evaluated on. The recipe in a run's folder has them
+    beside that folder."""
     job = load_job(recipe, overrides, cluster)
-    storage = Folder.of(job.cluster.storage).local
+    storage = recipe.absolute().parents[1] if (recipe.parent / SNAPSHOT).is_file() else Folder.of(job.cluster.storage).local
     cache = storage / "data" if storage else Path(CACHE)
     data = prepare(job.run.data, load_tokenizer(job.run.student), job.run.seed, cache)
     rows = Rows(data.folder, "held_out")

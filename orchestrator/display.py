@@ -38,7 +38,7 @@ class Display:
 
     def plan(self, text: RenderableType) -> None:
         """The checked plan."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)  # a row may hold brackets
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
@@ -21,23 +23,21 @@ from orchestrator.errors import Interrupted, RunFailed
 from orchestrator.fit import Fit, start_fit
 from orchestrator.journal import RunRecord
 from orchestrator.ledger import Ledger
-from orchestrator.plan import Plan, plan_text
+from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
 from orchestrator.track import Tracker, reconcile_all
 from strategies import baseline
 
-BASELINE = "-baseline"
 
-
-def drive(plan: Plan, display: Display, ray_started: Future[bool]) -> RunResult:
+def drive(plan: Plan, display: Display) -> RunResult:
     """Runs a plan to its end. MLflow starts beside the workers, because each takes seconds."""
     display.plan(plan_text(plan))
     if not display.verbose:
         disable_progress_bar()
+    plan.folder.write(FACTS, plan.facts.to_json())
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
     with ThreadPoolExecutor(1) as pool:
         tracking = pool.submit(_start_tracking, plan, None)
-        ray_started.result()
         tracker, ledger = _train(plan, display, tracking)
         try:
             result = _conclude(plan, ledger, tracker, display)

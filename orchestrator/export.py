@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from cluster.causal_lm import probing
 from cluster.storage import Folder
@@ -69,7 +70,7 @@ def export_student(
     adapter = not merge_lora and run.student.lora is not None
     _check_request(run, to, adapter, dtype)
     position = _position(source)
-    with _made_whole(to) as part:
+    with _made_whole(to) as part, _without_bars():
         written = _write(run, source, part, player, adapter, dtype)
         manifest = Manifest(
             checkpoint=source.root.rstrip("/").rpartition("/")[2],
@@ -192,13 +193,25 @@ def _chosen(home: Folder, run: RunConfig, wanted: str) -> Folder:
 def _made_whole(to: Path) -> Iterator[Path]:
     """A folder next to `to` that takes its name once the block has ended well, and is removed otherwise."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
+    part = to.parent / f".{to.name}.{os.getpid()}.part"
+    part.mkdir()
     try:
         yield part
-        part.chmod(0o755)  # mkdtemp keeps others out
         part.rename(to)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps the libraries' progress bars off the terminal."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _write(run: RunConfig, source: Folder, part: Path, player: str, adapter: bool, dtype: ExportDtype) -> _Written:

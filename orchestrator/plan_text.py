@@ -112,7 +112,8 @@ def _data(plan: Plan) -> Iterator[str]:
     yield f"longest row {longest:,} tokens (limit {run.max_length_tokens:,}){dropped}, {_short(data.fingerprint)}"
     if data.quarantined:
         reasons = ", ".join(f"{count} {reason}" for reason, count in data.quarantined.items())
-        yield f"set aside as bad: {sum(data.quarantined.values()):,} of {data.records:,} records ({reasons}), listed in {data.quarantine_file}"
+        bad = sum(data.quarantined.values())
+        yield f"bad and left out: {bad:,} of {data.records:,} records ({reasons}), listed in {data.quarantine_file}"
 
 
 def _steps(plan: Plan) -> Iterator[str]:

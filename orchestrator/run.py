@@ -66,15 +66,17 @@ def resume(
 
 
 def _run(job: Job, planned: Callable[[], Plan], display: Display) -> RunResult:
-    """Checks and runs, while Ray starts."""
+    """Checks and runs. The checks import and read for seconds in a thread of their own, while Ray starts in this one:
+    Ray's processes end with the thread that started them."""
     with ThreadPoolExecutor(1) as pool:
-        started = pool.submit(session.start, job.cluster, display.verbose)
+        planning = pool.submit(planned)
+        started_here = session.start(job.cluster, display.verbose)
         try:
-            plan = planned()
+            plan = planning.result()
         except BaseException:
-            if started.result():
+            if started_here:
                 session.stop()
             raise
-        from orchestrator.driver import drive
+    from orchestrator.driver import drive
 
-        return drive(plan, display, started)
+    return drive(plan, display)

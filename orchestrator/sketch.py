@@ -71,12 +71,12 @@ def student_network(config: StudentConfig) -> Network:
 def teacher_network(name: str, model: str, revision: str | None, trust_remote_code: bool, dtype: str) -> Network:
     """What the endpoint `name` loads."""
     shape = load_config(model, revision, trust_remote_code)
-    return _network(f"endpoints.{name}.model", model, revision, shape, dtype, StudentConfig(model=model, trust_remote_code=trust_remote_code))
+    return _network(
+        f"endpoints.{name}.model", model, revision, shape, dtype, StudentConfig(model=model, trust_remote_code=trust_remote_code)
+    )
 
 
-def _network(
-    where: str, source: str, revision: str | None, shape: PreTrainedConfig, dtype: str, config: StudentConfig
-) -> Network:
+def _network(where: str, source: str, revision: str | None, shape: PreTrainedConfig, dtype: str, config: StudentConfig) -> Network:
     with torch.device("meta"):
         base = _build(shape, config)
         model = _adapted(base, config)
@@ -201,5 +201,3 @@ def _at_depth(model: PreTrainedModel | PeftModel, layers: int, size: tuple[int, 
     for name, child in lists.items():
         setattr(holders[0], name, child)
     return sum(found.values())
-
-

@@ -6,6 +6,7 @@ A checkpoint's metadata is a pickle: read checkpoints of your own runs only.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -37,7 +38,9 @@ def load_weights(source: Folder, player: str, network: nn.Module) -> None:
         _check_names(where, saved, own)
         targets = {f"{player}.model.{name}": _target(where, name, own[name], size) for name, size in saved.items()}
         try:
-            dcp.load(targets, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what is meant
+                dcp.load(targets, storage_reader=reader, no_dist=True)
         except CheckpointException as error:
             reasons = "; ".join(f"{type(e).__name__}: {str(e)[:200]}" for e, _ in error.failures.values())
             raise RunFailed(f"{where}: its files cannot be read ({reasons}). Use another checkpoint.") from None

@@ -137,7 +137,9 @@ def check_memory(job: Job, memory: Sequence[Memory], stream: int) -> list[str]:
     room = int(OBJECT_STORE_SHARE * there) // 2
     if stream > room:
         do = "Lower train.read_ahead_bundles, train.batch_rows or the strategy's top_k."
-        raise Refusal("train.read_ahead_bundles", f"{text(stream)} of bundles under way", f"at most half of Ray's object store, {text(room)}", do)
+        raise Refusal(
+            "train.read_ahead_bundles", f"{text(stream)} of bundles under way", f"at most half of Ray's object store, {text(room)}", do
+        )
     warnings = [f"memory: {text(wanted)} of {text(there)} will be in use."] if wanted > 0.85 * there else []
     return warnings + _about_gpus(memory)
 
@@ -158,4 +160,6 @@ def machine_memory() -> int:
 
 def text(size: float) -> str:
     """A size in bytes as a person reads it."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / (1 << 20):.0f} MiB"
+    units = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
+    unit, scale = next(((u, s) for u, s in units.items() if size >= s), ("KiB", 1 << 10))
+    return f"{size / scale:.{1 if unit == 'GiB' else 0}f} {unit}"

@@ -119,9 +119,10 @@ def _compare_tokenizers(name: str, ours: PreTrainedTokenizerBase, theirs: PreTra
     if lacking := len([t for t in mine if t not in other]):
         warnings.append(f"the tokenizer of endpoint {name!r} lacks {lacking} tokens of the student's; it never learnt them.")
     if ours.eos_token_id != theirs.eos_token_id:
+        own, other_end = (f"{t.eos_token_id} ({t.eos_token!r})" for t in (ours, theirs))
         warnings.append(
-            f"EOS is {ours.eos_token_id} ({ours.eos_token!r}) for the student and {theirs.eos_token_id} ({theirs.eos_token!r}) for endpoint "
-            f"{name!r}: the teacher will call every end of a row unlikely. Give both tokenizers the same eos_token."
+            f"EOS is {own} for the student and {other_end} for endpoint {name!r}: the teacher will call every end of a row unlikely. "
+            "Give both tokenizers the same eos_token."
         )
     if _adds_before(ours) != _adds_before(theirs):
         warnings.append(

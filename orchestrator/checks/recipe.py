@@ -153,5 +153,3 @@ def check_order(train: TrainConfig, order: Order, longest_tokens: int, mean_toke
     if train.batch_tokens < mean_tokens * train.workers:
         return [f"train.batch_tokens={train.batch_tokens} is less than a row for each of {train.workers} workers; some will wait."]
     return []
-
-

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from pyarrow import fs
-from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from cluster.storage import Folder
-from orchestrator import checkpoint, export, weights
-from orchestrator.config import RunConfig, load_job, to_yaml
+from orchestrator import checkpoint, export
+from orchestrator.config import to_yaml
 from orchestrator.errors import Refusal, RunFailed
 from orchestrator.export import export_from_run, export_student, prove_export
-from orchestrator.models import load_student
 from orchestrator.plan import RECIPE
-from orchestrator.players import load_players
 from orchestrator.reload import load_saved
-from orchestrator.weights import load_weights
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.checkpoints import IDS, PADDED, Change, recipe, rewritten, save_models, trained
 
-PADDED = 520
-"""Vocabulary rows of the models; their tokenizer has 512 ids."""
-IDS = torch.arange(24).reshape(2, 12) * 5 % 512
 LINEAGE = {"run": "tiny", "data": "nowhere"}
 
 
@@ -46,31 +32,7 @@ def checkpoints_go_with_the_test(tmp_path_factory: pytest.TempPathFactory, monke
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the saved models `tied` and `untied`."""
-    home = tmp_path_factory.mktemp("models")
-    for name in ("tied", "untied"):
-        tiny_tokenizer(home / name)
-        tiny_model(home / name, vocab_size=PADDED, tied=name == "tied")
-    return home
-
-
-def recipe(models: Path, name: str = "tied", **student: object) -> RunConfig:
-    content = {"student": {"model": str(models / name), **student}, "strategy": "logits", "data": "x", "train": {"layout": "single"}}
-    return load_job({**content, "train": {"steps": 10, "layout": "single"}}).run
-
-
-def trained(run: RunConfig) -> tuple[Folder, torch.Tensor]:
-    """A checkpoint of a student whose trained weights have moved, and its logits."""
-    players = load_players(run, run.strategy.build().players, torch.device("cpu"))
-    network = players["student"].module
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-        logits = network.eval().model(input_ids=IDS).logits
-    saved = checkpoint.save(players, checkpoint.Position(7, 1, {"eval/cross_entropy": 2.5, "eval/perplexity": 12.0}), 0)
-    return Folder(saved.path), logits
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -168,67 +130,6 @@ def test_settings_that_cannot_be_saved_are_mended(models: Path, tmp_path: Path) 
     assert (written["do_sample"], written["temperature"]) == (True, 0.6)
 
 
-Change = Callable[[dict[str, torch.Tensor]], None]
-
-
-def rewritten(source: Folder, change: Change) -> Folder:
-    """A checkpoint with the same position whose model tensors `change` has been at."""
-    names = dcp.FileSystemReader(source.root).read_metadata().state_dict_metadata
-    state = {n: torch.zeros(e.size) for n, e in names.items() if n.startswith("student.model.")}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(source.root), no_dist=True)
-    change(state)
-    folder = Path(source.root + "-rewritten")
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    shutil.copy(Path(source.root, checkpoint.PROGRESS), folder)
-    return Folder(str(folder))
-
-
-def test_flat_tensors_as_zero_saves_them_take_the_students_shape(models: Path) -> None:
-    run = recipe(models, "untied")
-    source, logits = trained(run)
-    flat = rewritten(source, lambda state: state.update({n: t.flatten() for n, t in state.items()}))
-    student = load_student(run.student, gradient_checkpointing=False, seed=0)
-    load_weights(flat, "student", student)
-    assert torch.equal(student(input_ids=IDS).logits, logits)
-
-
-def save_one_rank(recipe: str, folder: str, rank: int) -> None:
-    """Body of one of two processes that share a student and save it untrained."""
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    run = load_job(json.loads(recipe)).run
-    players = load_players(run, run.strategy.build().players, torch.device("cpu"))
-    part = checkpoint.save(players, checkpoint.Position(1, 1, {}), rank)
-    shutil.move(part.path, f"{folder}/part{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"type": "ddp"}, {"type": "fsdp2"}, *({"type": "deepspeed", "zero_stage": n} for n in (2, 3))], ids=str)
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_what_two_processes_saved_is_read_by_one(models: Path, tmp_path: Path, name: str, layout: dict[str, object]) -> None:
-    run = recipe(models, name, init="random").model_dump(mode="json")
-    content = json.dumps({**run, "seed": 1, "train": {"steps": 1, "layout": layout, "workers": 2}})
-    code = "import sys; from tests.orchestrator.test_export import save_one_rank as s; s(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
-    ranks = [subprocess.Popen([sys.executable, "-c", code, content, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [rank.wait() for rank in ranks] == [0, 0]
-    whole = shutil.copytree(tmp_path / "part0", tmp_path / "whole")
-    shutil.copytree(tmp_path / "part1", whole, dirs_exist_ok=True)
-    config = recipe(models, name, init="random").student
-    student = load_student(config, gradient_checkpointing=False, seed=0)
-    load_weights(Folder(str(whole)), "student", student)
-    wanted = load_student(config, gradient_checkpointing=False, seed=1).state_dict()
-    assert all(torch.equal(value, wanted[key]) for key, value in student.state_dict().items())
-
-
-def test_one_name_of_a_tied_head_is_enough(models: Path) -> None:
-    run = recipe(models)
-    source, logits = trained(run)
-    single = rewritten(source, lambda state: state.pop("student.model.model.lm_head.weight", None))
-    student = load_student(run.student, gradient_checkpointing=False, seed=0)
-    load_weights(single, "student", student)
-    assert torch.equal(student(input_ids=IDS).logits, logits)
-
-
 NORM = "student.model.model.model.norm.weight"
 DAMAGES: list[tuple[Change, str]] = [
     (lambda state: state.pop(NORM), "it lacks model.norm.weight. Expected"),
@@ -248,24 +149,6 @@ def test_damaged_weights_are_refused_and_leave_nothing(models: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
-@pytest.mark.parametrize("content", [None, b"", b"PK garbage"])
-def test_damaged_files_are_refused_in_one_sentence(models: Path, file: str, content: bytes | None) -> None:
-    run = recipe(models)
-    source, _ = trained(run)
-    path = Path(source.root, file)
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(RunFailed, match="cannot be read"):
-        load_weights(source, "student", load_student(run.student, gradient_checkpointing=False, seed=0))
-
-
-def test_a_player_that_is_not_there_is_named(models: Path) -> None:
-    run = recipe(models)
-    source, _ = trained(run)
-    with pytest.raises(RunFailed, match="got the players student; expected 'critic'"):
-        load_weights(source, "critic", load_student(run.student, gradient_checkpointing=False, seed=0))
-
-
 def test_a_failed_proof_leaves_nothing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given: object) -> float:
         raise RunFailed("differs")
@@ -278,18 +161,7 @@ def test_a_failed_proof_leaves_nothing(models: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_in_remote_storage_is_downloaded(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = recipe(models)
-    source, logits = trained(run)
-    remote = fs.SubTreeFileSystem(source.root, fs.LocalFileSystem())
-    monkeypatch.setattr(weights, "Checkpoint", lambda root: Checkpoint("/", filesystem=remote))
-    student = load_student(run.student, gradient_checkpointing=False, seed=0)
-    load_weights(Folder("s3://bucket/run/checkpoint"), "student", student)
-    assert torch.equal(student(input_ids=IDS).logits, logits)
-
-
-@contextmanager
-def run_folder(models: Path, home: Path, **student: object) -> Iterator[Folder]:
+def run_folder(models: Path, home: Path, **student: object) -> Folder:
     """A run with the checkpoints `one` and `two`, of which the first is the best."""
     run = recipe(models, **student)
     results = []
@@ -301,15 +173,15 @@ def run_folder(models: Path, home: Path, **student: object) -> Iterator[Folder]:
         results.append({"checkpoint_dir_name": name})
     (home / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": results[-1], "checkpoint_results": results}))
     (home / RECIPE).write_text(to_yaml(run))
-    yield Folder(str(home))
+    return Folder(str(home))
 
 
 @pytest.mark.usefixtures("unproved")
 def test_a_run_exports_its_best_last_or_named_checkpoint(models: Path, tmp_path: Path) -> None:
-    with run_folder(models, tmp_path) as home:
-        best = export_from_run(home, None, "best", adapter=False, dtype="trained")
-        last = export_from_run(home, tmp_path / "last", "last", adapter=False, dtype="trained")
-        named = export_from_run(home, tmp_path / "named", "one", adapter=False, dtype="trained")
+    home = run_folder(models, tmp_path)
+    best = export_from_run(home, None, "best", adapter=False, dtype="trained")
+    last = export_from_run(home, tmp_path / "last", "last", adapter=False, dtype="trained")
+    named = export_from_run(home, tmp_path / "named", "one", adapter=False, dtype="trained")
     assert best == tmp_path / "export"
     assert [json.loads((f / "export.json").read_text())["checkpoint"] for f in (best, last, named)] == ["one", "two", "one"]
     assert "sha256:" in (best / "README.md").read_text()
@@ -323,12 +195,12 @@ def test_what_cannot_be_exported_is_refused_at_the_door(models: Path, tmp_path: 
 
     (tmp_path / "run").mkdir()
     assert "no recipe.yaml; expected the folder of a run" in refused(Folder(str(tmp_path)), None, "best", False)
-    with run_folder(models, tmp_path / "run", init="random", lora={"r": 2}) as home:
-        assert "got 'three'; expected best, last or one of one, two" in refused(home, None, "three", False)
-        assert "which exists; expected a new folder" in refused(home, tmp_path, "best", False)
-        assert "a base of fresh random weights" in refused(home, None, "best", True)
-        (tmp_path / "run" / checkpoint.SNAPSHOT).unlink()
-        assert "no committed checkpoint" in refused(home, None, "best", False)
+    home = run_folder(models, tmp_path / "run", init="random", lora={"r": 2})
+    assert "got 'three'; expected best, last or one of one, two" in refused(home, None, "three", False)
+    assert "which exists; expected a new folder" in refused(home, tmp_path, "best", False)
+    assert "a base of fresh random weights" in refused(home, None, "best", True)
+    (tmp_path / "run" / checkpoint.SNAPSHOT).unlink()
+    assert "no committed checkpoint" in refused(home, None, "best", False)
     assert "a new local folder" in refused(Folder("s3://bucket/run"), None, "best", False)
     (tmp_path / "run" / RECIPE).write_text(to_yaml(recipe(models)))
     assert "a student without LoRA" in refused(home, None, "best", True)

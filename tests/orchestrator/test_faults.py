@@ -16,10 +16,10 @@ import psutil
 import pytest
 import yaml
 
+from orchestrator.config import load_job
 from orchestrator.errors import Refusal
 from orchestrator.order import Order
 from orchestrator.plan import make_plan
-from orchestrator.config import load_job
 from orchestrator.run import distill, resume
 from tests.tiny import source_text, tiny_model, tiny_tokenizer
 
