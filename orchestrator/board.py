@@ -83,11 +83,16 @@ class RankJournal:
         """Whether a person asked to stop, as far as this rank has heard."""
         return self.stopping
 
-    def begin(self, attempt: int, held_bytes: Mapping[str, int]) -> None:
-        """Speaks for `attempt` from now on: repeats the checkpoint's entries, and says what this rank holds in memory."""
+    def begin(self, attempt: int) -> None:
+        """Speaks for `attempt` from now on, and repeats the checkpoint's entries."""
         self._attempt = attempt
         if self.rank == 0:
-            self._send([*self.recent, Entry("held", attempt, 0, dict(held_bytes), time.time())])
+            self._send(list(self.recent))
+
+    def held(self, held_bytes: Mapping[str, int]) -> None:
+        """What this rank holds in memory, for the plan's estimate to be compared with."""
+        if self.rank == 0:
+            self._send([Entry("held", self._attempt, 0, dict(held_bytes), time.time())])
 
     def step(self, attempt: int, step: int, metrics: Mapping[str, float]) -> None:
         self._write(Entry("step", attempt, step, dict(metrics), time.time()))

@@ -44,14 +44,17 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
     held_out = _held_out(job, stream, rank)
-    journal.begin(stream.attempt, next(iter(players.values())).held_bytes())
+    journal.begin(stream.attempt)
     trainer = Trainer(job, strategy, players, device, journal, held_out)
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
+    first = step + 1
     for bundle in stream.after(step):
         step = scalar(bundle, "step")
         stop = trainer.step(step, bundle, stream.waited_seconds)
+        if step == first:  # optimizer states exist from the first step on
+            journal.held(next(iter(players.values())).held_bytes())
         if trainer.due(step) or stop:
             trainer.report(step, stream.attempt, stop)
         if stop:

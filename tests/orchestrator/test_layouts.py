@@ -28,6 +28,8 @@ from tests import harness_layouts as harness
 from tests.harness_layouts import AFTER, ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.timeout(600)  # the first test starts the processes
+
 EXACT = 1e-5
 """Largest relative difference of a step's loss or gradient norm in float32."""
 ROUNDED = {"loss": 0.01, "grad_norm": 0.05}
