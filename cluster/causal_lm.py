@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,14 @@ def vocabulary_rows(config: PreTrainedConfig) -> int:
 def attention_argument(attention: str) -> str | None:
     """What `from_pretrained` is told. None is SDPA, or eager for the few architectures that lack SDPA, such as Gemma 2."""
     return None if attention == "sdpa" else attention
+
+
+def bound_kernel_cache() -> None:
+    """Keeps oneDNN from holding a compiled kernel for each of a thousand shapes; call it before the first forward.
+
+    Rows of uneven length make a new shape in almost every step, and in bfloat16 each cached kernel holds megabytes.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def compute_device() -> torch.device:

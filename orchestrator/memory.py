@@ -114,17 +114,25 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
     head = _head_bytes(student, min(CHUNK_TOKENS, work.micro[0] * work.micro[1]), work.micro[0] * work.micro[1])
     if work.micros == 1:  # gradients grow while activations are freed; the head's own gradient is there before
         activations, gradients = max(activations, int(gradients) - student.vocabulary * student.hidden * FLOAT), 0
+    buckets = int(student.trained * FLOAT * held.buckets)
     offloaded = run.train.layout.offload_optimizer
     parts = {
         "process": WORKER_BYTES + (int(moments) if offloaded else 0),
         "weights": int(student.parameters * student.dtype.itemsize * held.weights),
-        "gradients": int(gradients),
+        "gathered": _gathered_bytes(student) if held.weights < 1 else 0,
+        "gradients": int(gradients) + buckets,
         "optimizer": 0 if offloaded else int(moments),
         "activations": activations,
         "head": head,
         "bundles": work.bundle_bytes * (run.train.read_ahead_bundles + 1),
     }
     return Memory(workers.role, workers.processes, parts, on_gpu=workers.share.gpus > 0)
+
+
+def _gathered_bytes(network: Network) -> int:
+    """Whole weights that a sharded layout puts together for a moment: the embedding, the head, and two layers."""
+    ends = network.vocabulary * network.hidden
+    return FLOAT * (ends + 2 * max(0, network.parameters - ends) // network.layers)
 
 
 def _head_bytes(network: Network, chunk_tokens: int, tokens: int) -> int:

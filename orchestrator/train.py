@@ -16,6 +16,7 @@ import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
 
+from cluster.causal_lm import bound_kernel_cache
 from orchestrator import checkpoint, evaluate, held_out_store
 from orchestrator.board import RankJournal
 from orchestrator.bundle import scalar
@@ -36,6 +37,7 @@ MOST_SKIPPED_STEPS = 10
 def train_worker(job: WorkerJob, stream: Stream) -> None:
     """Trains this worker's share of every step, from the newest checkpoint to the last step."""
     torch.set_num_threads(job.threads)
+    bound_kernel_cache()
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
     strategy = job.run.strategy.build()

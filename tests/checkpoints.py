@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,11 +63,14 @@ def rewritten(source: Folder, change: Change) -> Folder:
     return Folder(str(folder))
 
 
-def save_one_rank(recipe: str, folder: str, rank: int) -> None:
-    """Body of one of two processes that share a student and save it untrained."""
+def save_shared(recipes: str, folder: str, rank: int) -> None:
+    """Body of one of two processes that share untrained students, one after the other, and save them under `recipes`' names."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    run = load_job(json.loads(recipe)).run
-    players = load_players(run, run.strategy.build().players, torch.device("cpu"))
-    part = checkpoint.save(players, checkpoint.Position(1, 1, {}), rank)
-    shutil.move(part.path, f"{folder}/part{rank}")
+    for name, content in json.loads(recipes).items():
+        run = load_job(content).run
+        players = load_players(run, run.strategy.build().players, torch.device("cpu"))
+        part = checkpoint.save(players, checkpoint.Position(1, 1, {}), rank)
+        shutil.copytree(part.path, f"{folder}/{name}", dirs_exist_ok=True)  # as Ray Train merges them
     dist.destroy_process_group()

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from cluster.causal_lm import attention_argument, backbone, compute_device, explained_by_rounding, head_deviation, output_head
+from cluster.causal_lm import (
+    attention_argument,
+    backbone,
+    bound_kernel_cache,
+    compute_device,
+    explained_by_rounding,
+    head_deviation,
+    output_head,
+)
 from cluster.config import TransformersEndpoint
 from cluster.engines import Columns
 from cluster.forwards import bundle_rows, group_by_length, lay_out
@@ -29,6 +37,7 @@ class TransformersEngine:
         """
         if threads is not None:
             torch.set_num_threads(threads)
+        bound_kernel_cache()
         self.device = compute_device()
         self.forward_tokens = config.forward_tokens
         self.model = load_frozen(config, self.device)

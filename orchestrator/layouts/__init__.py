@@ -71,6 +71,8 @@ class Held:
     gradients: float = 1.0
     moments: float = 1.0
     """Each of AdamW's two."""
+    buckets: float = 0.0
+    """Second copies of gradients, in which they travel."""
     exact: float = 0.0
     """float32 weights kept by the optimizer beside those that the forward reads."""
 
@@ -112,7 +114,7 @@ def _zero(config: LayoutConfig, world: int) -> Held:
 
 _LAYOUTS = {
     "single": LayoutFacts("orchestrator.layouts.replicated:Single", one_worker=True),
-    "ddp": LayoutFacts("orchestrator.layouts.replicated:Ddp"),
+    "ddp": LayoutFacts("orchestrator.layouts.replicated:Ddp", held=lambda config, world: Held(buckets=1.0)),
     "fsdp2": LayoutFacts("orchestrator.layouts.fsdp2:Fsdp2", held=_sharded),
     "deepspeed": LayoutFacts(
         "orchestrator.layouts.deepspeed:DeepSpeed",

@@ -43,21 +43,25 @@ def test_flat_tensors_as_zero_saves_them_take_the_students_shape(models: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"type": "ddp"}, {"type": "fsdp2"}, *({"type": "deepspeed", "zero_stage": n} for n in (2, 3))], ids=str)
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_what_two_processes_saved_is_read_by_one(models: Path, tmp_path: Path, name: str, layout: dict[str, object]) -> None:
-    run = recipe(models, name, init="random").model_dump(mode="json")
-    content = json.dumps({**run, "seed": 1, "train": {"steps": 1, "layout": layout, "workers": 2}})
-    code = "import sys; from tests.checkpoints import save_one_rank as s; s(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
-    ranks = [subprocess.Popen([sys.executable, "-c", code, content, str(tmp_path), str(rank)]) for rank in range(2)]
+def test_what_two_processes_saved_is_read_by_one(models: Path, tmp_path: Path) -> None:
+    layouts = [{"type": "ddp"}, {"type": "fsdp2"}, *({"type": "deepspeed", "zero_stage": stage} for stage in (2, 3))]
+    cases = {f"{name}{number}": (name, layout) for name in ("tied", "untied") for number, layout in enumerate(layouts)}
+    recipes = {case: two_workers(models, name, layout) for case, (name, layout) in cases.items()}
+    code = "import sys; from tests.checkpoints import save_shared as s; s(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    ranks = [subprocess.Popen([sys.executable, "-c", code, json.dumps(recipes), str(tmp_path), str(rank)]) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
-    whole = shutil.copytree(tmp_path / "part0", tmp_path / "whole")
-    shutil.copytree(tmp_path / "part1", whole, dirs_exist_ok=True)
-    config = recipe(models, name, init="random").student
-    student = load_student(config, gradient_checkpointing=False, seed=0)
-    load_weights(Folder(str(whole)), "student", student)
-    wanted = load_student(config, gradient_checkpointing=False, seed=1).state_dict()
-    assert all(torch.equal(value, wanted[key]) for key, value in student.state_dict().items())
+    for case, (name, _) in cases.items():
+        config = recipe(models, name, init="random").student
+        student = load_student(config, gradient_checkpointing=False, seed=0)
+        load_weights(Folder(str(tmp_path / case)), "student", student)
+        wanted = load_student(config, gradient_checkpointing=False, seed=1).state_dict()
+        assert all(torch.equal(value, wanted[key]) for key, value in student.state_dict().items()), case
+
+
+def two_workers(models: Path, name: str, layout: dict[str, object]) -> dict[str, object]:
+    """A recipe whose student starts from the fresh weights of seed 1."""
+    run = recipe(models, name, init="random").model_dump(mode="json")
+    return {**run, "seed": 1, "train": {"steps": 1, "layout": layout, "workers": 2}}
 
 
 def test_one_name_of_a_tied_head_is_enough(models: Path) -> None:
