@@ -117,9 +117,7 @@ def lora_config(config: Lora) -> LoraConfig:
     alpha: Any = config.alpha  # PEFT divides it; its annotation says int
     from peft import LoraConfig
 
-    return LoraConfig(
-        r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
-    )
+    return LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM")
 
 
 def head_of(model: PreTrainedModel | PeftModel) -> Head:

@@ -197,7 +197,6 @@ def test_quantisation_on_a_cpu_says_what_to_do(folder: Path) -> None:
         make_engine(TransformersEndpoint(model=str(folder), quantization="int4"))
 
 
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
