@@ -41,21 +41,24 @@ def _rows(names: Sequence[str], data: str | None, recipe: Path | None, overrides
 
 
 def _table(scores: Sequence[ModelScores], compared: bool, top_k: int) -> Table:
-    table = Table("model", box=None, pad_edge=False)
-    heads = ["parameters", "cross-entropy", "perplexity"]
-    versus = ["KL(teacher‖model)", "KL(model‖teacher)", "same first", "same five", f"mass on teacher's {top_k}"]
-    for head in [*heads, *(versus if compared else []), "tokens/s"]:
-        table.add_column(head, justify="right")
+    """One column per model and one line per measure, so that long names and many measures both fit."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
     for number, score in enumerate(scores):
-        cells = [f"{score.parameters:,}", f"{score.cross_entropy:.4f}", f"{score.perplexity:,.2f}"]
-        shares = (score.top1_agreement, score.top5_agreement, score.topk_mass)
-        if compared:
-            cells += [_cell(kl, "{:.4f}") for kl in (score.forward_kl, score.reverse_kl)]
-            cells += [_cell(share, "{:.1%}") for share in shares]
         is_teacher = compared and number == len(scores) - 1
-        table.add_row(f"[bold]{score.model}[/]" + (" (teacher)" if is_teacher else ""), *cells, f"{score.tokens_per_second:,.0f}")
+        table.add_column(f"{score.model} (teacher)" if is_teacher else score.model, justify="right", overflow="fold")
+    lines: list[tuple[str, list[float | None], str]] = [
+        ("parameters", [s.parameters for s in scores], "{:,}"),
+        ("cross-entropy, nats/token", [s.cross_entropy for s in scores], "{:.4f}"),
+        ("perplexity", [s.perplexity for s in scores], "{:,.2f}"),
+        ("KL(teacher ‖ model), nats/token", [s.forward_kl for s in scores], "{:.4f}"),
+        ("KL(model ‖ teacher), nats/token", [s.reverse_kl for s in scores], "{:.4f}"),
+        ("same first choice as the teacher", [s.top1_agreement for s in scores], "{:.1%}"),
+        ("shared first five choices", [s.top5_agreement for s in scores], "{:.1%}"),
+        (f"mass on the teacher's first {top_k}", [s.topk_mass for s in scores], "{:.1%}"),
+        ("speed, tokens/s", [s.tokens_per_second for s in scores], "{:,.0f}"),
+    ]
+    for name, values, pattern in lines:
+        if any(value is not None for value in values):
+            table.add_row(name, *("–" if value is None else pattern.format(value) for value in values))
     return table
-
-
-def _cell(value: float | None, pattern: str) -> str:
-    return "–" if value is None else pattern.format(value)

@@ -28,7 +28,7 @@ from orchestrator.config import StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch, cut
 from orchestrator.models import check_head, load_tokenizer
-from orchestrator.reload import ADAPTER, load_saved
+from orchestrator.reload import ADAPTER, load_saved, quiet_libraries
 from orchestrator.rows import Rows
 from orchestrator.saved_models import load_config
 from strategies.objectives.divergence import forward_kl, reverse_kl
@@ -96,14 +96,18 @@ def evaluate_models(
     chosen = np.arange(len(rows)) if indices is None else indices
     usable = check_models(names, how.trust_remote_code)
     _check_rows(names, rows, chosen, usable, how)
-    networks = [_Network(name, load_saved(name, how.dtype, how.trust_remote_code), usable) for name in names]
+    with quiet_libraries():
+        networks = [_Network(name, load_saved(name, how.dtype, how.trust_remote_code), usable) for name in names]
     for network in networks:
         check_head(network.model)
     tokens = 0
     with torch.inference_mode():
         for micro, read in _micros(rows, chosen, how):
+            here = micro.to(networks[0].device)
+            if not tokens:  # a first forward is slow and would be counted
+                _ = [network.hidden(here) for network in networks]
             tokens += micro.loss_tokens
-            _measure(networks, teacher is not None, micro.to(networks[0].device), read, min(how.top_k, usable))
+            _measure(networks, teacher is not None, here, read, min(how.top_k, usable))
     return [network.scores(tokens, teacher is not None) for network in networks]
 
 

@@ -108,7 +108,7 @@ def _check_held_out(train: Source, held_out: Source | None, config: DataConfig) 
     if held_out is None:
         return
     both = {path.resolve() for _, path in train.files} & {path.resolve() for _, path in held_out.files}
-    same_split = train.spec != held_out.spec or config.split == config.held_out_split
+    same_split = train.spec != held_out.spec or not train.has_splits or config.split == config.held_out_split
     if both and same_split:
         got = f"{min(both).name!r}, which data.train reads too"
         raise Refusal("data.held_out", got, "data that is not trained on", "Leave data.held_out out to set rows aside from data.train.")

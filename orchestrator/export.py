@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from cluster.causal_lm import probing
 from cluster.storage import Folder
@@ -29,7 +28,7 @@ from orchestrator.lineage import LINEAGE, lineage_of, lineage_of_recipe
 from orchestrator.model_card import Manifest, card, versions
 from orchestrator.models import load_student, load_tokenizer
 from orchestrator.plan import Plan
-from orchestrator.reload import ADAPTER, PROOF, Reloaded, write_proof
+from orchestrator.reload import ADAPTER, PROOF, Reloaded, quiet_libraries, write_proof
 from orchestrator.result import RECIPE
 from orchestrator.weights import load_weights
 
@@ -70,7 +69,7 @@ def export_student(
     adapter = not merge_lora and run.student.lora is not None
     _check_request(run, to, adapter, dtype)
     position = _position(source)
-    with _made_whole(to) as part, _without_bars():
+    with _made_whole(to) as part, quiet_libraries():
         written = _write(run, source, part, player, adapter, dtype)
         manifest = Manifest(
             checkpoint=source.root.rstrip("/").rpartition("/")[2],
@@ -200,18 +199,6 @@ def _made_whole(to: Path) -> Iterator[Path]:
         part.rename(to)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keeps the libraries' progress bars off the terminal."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()
 
 
 def _write(run: RunConfig, source: Folder, part: Path, player: str, adapter: bool, dtype: ExportDtype) -> _Written:

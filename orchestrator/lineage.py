@@ -20,7 +20,7 @@ def lineage_of(plan: Plan) -> dict[str, str | float]:
     data = plan.data
     return {
         **lineage_of_recipe(plan.folder, plan.job.run),
-        **{f"teacher {name}": _teacher(config, plan.fingerprints.get(name)) for name, config in plan.endpoints.items()},
+        **{f"teacher {name!r}": _teacher(config, plan.fingerprints.get(name)) for name, config in plan.endpoints.items()},
         "data fingerprint": f"sha256:{data.fingerprint}",
         "train rows": data.train.rows,
         "train tokens": data.train.tokens,
@@ -36,7 +36,7 @@ def lineage_of_recipe(home: Folder, run: RunConfig) -> dict[str, str | float]:
     fresh = student.init == "random"
     known = None if fresh else fingerprint(student.model, student.revision)
     start = f"fresh weights of the configuration {student.model}" if fresh else f"{student.model} ({known})"
-    teachers = {f"teacher {name}": _teacher(config, None) for name, config in run.endpoints.items()}
+    teachers = {f"teacher {name!r}": _teacher(config, None) for name, config in run.endpoints.items()}
     return {"run": home.root.rstrip("/").rpartition("/")[2], "student": start, **teachers, "data": run.data.train, "seed": run.seed}
 
 

@@ -80,6 +80,7 @@ class Work:
     forward_tokens: Mapping[str, int]
     """Padded tokens of one forward by endpoint."""
     bundle_bytes: int
+    steps: int
 
 
 def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], kept: Mapping[str, int]) -> Work:
@@ -97,6 +98,7 @@ def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointC
         micros=max(len(groups) for groups in micros),
         forward_tokens={n: max(r * t for b in bundles for r, t in _groups(b, m.forward_tokens)) for n, m in models.items()},
         bundle_bytes=tokens * (ROW_TOKEN_BYTES + sum(k * SIGNAL_BYTES + FLOAT for k in kept.values())),
+        steps=order.steps,
     )
 
 
@@ -124,7 +126,7 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
         "optimizer": 0 if offloaded else int(moments),
         "activations": activations,
         "head": head,
-        "bundles": work.bundle_bytes * (run.train.read_ahead_bundles + 1),
+        "bundles": work.bundle_bytes * min(run.train.read_ahead_bundles + 1, work.steps),
     }
     return Memory(workers.role, workers.processes, parts, on_gpu=workers.share.gpus > 0)
 
@@ -164,7 +166,8 @@ def small_process(demand: Demand) -> Memory:
 def stream_bytes(run: RunConfig, work: Work, demands: tuple[Demand, ...]) -> int:
     """Bundles under way at once over the whole stream: what Ray's object store must have room for."""
     actors = sum(d.processes for d in demands if d.role in work.forward_tokens)
-    return work.bundle_bytes * (run.train.workers * (run.train.read_ahead_bundles + 1) + TASKS_IN_FLIGHT * (actors + 1))
+    most = run.train.workers * (run.train.read_ahead_bundles + 1) + TASKS_IN_FLIGHT * (actors + 1)
+    return work.bundle_bytes * min(most, work.steps * run.train.workers)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ PACKAGES = ("torch", "transformers", "peft", "ray", "deepspeed", "mlflow", "data
 MEASURES = {
     "cross_entropy": "cross-entropy, nats per token",
     "perplexity": "perplexity",
-    "forward_kl": "KL(teacher || student) on the teacher's top-k and one bucket, nats per token",
-    "reverse_kl": "KL(student || teacher) on the teacher's top-k and one bucket, nats per token",
+    "forward_kl": "KL(teacher ‖ student) on the teacher's top-k and one bucket, nats per token",
+    "reverse_kl": "KL(student ‖ teacher) on the teacher's top-k and one bucket, nats per token",
     "top1_agreement": "same first choice as the teacher, share of tokens",
     "top5_agreement": "shared with the teacher's five first choices, share",
     "teacher_topk_mass": "teacher's mass on its kept tokens, share",
@@ -136,4 +136,5 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
     if not rows:
         return "Not known."
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()])
+    escaped = ((name.replace("|", r"\|"), value.replace("|", r"\|")) for name, value in rows.items())
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in escaped])

@@ -96,7 +96,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     endpoints = teaching.used_endpoints(job, strategy)
     folder = _folder(job, recipe_name, resume)
     wanted = tuple(demands(job.cluster, endpoints, train.workers, machine_cpus()))
-    machine.check_packages(train, job.cluster.resources.worker.gpus, endpoints)
+    machine.check_packages(train, job.cluster.resources.worker.gpus)
     machine.check_processors(job, wanted)
     people, found = networks.cast(job, endpoints)
     asked = teaching.rehearse(job, strategy, people.vocabulary)

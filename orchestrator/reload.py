@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from cluster.causal_lm import compute_device
 
 ADAPTER = "adapter_config.json"
 PROOF = "proof.npz"
@@ -35,6 +40,19 @@ class Reloaded:
     """Whether the saved tokenizer still gives the ids it gave."""
     same_template: bool
     """Whether its chat template, or the lack of one, is what it was."""
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps progress bars off the terminal, and DeepSpeed, which saving a model imports, from telling that it found a CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", compute_device().type)
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def load_saved(folder: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -102,8 +120,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--trust-remote-code", action="store_true")
     given = parser.parse_args()
-    disable_progress_bar()
-    print(json.dumps(asdict(compare_with_proof(given.folder, given.trust_remote_code))))
+    with quiet_libraries():
+        print(json.dumps(asdict(compare_with_proof(given.folder, given.trust_remote_code))))
 
 
 if __name__ == "__main__":

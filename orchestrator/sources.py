@@ -51,6 +51,8 @@ class Source:
     columns: frozenset[str]
     """Its columns before renaming, as far as known."""
     records: Callable[[], Iterator[Record]]
+    has_splits: bool = False
+    """Whether the split says which rows are meant; files have none."""
 
 
 def open_source(spec: str, config: DataConfig, split: str, where: str) -> Source:
@@ -161,7 +163,7 @@ def _dataset_source(dataset: Dataset, spec: str, split: str, where: str, renames
                 yield Record(f"{spec}[{split}]", row, renamed(dict(zip(batch, values, strict=True)), renames))
 
     files = tuple((Path(file["filename"]).name, Path(file["filename"])) for file in dataset.cache_files)
-    return Source(where, spec, files, frozenset(dataset.column_names), records)
+    return Source(where, spec, files, frozenset(dataset.column_names), records, has_splits=True)
 
 
 def _saved(path: Path, split: str, where: str) -> Dataset:

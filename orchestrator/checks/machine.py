@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import pyarrow as pa
 import torch
 from pyarrow import fs
 
-from cluster.config import EndpointConfig
 from cluster.resources import Demand, machine_cpus
 from cluster.storage import Folder
 from orchestrator.config import Job, TrainConfig
@@ -28,8 +27,8 @@ OBJECT_STORE_SHARE = 0.3
 GIB = 1 << 30
 
 
-def check_packages(train: TrainConfig, gpus: float, endpoints: Mapping[str, EndpointConfig]) -> None:
-    """What the layout and the endpoints import or compile is installed."""
+def check_packages(train: TrainConfig, gpus: float) -> None:
+    """What the layout imports or compiles is installed."""
     facts, where = layout_facts(train.layout), f"train.layout={train.layout.type}"
     if facts.package and find_spec(facts.package) is None:
         do = f"pip install {facts.package} on every node, or choose another layout."
@@ -40,11 +39,6 @@ def check_packages(train: TrainConfig, gpus: float, endpoints: Mapping[str, Endp
         if missing:
             do = "Install g++ and ninja on every node, or choose another layout."
             raise Refusal(where, f"no {missing[0]}", "a C++ compiler and ninja, with which it builds its communication on CPUs", do)
-    for name, config in endpoints.items():
-        model = config.saved_model
-        if model and model.quantization != "none" and find_spec("bitsandbytes") is None:
-            do = "pip install bitsandbytes on every node, or set quantization=none."
-            raise Refusal(f"endpoints.{name}.quantization", "no package 'bitsandbytes'", "the package that quantises", do)
 
 
 def _ninja() -> bool:
@@ -129,17 +123,17 @@ def check_memory(job: Job, memory: Sequence[Memory], stream: int) -> list[str]:
     if not is_local(job):
         return []
     there = machine_memory()
-    wanted = sum(m.host * m.processes for m in memory)
-    if wanted > there:
-        listed = ", ".join(f"{m.role} {m.processes} x {text(m.host)}" for m in memory)
-        do = "Lower train.micro_batch_tokens, train.workers or actors, shard the student with fsdp2, or use gradient_checkpointing."
-        raise Refusal("memory", f"{text(wanted)} ({listed})", f"at most the {text(there)} of this machine", do)
     room = int(OBJECT_STORE_SHARE * there) // 2
     if stream > room:
         do = "Lower train.read_ahead_bundles, train.batch_rows or the strategy's top_k."
         raise Refusal(
             "train.read_ahead_bundles", f"{text(stream)} of bundles under way", f"at most half of Ray's object store, {text(room)}", do
         )
+    wanted = sum(m.host * m.processes for m in memory)
+    if wanted > there:
+        listed = ", ".join(f"{m.role} {m.processes} x {text(m.host)}" for m in memory)
+        do = "Lower train.micro_batch_tokens, train.workers or actors, shard the student with fsdp2, or use gradient_checkpointing."
+        raise Refusal("memory", f"{text(wanted)} ({listed})", f"at most the {text(there)} of this machine", do)
     warnings = [f"memory: {text(wanted)} of {text(there)} will be in use."] if wanted > 0.85 * there else []
     return warnings + _about_gpus(memory)
 

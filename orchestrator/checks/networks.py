@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,9 @@ def _check_endpoint(name: str, model: SavedModel, gpus: float) -> None:
     if model.quantization != "none" and not gpus:
         do = f"Set endpoints.{name}.resources.gpus=1, or quantization=none."
         raise Refusal(f"endpoints.{name}.quantization", f"{model.quantization!r} in a process without a GPU", "'none' on CPUs", do)
+    if model.quantization != "none" and find_spec("bitsandbytes") is None:
+        do = "pip install bitsandbytes on every node, or set quantization=none."
+        raise Refusal(f"endpoints.{name}.quantization", "no package 'bitsandbytes'", "the package that quantises", do)
     check_attention(f"endpoints.{name}.attention", model.attention, gpus, model.dtype != "float32", f"endpoints.{name}.dtype=bfloat16")
 
 

@@ -21,7 +21,6 @@ FREE = (
     "train.layout.offload_optimizer",
     "train.max_failures",
     "train.read_ahead_bundles",
-    "train.log_every_steps",
     "endpoints.*.actors",
     "endpoints.*.resources",
 )

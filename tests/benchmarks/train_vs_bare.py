@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
@@ -47,7 +48,7 @@ def measure(settings: Settings) -> Figure:
     raw: dict[str, list[dict[str, float]]] = {}
     for turn in range(settings.rounds):
         for threads in BARE_THREADS:
-            bare = run_loop("tests.benchmarks.bare_loop", spec.__class__(**{**asdict(spec), "threads": threads}), settings.folder / "bare")
+            bare = run_loop("tests.benchmarks.bare_loop", replace(spec, threads=threads), settings.folder / "bare")
             _note(raw, f"bare loop, threads={threads}", {"tokens_per_second": bare.tokens_per_second(window)})
         for setup in setups:
             done = run(settings.folder / f"turn{turn}", recipes[setup], setup, storage)
@@ -63,11 +64,14 @@ def _numbers(done: Run, window: Window) -> dict[str, float]:
 
 
 def _note(raw: dict[str, list[dict[str, float]]], side: str, numbers: dict[str, float]) -> None:
+    numbers = {**numbers, "load": os.getloadavg()[0]}
     raw.setdefault(side, []).append(numbers)
     print(f"{side}: " + ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items()), flush=True)
 
 
-def _figure(settings: Settings, window: Window, raw: dict[str, list[dict[str, float]]], parameters: Any, bare: Trace) -> Figure:
+def _figure(
+    settings: Settings, window: Window, raw: Mapping[str, list[dict[str, float]]], parameters: Mapping[str, int], bare: Trace
+) -> Figure:
     medians = {side: median(n["tokens_per_second"] for n in numbers) for side, numbers in raw.items()}
     other = medians[f"bare loop, threads={BARE_THREADS[0]}"]
     ratios = {side: speed / other for side, speed in medians.items()}

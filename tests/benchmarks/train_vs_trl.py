@@ -13,7 +13,6 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
@@ -69,7 +68,7 @@ def questions(settings: Settings) -> Material:
     path = settings.data or DATA
     if not path.exists():
         raise SystemExit(f"{NAME}: got no file {path}; expected JSONL with question and answer. Give GSM8K's train.jsonl as --data.")
-    found = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in found]
     rows = rows[:400] if settings.smoke else rows
     return make(settings.folder / "material", rows, (row["prompt"] + row["completion"] for row in rows), settings.smoke)

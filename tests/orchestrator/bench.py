@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import plan
 from orchestrator.checks import machine
 from orchestrator.config import Job, load_job
 from orchestrator.plan import Plan, make_plan
@@ -156,6 +157,10 @@ def storage_below_a_file(bench: Bench) -> None:
 
 def storage_of_another(bench: Bench) -> None:
     bench.patch.setattr(machine.os, "access", lambda path, mode: False)
+
+
+def bundles_of_a_tebibyte(bench: Bench) -> None:
+    bench.patch.setattr(plan, "stream_bytes", lambda *given: 1 << 40)
 
 
 def full_disk(bench: Bench) -> None:

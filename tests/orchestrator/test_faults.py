@@ -83,7 +83,8 @@ def wait_for_step(home: Path, name: str, step: int, seconds: float = 120.0) -> N
 def kill_when(home: Path, name: str, step: int, title: str) -> int:
     """Sends SIGKILL to a Ray process with `title` in its name once the run has reached `step`; returns its pid."""
     wait_for_step(home, name, step)
-    victims = [p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or ())]
+    mine = psutil.Process().children(recursive=True)  # of this session's Ray, not of another on the machine
+    victims = [p for p in mine if title in " ".join(p.cmdline())]
     assert victims, f"no process named {title}"
     victims[0].send_signal(signal.SIGKILL)
     return victims[0].pid

@@ -100,7 +100,7 @@ def recipe(model: str, **train: Any) -> dict[str, Any]:
 
 
 def work(micro: tuple[int, int], micros: int) -> Work:
-    return Work(micro, micros, {"teacher": micro[0] * micro[1]}, ROWS * LENGTH * (5 + TOP_K * 8))
+    return Work(micro, micros, {"teacher": micro[0] * micro[1]}, ROWS * LENGTH * (5 + TOP_K * 8), 2)
 
 
 def run_of(content: dict[str, Any]) -> RunConfig:

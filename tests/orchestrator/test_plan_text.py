@@ -43,7 +43,7 @@ WARNINGS: list[tuple[str, Callable[[Bench], None], str]] = [
     ("period never reached", put("evaluate.every_steps", 9), "evaluate.every_steps=9 is longer than the run"),
     ("defined in two files", lambda b: b.cluster.update(endpoints=b.recipe["endpoints"]), "in ray_config.yaml and in the recipe"),
     ("baseline of itself", both(put("strategy", "cross-entropy"), put("endpoints", {}), put("baseline", True)), "no teacher"),
-    ("batch smaller than its workers", both(WORKERS_2, put("train.batch_tokens", 34)), "less than a row for each of 2 workers"),
+    ("batch smaller than its workers", both(WORKERS_2, put("train.batch_tokens", 36)), "less than a row for each of 2 workers"),
 ]
 
 
