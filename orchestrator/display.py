@@ -96,6 +96,7 @@ class Display:
         out.print(f"\nStudent  {result.student}", soft_wrap=True)
         out.print(f"Run      {result.folder}", soft_wrap=True)
         out.print(f"MLflow   {result.page}", soft_wrap=True)
+        out.print(f"Curves   {result.curves}", soft_wrap=True)
         out.print(f"Next     distill evaluate {result.student} --recipe {result.folder}/recipe.yaml", soft_wrap=True)
 
 

@@ -24,6 +24,7 @@ from orchestrator.fit import Fit, start_fit
 from orchestrator.journal import RunRecord
 from orchestrator.ledger import Ledger
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
+from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
 from orchestrator.track import Tracker, reconcile_all
 from strategies import baseline
@@ -41,8 +42,8 @@ def drive(plan: Plan, display: Display) -> RunResult:
         tracker, ledger = _train(plan, display, tracking)
         try:
             result = _conclude(plan, ledger, tracker, display)
-        except BaseException:
-            tracker.finish("FAILED")
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
             raise
     tracker.finish("FINISHED")
     return result
@@ -95,6 +96,7 @@ def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) ->
     rows = [*teacher_rows(plan, position.metrics, ledger), student_row(plan, "student", position.metrics, ledger, student)]
     if plan.job.run.baseline:
         rows.append(_control(plan, tracker, display))
+    control = {"without teacher": control_plan(plan).local} if plan.job.run.baseline else {}
     result = RunResult(
         name=plan.name,
         folder=plan.folder.root,
@@ -104,6 +106,7 @@ def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) ->
         tracking_uri=plan.job.cluster.tracking_uri,
         mlflow_run_id=tracker.run_id,
         page=tracker.page,
+        curves=str(plot_curves({"student": plan.local, **control}, plan.local / CURVES)),
         comparison=tuple(rows),
     )
     content = json.dumps(asdict(result), indent=1)

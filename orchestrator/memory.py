@@ -25,10 +25,12 @@ from orchestrator.sketch import Network, saved_bytes_per_forward
 from strategies.head import CHUNK_TOKENS
 
 MIB = 1 << 20
-WORKER_BYTES = 600 * MIB
+WORKER_BYTES = 640 * MIB
 """A training worker before it loads anything: torch, transformers, Ray."""
 SCORER_BYTES = 560 * MIB
-READER_BYTES = 350 * MIB
+READER_BYTES = 385 * MIB
+DRIVER_BYTES = 2000 * MIB
+"""The driver, Ray Train's controller, the stream's coordinator and Ray's own daemons together."""
 HEAD_COPIES = 6
 """float32 copies of a chunk's logits alive at once: raw, temperatures, scattered, normalised, gradient."""
 SCORE_COPIES = 4
@@ -161,6 +163,11 @@ def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Deman
 def small_process(demand: Demand) -> Memory:
     """A process without a network: a reader, or an endpoint that loads nothing."""
     return Memory(demand.role, demand.processes, {"process": READER_BYTES})
+
+
+def surroundings() -> Memory:
+    """What runs beside the roles on the driver's machine."""
+    return Memory("driver and Ray", 1, {"process": DRIVER_BYTES})
 
 
 def stream_bytes(run: RunConfig, work: Work, demands: tuple[Demand, ...]) -> int:

@@ -17,7 +17,7 @@ from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, Facts
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
-from orchestrator.memory import Disk, Memory, disk, largest_work, scorer_memory, small_process, stream_bytes, worker_memory
+from orchestrator.memory import Disk, Memory, disk, largest_work, scorer_memory, small_process, stream_bytes, surroundings, worker_memory
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
@@ -181,7 +181,7 @@ def _memory(
     for demand in wanted[1:]:
         model = endpoints[demand.role].saved_model if demand.role in endpoints else None
         found.append(scorer_memory(people.teachers[demand.role], model, work, demand) if model else small_process(demand))
-    return tuple(found), stream_bytes(job.run, work, tuple(wanted))
+    return (*found, surroundings()), stream_bytes(job.run, work, tuple(wanted))
 
 
 def _fingerprints(people: Cast, data: PreparedData) -> dict[str, str]:

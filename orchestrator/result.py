@@ -43,4 +43,6 @@ class RunResult:
     mlflow_run_id: str
     page: str
     """Where a person sees the run in MLflow: an address, or the command that serves one."""
+    curves: str
+    """PNG of training and held-out curves, the control's beside them."""
     comparison: tuple[Row, ...] = ()
