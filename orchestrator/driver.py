@@ -71,7 +71,7 @@ def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
 
 def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tracker, Ledger]:
     """Trains to the last step; raises what ended the run before it."""
-    ledger = Ledger()
+    ledger = Ledger.of(plan.local)
     if plan.done_steps == plan.steps:
         return tracking.result(), ledger
     fit = start_fit(plan)

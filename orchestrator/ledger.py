@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from orchestrator.board import Entry
-from orchestrator.journal import MetricRow
+from orchestrator.journal import Journal, MetricRow
 from orchestrator.track import Tracker
 
 LOGGED = ("step", "eval")
@@ -28,6 +29,15 @@ class Ledger:
     """Seconds that each teacher worked for those steps."""
     _newest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGGED, 0))
     _unlogged: list[Entry] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> Ledger:
+        """A ledger that knows what the run's journal already holds, so that a resumed run writes nothing twice."""
+        ledger = cls()
+        for row in Journal(folder).rows():
+            kind = "eval" if any(name.startswith("eval/") for name in row.values) else "step"
+            ledger._newest[kind] = max(ledger._newest[kind], row.step)
+        return ledger
 
     def take(self, entries: Iterable[Entry]) -> list[Entry]:
         """The entries not seen before; a new attempt takes back what came after its start."""
