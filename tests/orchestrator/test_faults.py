@@ -112,8 +112,8 @@ def driver(home: Path, arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ.copy())
 
 
-def start(home: Path, name: str) -> subprocess.Popen[str]:
-    (home / f"{name}.yaml").write_text(yaml.safe_dump(recipe(home, name)))
+def start(home: Path, name: str, **train: Any) -> subprocess.Popen[str]:
+    (home / f"{name}.yaml").write_text(yaml.safe_dump(recipe(home, name, **train)))
     return driver(home, [str(home / f"{name}.yaml")])
 
 
@@ -143,9 +143,9 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(home: Path, undisturbe
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(home: Path, undisturbed: dict[int, float]) -> None:
-    process = start(home, "grown")
+    process = start(home, "grown", layout="ddp")
     wait_for_step(home, "grown", EVERY + 2)
     process.kill()
     process.wait()
-    resume(home / "runs" / "grown", ["train.workers=2", "train.layout=ddp"], cluster=cluster(home))
+    resume(home / "runs" / "grown", ["train.workers=2"], cluster=cluster(home))
     assert curve(home, "grown") == pytest.approx(undisturbed, rel=1e-5)
