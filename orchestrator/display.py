@@ -104,7 +104,7 @@ def comparison_table(rows: Iterable[Row]) -> Table:
     """Held-out numbers side by side."""
     table = Table(title="Held-out rows (nats per token)", title_justify="left")
     table.add_column("model", no_wrap=True)
-    for name in ("cross-\nentropy", "KL to\nteacher", "top-1\nagree", "para-\nmeters", "seconds", "tokens/s"):
+    for name in ("cross-\nentropy", "KL to\nteacher", "top-1\nagree", "para-\nmeters", "\nseconds", "tokens\nper s"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
         table.add_row(

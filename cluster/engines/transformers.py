@@ -25,6 +25,9 @@ from cluster.forwards import bundle_rows, group_by_length, lay_out
 LOGITS_AT_ONCE = 1 << 20
 """Logits that exist at one time on a CPU: 4 MiB of float32 stay near the cores. A GPU gets 64 times as many."""
 
+TOPK_SHARE = 64
+"""torch's `topk` on a CPU sorts partially while k is at most this fraction of a row."""
+
 
 class TransformersEngine:
     """Scores rows with a frozen model: forwards of similar lengths, and logits of loss tokens only, a piece at a time."""
@@ -71,7 +74,7 @@ class TransformersEngine:
             step = self._piece_tokens()
             for piece, where in zip(hidden.split(step), order.split(step), strict=True):
                 logits, normaliser, lost = self._usable_logits(piece)
-                best, best_ids = logits.topk(top_k)
+                best, best_ids = largest(logits, top_k)
                 ids[where] = best_ids.int()
                 logprobs[where] = best - normaliser
                 logprob[where] = self._own(logits, normaliser, labels[where])
@@ -109,6 +112,19 @@ class TransformersEngine:
                 f"tokens: got the id {highest}; expected less than the {self.embedded} ids that this endpoint's model embeds. "
                 "Teacher and student must share a tokenizer."
             )
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `(n, V)`, falling, and their places, both `(n, k)`.
+
+    On a CPU torch partitions only when k is small against V; elsewhere numpy's partition takes half its time.
+    """
+    if values.device.type != "cpu" or k * TOPK_SHARE <= values.shape[-1]:
+        return torch.topk(values, k)
+    kept = values.shape[-1] - k
+    places = torch.from_numpy(np.argpartition(values.numpy(), min(kept, values.shape[-1] - 1), axis=-1)[:, kept:])
+    found, order = values.gather(-1, places).sort(-1, descending=True)
+    return found, places.gather(-1, order)
 
 
 def load_frozen(config: TransformersEndpoint, device: torch.device) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from cluster.config import FakeEndpoint, TransformersEndpoint
 from cluster.endpoints import check_scores, make_engine
 from cluster.engines import Columns, Engine
 from cluster.engines.fake import FakeEngine
-from cluster.engines.transformers import TransformersEngine
+from cluster.engines.transformers import TransformersEngine, largest
 from cluster.forwards import bundle_rows, group_by_length, lay_out
 from tests.tiny import tiny_model
 
@@ -244,3 +244,12 @@ def test_every_loss_token_is_laid_out_once_behind_its_own_prefix(lengths: list[i
             assert at - t - 1 in rows.starts
             seen.append(number)
     assert sorted(seen) == list(range(len(rows.loss_at)))
+
+
+@pytest.mark.parametrize("k", [1, 3, 100, 199, 200])
+def test_the_largest_logits_are_found_by_either_way(k: int) -> None:
+    values = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)).round(decimals=3)
+    found, places = largest(values, k)
+    assert torch.equal(found, values.topk(k).values)
+    assert torch.equal(found, values.gather(-1, places))
+    assert all(len(set(row)) == k for row in places.tolist())
