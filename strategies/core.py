@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from strategies.head import TermSums, TokenLogits
+    from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
 
 Columns = dict[str, NDArray[np.generic]]
@@ -66,10 +66,57 @@ class Stage(Protocol):
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns: ...
 
 
+class Settings(BaseModel):
+    """Base of every typed setting: unknown keys are errors, values are frozen, the text under a field is its doc."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Reads = Literal["nothing", "expectation", "pair", "label"]
+"""What an objective asks of its signal: nothing (it has none); `expect`, an average under the teacher, which draws can
+give too; `pair`, whole aligned distributions; `label`, the teacher's log-probability of the given token."""
+
+
 class Objective(Protocol):
-    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean."""
+    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean.
+
+    `outputs` are the student's logits of n loss tokens, `weights` `(n,)` float32 the term's weight of each.
+    """
+
+    reads: ClassVar[Reads]
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor: ...
+
+
+@runtime_checkable
+class TwoPass(Protocol):
+    """An objective that looks at every loss token of a micro-batch before its gradient: whole sequences, batch statistics.
+
+    The head calls `survey` for each chunk of n tokens without gradient, `settle` once with all N of them, and `settled`
+    for each chunk again, with gradient. No more than the `(N, S)` and `(N, M)` numbers is kept in between.
+    """
+
+    reads: ClassVar[Reads]
+
+    def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
+        """`(n, S)` float32 numbers of each token."""
+        ...
+
+    def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
+        """`(N, M)` float32 numbers for each token, made from those of all: `(N, S)`. Carries no gradient."""
+        ...
+
+    def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
+        """The sum over a chunk, whose tokens have `numbers` `(n, M)`. Its value adds up to the objective's over chunks,
+        and its gradient is the objective's."""
+        ...
+
+
+class ObjectiveSettings(Settings):
+    """Base of the objectives: their settings are their fields, so that a recipe's term is the objective itself."""
+
+    reads: ClassVar[Reads] = "pair"
+    type: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +124,7 @@ class Term:
     """One summand of a loss. `signal` names the column group it reads (`<signal>/ids`, ...); `scale` is its weight."""
 
     name: str
-    objective: Objective
+    objective: Objective | TwoPass
     scale: Schedule
     signal: str | None = None
 
@@ -123,10 +170,9 @@ def lm_update(*terms: Term, player: str = "student", every: int = 1) -> Update:
     return Update(player=player, terms=terms, loss=lambda players: players.forward(player, terms), every=every)
 
 
-class StrategyConfig(BaseModel):
+class StrategyConfig(Settings):
     """Base of every strategy's typed settings. Class defaults are the vetted setting."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     type: str
 
     def build(self) -> Strategy:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.core import Progress, Term
+from strategies.core import Progress, Term, TwoPass
 from strategies.signals import Signal
 
 CHUNK_TOKENS = 256
@@ -70,8 +70,15 @@ class TokenBatch:
     signals: Mapping[str, Signal]
     weights: Mapping[str, Tensor]
     """`(N,)` float32 by term name; a term without an entry weighs every token 1."""
+    rows: Tensor | None = None
+    """`(N,)` int64, the number of each token's row in the micro-batch; only objectives of whole sequences read it."""
+
+    def signal(self, term: Term, start: int, stop: int) -> Signal | None:
+        """The signal of `term` for tokens `start:stop`."""
+        return None if term.signal is None else self.signals[term.signal].chunk(start, stop)
 
     def weight(self, term: str, start: int, stop: int) -> Tensor:
+        """`(stop - start,)` weights of the term called `term`."""
         given = self.weights.get(term)
         if given is not None:
             return given[start:stop]
@@ -104,6 +111,14 @@ class Head:
         raw = self.raw(hidden).float()
         return raw if self.transform is None else self.transform(raw)
 
+    def outputs(self, raw: Tensor, labels: Tensor) -> TokenLogits:
+        """What objectives see of `raw` logits `(n, V)` float32 and labels `(n,)`."""
+        return TokenLogits(raw if self.transform is None else self.transform(raw), labels)
+
+    def cast(self, dtype: torch.dtype) -> Head:
+        """The same head with parameters in `dtype`."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.transform)
+
 
 def chunked_terms(
     hidden: Tensor,
@@ -120,13 +135,17 @@ def chunked_terms(
     respect to hidden states and to a trainable head is made here and handed out in backward.
     """
 
+    settled = _first_pass(hidden, head, batch, terms, progress, chunk_tokens)
+
     def scaled_sum(logits: Tensor, start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
-        shaped = logits if head.transform is None else head.transform(logits)
-        outputs = TokenLogits(shaped, batch.labels[start:stop])
+        outputs = head.outputs(logits, batch.labels[start:stop])
         sums = []
         for term in terms:
-            signal = None if term.signal is None else batch.signals[term.signal].chunk(start, stop)
-            sums.append(term.objective(outputs, signal, batch.weight(term.name, start, stop), progress))
+            objective, signal, weights = term.objective, batch.signal(term, start, stop), batch.weight(term.name, start, stop)
+            if isinstance(objective, TwoPass):
+                sums.append(objective.settled(outputs, signal, weights, progress, settled[term.name][start:stop]))
+            else:
+                sums.append(objective(outputs, signal, weights, progress))
         total = torch.stack([scales[t.name] * s for t, s in zip(terms, sums, strict=True)]).sum()
         return total, [s.detach() for s in sums]
 
@@ -134,6 +153,27 @@ def chunked_terms(
         hidden, head.weight, head.bias, head, scaled_sum, len(terms), chunk_tokens
     )
     return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)})
+
+
+@torch.no_grad()
+def _first_pass(
+    hidden: Tensor, head: Head, batch: TokenBatch, terms: tuple[Term, ...], progress: Progress, chunk_tokens: int
+) -> dict[str, Tensor]:
+    """What each objective of two passes settles from all tokens, `(N, M)` by term; no pass when there is none."""
+    pending = {t: t.objective for t in terms if isinstance(t.objective, TwoPass)}
+    if not pending:
+        return {}
+    surveys: dict[str, list[Tensor]] = {t.name: [] for t in pending}
+    for start in range(0, len(hidden), chunk_tokens) or [0]:
+        stop = min(start + chunk_tokens, len(hidden))
+        outputs = head.outputs(head.cast(hidden.dtype).raw(hidden[start:stop]).float(), batch.labels[start:stop])
+        for term, objective in pending.items():
+            surveys[term.name].append(objective.survey(outputs, batch.signal(term, start, stop), progress))
+    count = len(hidden)
+    return {
+        t.name: objective.settle(torch.cat(surveys[t.name]), batch, batch.weight(t.name, 0, count), progress)
+        for t, objective in pending.items()
+    }
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -154,7 +194,7 @@ class _ChunkedHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
         grad_bias = torch.zeros(len(bias), device=weight.device) if bias is not None and want_bias else None
-        cast = Head(weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        cast = Head(weight, bias).cast(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         sums = torch.zeros(terms, device=hidden.device)
         for start in range(0, len(hidden), chunk_tokens):

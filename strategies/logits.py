@@ -34,7 +34,7 @@ class Logits(StrategyConfig):
     """Weight of the cross-entropy on the dataset's tokens."""
 
     def build(self) -> Strategy:
-        kd = Term("kd", ForwardKL(schedule(self.temperature)), schedule(self.kd_weight), signal=self.teacher)
+        kd = Term("kd", ForwardKL(temperature=self.temperature), schedule(self.kd_weight), signal=self.teacher)
         ce = Term("ce", CrossEntropy(), schedule(self.ce_weight))
         return Strategy(
             players={"student": Player()},

@@ -5,15 +5,14 @@ Each function takes natural log-probabilities `(N, M)` and returns one non-negat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from strategies.core import Progress, Schedule
+from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenLogits
-from strategies.schedule import constant
+from strategies.schedule import PositiveSchedule, schedule
 from strategies.signals import Signal
 
 
@@ -29,20 +28,23 @@ def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (q * torch.where(q > 0, log_q - log_p, 0.0)).sum(-1)  # masked before the product: 0 * inf has no gradient
 
 
-@dataclass(frozen=True)
-class ForwardKL:
+class ForwardKL(ObjectiveSettings):
     """Weighted sum over tokens of `T^2 KL(p_T || q_T)` against any signal that pairs with dense student logits.
 
     `t_scale="auto"` multiplies by T^2, so that the logit gradient keeps its size as T grows (arXiv:1503.02531, section 2).
     """
 
-    temperature: Schedule = constant(1.0)
+    reads: ClassVar[Reads] = "expectation"
+    type: Literal["forward-kl"] = "forward-kl"
+    temperature: PositiveSchedule = 1.0
+    """Divides both sides' logits."""
     t_scale: Literal["auto", "none"] = "auto"
+    """Whether T^2 multiplies the divergence."""
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         if signal is None:
             raise ValueError("ForwardKL compares with a teacher, and its term names no signal")
-        temperature = self.temperature(progress)
+        temperature = schedule(self.temperature)(progress)
         log_q, log_p = signal.pair(outputs, temperature)
         scale = temperature**2 if self.t_scale == "auto" else 1.0
         return scale * (weights * forward_kl(log_q, log_p)).sum()

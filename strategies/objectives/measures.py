@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from strategies.core import Objective, Progress
+from strategies.core import Objective, Progress, Reads
 from strategies.head import TokenLogits
 from strategies.objectives.divergence import forward_kl, reverse_kl
 from strategies.signals import Signal, TopK
@@ -17,6 +18,8 @@ from strategies.signals import Signal, TopK
 class ForwardKLMeasure:
     """KL(teacher || student) at temperature 1, on whatever outcomes the signal pairs."""
 
+    reads: ClassVar[Reads] = "pair"
+
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         return (weights * forward_kl(*_given(signal).pair(outputs, 1.0))).sum()
 
@@ -25,6 +28,8 @@ class ForwardKLMeasure:
 class ReverseKLMeasure:
     """KL(student || teacher) at temperature 1, on whatever outcomes the signal pairs."""
 
+    reads: ClassVar[Reads] = "pair"
+
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         return (weights * reverse_kl(*_given(signal).pair(outputs, 1.0))).sum()
 
@@ -32,6 +37,8 @@ class ReverseKLMeasure:
 @dataclass(frozen=True)
 class Top1Agreement:
     """Share of tokens on which both prefer the same next token."""
+
+    reads: ClassVar[Reads] = "pair"
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         return (weights * (outputs.logits.argmax(-1) == _topk(signal).ids[:, 0])).sum()
@@ -42,6 +49,8 @@ class TopKAgreement:
     """Mean share of the teacher's first `k` tokens found among the student's first `k`."""
 
     k: int = 5
+
+    reads: ClassVar[Reads] = "pair"
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         theirs = _topk(signal).ids[:, : self.k]
@@ -54,6 +63,8 @@ class TopKAgreement:
 class TeacherMass:
     """Mass that the teacher puts on its kept tokens."""
 
+    reads: ClassVar[Reads] = "pair"
+
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         return (weights * _topk(signal).logprobs.exp().sum(-1)).sum()
 
@@ -61,6 +72,8 @@ class TeacherMass:
 @dataclass(frozen=True)
 class StudentMass:
     """Mass that the student puts on the teacher's kept tokens."""
+
+    reads: ClassVar[Reads] = "pair"
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         inside, _ = outputs.partition(_topk(signal).ids, 1.0, want_tail=False)

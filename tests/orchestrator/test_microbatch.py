@@ -23,7 +23,7 @@ from strategies.schedule import constant
 from tests.orchestrator.networks import ARCHITECTURES, VOCABULARY, network
 from tests.tiny import tiny_model
 
-TERMS = (Term("kd", ForwardKL(constant(2.0)), constant(1.0), signal="teacher"), Term("ce", CrossEntropy(), constant(1.0)))
+TERMS = (Term("kd", ForwardKL(temperature=2.0), constant(1.0), signal="teacher"), Term("ce", CrossEntropy(), constant(1.0)))
 SCALES = {"kd": 0.7, "ce": 0.3}
 PROGRESS = Progress(0, 1)
 

@@ -10,7 +10,7 @@ from strategies.core import Progress
 from strategies.head import TokenLogits
 from strategies.objectives.divergence import ForwardKL, forward_kl, reverse_kl
 from strategies.objectives.likelihood import CrossEntropy
-from strategies.schedule import Ramp, constant
+from strategies.schedule import Ramp
 from strategies.signals import TopK
 from tests.strategies import reference
 
@@ -35,7 +35,7 @@ def student(z_q: np.ndarray) -> TokenLogits:
 
 def kl_and_gradient(z_q: np.ndarray, z_p: np.ndarray, temperature: float, t_scale: str = "auto") -> tuple[float, np.ndarray]:
     outputs = student(z_q)
-    objective = ForwardKL(constant(temperature), t_scale="auto" if t_scale == "auto" else "none")
+    objective = ForwardKL(temperature=temperature, t_scale="auto" if t_scale == "auto" else "none")
     loss = objective(outputs, whole_teacher(z_p), torch.ones(len(z_q)), NOW)
     (gradient,) = torch.autograd.grad(loss, outputs.logits)
     return loss.item(), gradient.numpy()
@@ -126,7 +126,7 @@ def test_weights_multiply_tokens_and_the_result_is_a_sum_not_a_mean() -> None:
 
 def test_a_scheduled_temperature_moves_with_progress() -> None:
     z_q, z_p = logits(0), logits(100)
-    objective = ForwardKL(Ramp(ramp=(1.0, 3.0)))
+    objective = ForwardKL(temperature=Ramp(ramp=(1.0, 3.0)))
     loss = objective(student(z_q), whole_teacher(z_p), torch.ones(TOKENS), Progress(step=5, steps=10))
     assert loss.item() == pytest.approx(kl_and_gradient(z_q, z_p, 2.0)[0], rel=1e-6)
 
@@ -140,7 +140,7 @@ def test_a_divergence_without_a_signal_says_what_is_missing() -> None:
 def test_cross_entropy_is_minus_log_q_of_the_label_whatever_the_temperature_of_others(seed: int) -> None:
     z_q, labels = logits(seed), np.random.default_rng(seed).integers(0, VOCABULARY, TOKENS)
     outputs = TokenLogits(torch.from_numpy(z_q).requires_grad_(), torch.from_numpy(labels))
-    ForwardKL(constant(3.0))(outputs, whole_teacher(logits(seed + 100)), torch.ones(TOKENS), NOW)  # shares the pass
+    ForwardKL(temperature=3.0)(outputs, whole_teacher(logits(seed + 100)), torch.ones(TOKENS), NOW)  # shares the pass
     loss = CrossEntropy()(outputs, None, torch.ones(TOKENS), NOW)
     (gradient,) = torch.autograd.grad(loss, outputs.logits)
     expected = -np.log(reference.softmax(z_q)[np.arange(TOKENS), labels]).sum()

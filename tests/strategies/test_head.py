@@ -22,7 +22,7 @@ NOW = Progress(step=0, steps=10)
 TEMPERATURE, CE_SCALE, KD_SCALE = 2.0, 0.03, 0.2
 SCALES = {"ce": CE_SCALE, "kd": KD_SCALE}
 CE = Term("ce", CrossEntropy(), constant(1.0))
-KD = Term("kd", ForwardKL(constant(TEMPERATURE)), constant(1.0), signal="teacher")
+KD = Term("kd", ForwardKL(temperature=TEMPERATURE), constant(1.0), signal="teacher")
 TERMS = (KD, CE)
 WIDTH, VOCABULARY, KEPT = 8, 31, 6
 CHUNKS = [1, 3, 10, 11, 1000]
