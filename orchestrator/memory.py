@@ -5,8 +5,8 @@ Sizes are bytes. Constants of a process without a network were measured with the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -133,6 +133,33 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
     return Memory(workers.role, workers.processes, parts, on_gpu=workers.share.gpus > 0)
 
 
+COMPARED_COPIES = 4
+"""float32 copies of what a frozen player shows alive at once: its own, the student's mapped to it, difference, gradient."""
+
+
+def with_frozen(worker: Memory, teachers: Iterable[tuple[Network, SavedModel, int]], filters: int, work: Work) -> Memory:
+    """A training worker that also holds frozen players, each with what width it shows of a token, and trains `filters` numbers
+    beside the student. Filters are counted whole, though some layouts shard them."""
+    tokens = work.micro[0] * work.micro[1]
+    weights = shown = forward = 0
+    for network, saved, width in teachers:
+        weights += _frozen_bytes(network, saved)
+        shown += tokens * width * (network.dtype.itemsize + FLOAT * COMPARED_COPIES)
+        forward = max(forward, _forward_bytes(network, tokens))
+    beside = max(0, forward - worker.parts["activations"])  # it runs before the student's forward and leaves only what it shows
+    parts = {"frozen players": weights + shown + beside, "filters": filters * FLOAT * 4}
+    return replace(worker, parts={**worker.parts, **{name: size for name, size in parts.items() if size}})
+
+
+def _frozen_bytes(network: Network, saved: SavedModel) -> int:
+    return int(network.parameters * QUANTIZED_BYTES.get(saved.quantization, network.dtype.itemsize))
+
+
+def _forward_bytes(network: Network, tokens: int) -> int:
+    """What a forward without gradients holds at once."""
+    return tokens * (3 * network.widest + 4 * network.hidden) * network.dtype.itemsize
+
+
 def _gathered_bytes(network: Network) -> int:
     """Whole weights that a sharded layout puts together for a moment: the embedding, the head, and two layers."""
     ends = network.vocabulary * network.hidden
@@ -152,8 +179,8 @@ def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Deman
     piece = (64 if on_gpu else 1) * LOGITS_AT_ONCE
     parts = {
         "process": SCORER_BYTES,
-        "weights": int(teacher.parameters * QUANTIZED_BYTES.get(saved.quantization, teacher.dtype.itemsize)),
-        "activations": tokens * (3 * teacher.widest + 4 * teacher.hidden) * teacher.dtype.itemsize,
+        "weights": _frozen_bytes(teacher, saved),
+        "activations": _forward_bytes(teacher, tokens),
         "head": FLOAT * SCORE_COPIES * min(tokens * teacher.vocabulary, max(piece, 64 * teacher.vocabulary)),
         "bundles": 2 * work.bundle_bytes,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from cluster.forwards import BundleRows, Forward, bundle_rows, group_by_length, 
 from strategies.core import Columns
 from strategies.head import TokenBatch
 from strategies.signals import TopK
+from strategies.taps import Tapped
 
 WEIGHTS = "weights/"
 
@@ -39,6 +40,8 @@ class MicroBatch:
     """`<name>/ids` `(N, K)` int32 and `<name>/logprobs` `(N, K)` float32 for every signal."""
     weights: Mapping[str, Tensor]
     """`(N,)` float32 by term name, for the terms that have them."""
+    taught: Mapping[str, Tapped] = field(default_factory=dict)
+    """Inner states of frozen players by name, for the terms that read them; added when the micro-batch is on its device."""
 
     @property
     def loss_tokens(self) -> int:

@@ -23,9 +23,9 @@ from orchestrator.bundle import scalar
 from orchestrator.collective import gather, total, world_size
 from orchestrator.config import RunConfig
 from orchestrator.errors import RunFailed
-from orchestrator.layouts import Layout
+from orchestrator.frozen import load_frozen_players
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
-from orchestrator.players import BoundPlayers, load_players
+from orchestrator.players import AnyPlayer, BoundPlayers, apart, load_players
 from orchestrator.stream import Stream
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
@@ -41,13 +41,14 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
     strategy = job.run.strategy.build()
-    players = load_players(job.run, strategy.players, device)
+    frozen = load_frozen_players(strategy.players, job.frozen, job.vocabulary, job.run.train.batching == "packed", device)
+    players = load_players(job.run, strategy.players, device, strategy.updates, frozen)
     resumed = ray.train.get_checkpoint()
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
     held_out = _held_out(job, stream, rank)
     journal.begin(stream.attempt)
-    trainer = Trainer(job, strategy, players, device, journal, held_out)
+    trainer = Trainer(job, strategy, {**players, **frozen}, device, journal, held_out)
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
@@ -101,12 +102,13 @@ class Trainer:
         self,
         job: WorkerJob,
         strategy: Strategy,
-        players: Mapping[str, Layout],
+        players: Mapping[str, AnyPlayer],
         device: torch.device,
         journal: RankJournal,
         held_out: HeldOut,
     ):
         self._job, self._strategy, self._players = job, strategy, players
+        self._trained, _ = apart(players)
         self._device, self._journal, self._held_out = device, journal, held_out
         self._terms = evaluate.evaluation_terms(held_out.signals)
         self._skipped = 0
@@ -154,7 +156,7 @@ class Trainer:
         """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
         metrics: dict[str, float] = {}
         if self._held_out.rounds:
-            student = next(iter(self._players.values()))
+            student = next(iter(self._trained.values()))
             metrics = evaluate.evaluate(student, self._held_out.micros, self._terms, self._held_out.rounds, self._device)
             metrics |= evaluate.teacher_cross_entropy(self._held_out.bundles, self._held_out.signals)
             self._journal.evaluated(attempt, step, metrics)
@@ -163,7 +165,7 @@ class Trainer:
         position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
         ray.train.report(
             metrics,
-            checkpoint=checkpoint.save(self._players, position, self._journal.rank),
+            checkpoint=checkpoint.save(self._trained, position, self._journal.rank),
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
@@ -175,7 +177,7 @@ class Trainer:
 
 def train_step(
     strategy: Strategy,
-    players: Mapping[str, Layout],
+    players: Mapping[str, AnyPlayer],
     bundle: Columns,
     progress: Progress,
     run: RunConfig,
@@ -189,6 +191,7 @@ def train_step(
     """
     metrics: dict[str, float] = {"skipped": 0.0}
     micros = _cut(run, bundle, strategy.signals)
+    trained, frozen = apart(players)
     asked = False
     for update in strategy.updates:
         if progress.step % update.every:
@@ -196,10 +199,10 @@ def train_step(
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
         scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
         sums = torch.zeros(len(update.terms), dtype=torch.float64)
-        layout = players[update.player]
+        layout = trained[update.player]
         for micro, last in _rounds(micros, rounds):
             with layout.micro(last):
-                result = update.loss(BoundPlayers(players, micro.to(device), scales, progress))
+                result = update.loss(BoundPlayers(trained, micro.to(device), scales, progress, frozen))
                 layout.backward(result.loss)
             sums += torch.stack([result.sums[t.name] for t in update.terms]).double().cpu()
         lr = run.train.lr * run.train.learning_rate()(progress)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray.train
 
+from cluster.config import EndpointConfig
 from cluster.storage import Folder
 from orchestrator.config import RunConfig
 from orchestrator.stream import Stream
@@ -24,6 +26,10 @@ class WorkerJob:
     """Where scored held-out bundles are kept."""
     board: Any
     threads: int
+    vocabulary: int | None = None
+    """Token ids, from 0, that student and teachers share."""
+    frozen: Mapping[str, EndpointConfig] = field(default_factory=dict)
+    """Endpoints whose models frozen players load."""
 
 
 def run_worker(config: dict[str, WorkerJob]) -> None:

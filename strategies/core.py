@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
+    from strategies.taps import StatesObjective
 
 Columns = dict[str, NDArray[np.generic]]
 """One bundle: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8, `row_id` (R,) int64."""
@@ -72,9 +73,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-Reads = Literal["nothing", "expectation", "pair", "label"]
+Reads = Literal["nothing", "expectation", "pair", "label", "states"]
 """What an objective asks of its signal: nothing (it has none); `expect`, an average under the teacher, which draws can
-give too; `pair`, whole aligned distributions; `label`, the teacher's log-probability of the given token."""
+give too; `pair`, whole aligned distributions; `label`, the teacher's log-probability of the given token; `states`, inner states
+of a frozen player (a `StatesTerm` has it)."""
 
 
 class Objective(Protocol):
@@ -130,8 +132,26 @@ class Term:
 
 
 @dataclass(frozen=True)
+class StatesTerm:
+    """A summand computed on inner states instead of logits. `signal` names the frozen player that is compared with; the
+    objective's filters join the optimizer of the player whose update carries the term."""
+
+    name: str
+    objective: StatesObjective
+    scale: Schedule
+    signal: str
+
+
+AnyTerm = Term | StatesTerm
+
+
+@dataclass(frozen=True)
 class Player:
-    """A network inside the training job. `trained` players own an optimizer; others are frozen."""
+    """A network inside the training job. `trained` players own an optimizer; others are frozen.
+
+    `model` is `student`, the recipe's own, for a trained one; for a frozen one the endpoint whose saved model every training
+    worker loads.
+    """
 
     model: str = "student"
     trained: bool = True
@@ -140,7 +160,7 @@ class Player:
 class Players(Protocol):
     """What an update may ask of the running networks."""
 
-    def forward(self, player: str, terms: tuple[Term, ...]) -> TermSums:
+    def forward(self, player: str, terms: tuple[AnyTerm, ...]) -> TermSums:
         """Loss sums of `terms` on the micro-batch in hand, through the wrapped module of `player`."""
         ...
 
@@ -150,7 +170,7 @@ class Update:
     """One optimizer step of one player, every `every` steps."""
 
     player: str
-    terms: tuple[Term, ...]
+    terms: tuple[AnyTerm, ...]
     loss: Callable[[Players], TermSums]
     every: int = 1
 
@@ -165,7 +185,7 @@ class Strategy:
     signals: tuple[str, ...] = field(default=())
 
 
-def lm_update(*terms: Term, player: str = "student", every: int = 1) -> Update:
+def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:
     """One forward of `player` with every term computed on it; most strategies need only this."""
     return Update(player=player, terms=terms, loss=lambda players: players.forward(player, terms), every=every)
 

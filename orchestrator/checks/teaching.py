@@ -6,7 +6,7 @@ and what they really add is known before any model loads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from orchestrator.bundle import HELD_OUT_STEP
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
-from strategies.core import Columns, Progress, Stage, Strategy, Term
+from strategies.core import AnyTerm, Columns, Progress, Stage, StatesTerm, Strategy
 
 ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
 CONTROL_COLUMNS = frozenset({"step", "bundle", "attempt", "rows_total"})
@@ -33,16 +33,22 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_columns(where, strategy)
     _check_best_metric(job, strategy)
     warnings = _check_weights(where, strategy, steps or 1000)
-    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages})
+    frozen = {p.model for p in strategy.players.values() if not p.trained}
+    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
-    if job.run.baseline and not strategy.signals:
+    if job.run.baseline and not strategy.signals and not frozen:
         warnings.append("baseline: true trains the same again, because the strategy has no teacher.")
     return warnings
 
 
 def used_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
     """The endpoints that stages name. `Refusal` for one that nothing defines."""
-    wanted = {s.endpoint for s in strategy.stages if s.endpoint}
+    return named_endpoints(job, {s.endpoint for s in strategy.stages if s.endpoint})
+
+
+def named_endpoints(job: Job, wanted: Iterable[str]) -> dict[str, EndpointConfig]:
+    """Endpoints by name. `Refusal` for one that nothing defines."""
+    wanted = set(wanted)
     for name in sorted(wanted - set(job.endpoints)):
         known = sorted(job.endpoints)
         raise Refusal(
@@ -55,16 +61,20 @@ def used_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
 
 
 def _check_parts(where: str, strategy: Strategy) -> None:
+    trained = sorted(name for name, p in strategy.players.items() if p.trained)
+    frozen = sorted(set(strategy.players) - set(trained))
     for update in strategy.updates:
-        if update.player not in strategy.players:
-            known = ", ".join(sorted(strategy.players)) or "none"
-            raise Refusal(where, f"an update of the player {update.player!r}", f"a player of the strategy: {known}", "Mend the strategy.")
+        if update.player not in trained:
+            known = ", ".join(trained) or "none"
+            raise Refusal(where, f"an update of the player {update.player!r}", f"a trained player of it: {known}", "Mend the strategy.")
         names = [t.name for t in update.terms]
         if len(set(names)) < len(names):
             raise Refusal(where, f"terms named {', '.join(names)}", "a name of its own for each", "Mend the strategy.")
         for term in update.terms:
-            if term.signal is not None and term.signal not in strategy.signals:
-                expected = f"one of its signals: {', '.join(strategy.signals) or 'none'}"
+            known_signals = frozen if isinstance(term, StatesTerm) else list(strategy.signals)
+            if term.signal is not None and term.signal not in known_signals:
+                kind = "frozen players" if isinstance(term, StatesTerm) else "signals"
+                expected = f"one of its {kind}: {', '.join(known_signals) or 'none'}"
                 raise Refusal(where, f"the term {term.name!r} reading the signal {term.signal!r}", expected, "Mend the strategy.")
 
 
@@ -97,7 +107,7 @@ def _check_best_metric(job: Job, strategy: Strategy) -> None:
 def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
     """Some term has a weight at some step. Negative weights are fine: only sums that are always zero teach nothing."""
     points = [Progress(int(s), steps) for s in np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int))]
-    idle: list[Term] = []
+    idle: list[AnyTerm] = []
     for update in strategy.updates:
         never = [t for t in update.terms if not any(t.scale(p) for p in points)]
         if len(never) == len(update.terms):
