@@ -41,7 +41,7 @@ class MicroBatch:
     weights: Mapping[str, Tensor]
     """`(N,)` float32 by term name, for the terms that have them."""
     taught: Mapping[str, Tapped] = field(default_factory=dict)
-    """Inner states of frozen players by name, for the terms that read them; added when the micro-batch is on its device."""
+    """Inner states of frozen players by name, for the terms that read them; added on the device, and not moved."""
 
     @property
     def loss_tokens(self) -> int:
@@ -67,6 +67,7 @@ class MicroBatch:
             labels=self.labels.to(device),
             signals={name: values.to(device) for name, values in self.signals.items()},
             weights={name: values.to(device) for name, values in self.weights.items()},
+            taught=self.taught,
         )
 
     def dummy(self) -> MicroBatch:
