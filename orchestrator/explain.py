@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import Refusal
 
+DISCRIMINATORS = {"_engine_of": "engine"}
+"""Keys behind the functions that choose a member of a union."""
 _PREFIXES = ("Input should be ", "Value error, ", "expected ")
 
 
@@ -29,7 +31,13 @@ def refusal(error: ValidationError, model: type[BaseModel], content: Mapping[str
     if kind == "union_tag_invalid":
         known = str(first["ctx"]["expected_tags"]).replace("'", "").split(", ")
         tag = str(first["ctx"]["tag"])
-        return Refusal(f"{place}.engine", repr(tag), f"one of {', '.join(sorted(known))}", nearest(tag, known) or "Correct the value.")
+        which = str(first["ctx"]["discriminator"]).strip("'").removesuffix("()")
+        return Refusal(
+            f"{place}.{DISCRIMINATORS.get(which, which)}",
+            repr(tag),
+            f"one of {', '.join(sorted(known))}",
+            nearest(tag, known) or "Correct the value.",
+        )
     message = first["msg"]
     for prefix in _PREFIXES:
         message = message.removeprefix(prefix)

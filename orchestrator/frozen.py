@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from cluster.answers import answer
 from cluster.causal_lm import backbone, output_head
 from cluster.config import EndpointConfig, TransformersEndpoint
-from cluster.engines.transformers import LOGITS_AT_ONCE, load_frozen
+from cluster.engines.transformers import load_frozen
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch
 from orchestrator.models import check_head, check_packing
 from orchestrator.taps import recorded, tap_widths, tapped
-from strategies.core import AnyTerm, Player, StatesTerm
+from strategies.core import Player, ScoreRequest
 from strategies.head import Head
-from strategies.taps import OUTPUT, Tap, Tapped
+from strategies.taps import Tap, Tapped
 
 
 class FrozenPlayer:
@@ -57,28 +57,12 @@ class FrozenPlayer:
             backbone(self.model)(input_ids=micro.input_ids, use_cache=False, **places)
         return tapped(micro, outputs)
 
-    def states(self, micro: MicroBatch) -> tuple[Tensor, Head]:
-        """The states `(N, D)` that predict the loss tokens, and the head that makes logits of them."""
-        return self.taps(micro, {OUTPUT}).tokens(OUTPUT), self.head
-
     @torch.no_grad()
-    def logprobs(self, hidden: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of states `(N, D)`: ids `(N, K)` int64 by falling probability, their log-probabilities `(N, K)` float32 at temperature 1,
-        and those of `labels` `(N,)`; normalised over the usable ids. Never holds `(N, V)`.
-        """
-        head = self.head
-        room = LOGITS_AT_ONCE if hidden.device.type == "cpu" else 64 * LOGITS_AT_ONCE
-        tokens = max(64, room // len(head.weight))
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+    def score(self, micro: MicroBatch, hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+        """What a stage would score of a micro-batch: columns `(N, ...)`, of the states `(N, D)` that `taps` gave for `OUTPUT`."""
+        head = output_head(self.model)
         with torch.autocast(hidden.device.type, enabled=False):
-            for piece, given in zip(hidden.split(tokens), labels.split(tokens), strict=True):
-                logits = head.logits(piece).log_softmax(-1)
-                best, ids = logits.topk(top_k)
-                inside = given < logits.shape[-1]
-                own = logits.gather(-1, given.clamp_max(logits.shape[-1] - 1)[:, None])[:, 0]
-                found.append((ids, best, torch.where(inside, own, -torch.inf)))
-        ids, best, own = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return ids, best, own
+            return answer(hidden, head, micro.labels, micro.keys, request, self.vocabulary or len(head.weight))
 
 
 def load_frozen_players(
@@ -96,16 +80,14 @@ def load_frozen_players(
     return found
 
 
+def load_head(config: TransformersEndpoint, device: torch.device, vocabulary: int | None) -> Head:
+    """The output head of an endpoint's model over the usable ids; nothing else of the model stays in memory."""
+    found, usable = output_head(load_frozen(config, torch.device("cpu"))), slice(vocabulary)
+    bias = None if found.bias is None else found.bias[usable].detach().to(device, copy=True)
+    return Head(found.weight[usable].detach().to(device, copy=True), bias, found.transform)
+
+
 def not_a_network(endpoint: str) -> Refusal:
     """An endpoint that no frozen player can be."""
     do = "Give the endpoint a saved model with engine: transformers."
     return Refusal(f"endpoints.{endpoint}", "an engine without a network", "a network that training workers can load", do)
-
-
-def taught(micro: MicroBatch, terms: tuple[AnyTerm, ...], frozen: Mapping[str, FrozenPlayer]) -> MicroBatch:
-    """The micro-batch with what frozen players show of their inner states to those of `terms` that ask, one forward each."""
-    wanted: dict[str, set[Tap]] = {}
-    for term in terms:
-        if isinstance(term, StatesTerm):
-            wanted.setdefault(term.signal, set()).update(term.objective.taps.teacher)
-    return replace(micro, taught={name: frozen[name].taps(micro, taps) for name, taps in wanted.items()}) if wanted else micro

@@ -12,8 +12,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.answers import LOGITS_AT_ONCE
 from cluster.config import EndpointConfig, SavedModel
-from cluster.engines.transformers import LOGITS_AT_ONCE
 from cluster.forwards import group_by_length
 from cluster.resources import Demand
 from orchestrator.config import RunConfig
@@ -43,8 +43,6 @@ ROW_TOKEN_BYTES = 5
 """Token id and mask."""
 QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.6}
 """Per parameter; embeddings and the head stay as they are."""
-SIGNAL_BYTES = 8
-"""One kept teacher token: id and log-probability."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ class Work:
     steps: int
 
 
-def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], kept: Mapping[str, int]) -> Work:
-    """Measured on the bundles of some steps of the real order. `kept` is the teacher tokens per position by endpoint."""
+def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], signal_bytes: int) -> Work:
+    """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token."""
     rows = Rows(order.folder, "train")
     steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
     bundles = [np.asarray(rows.lengths[b], dtype=np.int64) for s in steps.tolist() for b in order.bundles(s) if len(b)]
@@ -99,7 +97,7 @@ def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointC
         micro=largest,
         micros=max(len(groups) for groups in micros),
         forward_tokens={n: max(r * t for b in bundles for r, t in _groups(b, m.forward_tokens)) for n, m in models.items()},
-        bundle_bytes=tokens * (ROW_TOKEN_BYTES + sum(k * SIGNAL_BYTES + FLOAT for k in kept.values())),
+        bundle_bytes=tokens * (ROW_TOKEN_BYTES + signal_bytes),
         steps=order.steps,
     )
 
@@ -137,9 +135,11 @@ COMPARED_COPIES = 4
 """float32 copies of what a frozen player shows alive at once: its own, the student's mapped to it, difference, gradient."""
 
 
-def with_frozen(worker: Memory, teachers: Iterable[tuple[Network, SavedModel, int]], filters: int, work: Work) -> Memory:
-    """A training worker that also holds frozen players, each with what width it shows of a token, and trains `filters` numbers
-    beside the student. Filters are counted whole, though some layouts shard them."""
+def with_frozen(
+    worker: Memory, teachers: Iterable[tuple[Network, SavedModel, int]], heads: Iterable[Network], filters: int, work: Work
+) -> Memory:
+    """A training worker that also holds frozen players, each with what width it shows of a token, and teachers' output heads,
+    and trains `filters` numbers beside the student. Filters are counted whole, though some layouts shard them."""
     tokens = work.micro[0] * work.micro[1]
     weights = shown = forward = 0
     for network, saved, width in teachers:
@@ -147,7 +147,8 @@ def with_frozen(worker: Memory, teachers: Iterable[tuple[Network, SavedModel, in
         shown += tokens * width * (network.dtype.itemsize + FLOAT * COMPARED_COPIES)
         forward = max(forward, _forward_bytes(network, tokens))
     beside = max(0, forward - worker.parts["activations"])  # it runs before the student's forward and leaves only what it shows
-    parts = {"frozen players": weights + shown + beside, "filters": filters * FLOAT * 4}
+    whole = sum(n.vocabulary * n.hidden * n.dtype.itemsize for n in heads)
+    parts = {"frozen players": weights + shown + beside, "teachers' heads": whole, "filters": filters * FLOAT * 4}
     return replace(worker, parts={**worker.parts, **{name: size for name, size in parts.items() if size}})
 
 
@@ -223,7 +224,7 @@ class Disk:
         return self.checkpoint * self.checkpoints + self.export + self.held_out
 
 
-def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, kept: Mapping[str, int]) -> Disk:
+def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, signal_bytes: int) -> Disk:
     """Estimate for one training of the run."""
     period = run.checkpoint.every_steps
     written = ceil(steps / period) if period else 1
@@ -233,6 +234,6 @@ def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, kept:
         checkpoint=(student.trained + student.tied) * student.dtype.itemsize + 2 * student.trained * FLOAT,
         checkpoints=min(written, run.checkpoint.keep + 2),
         export=student.parameters * student.dtype.itemsize,
-        held_out=rows.tokens * ROW_TOKEN_BYTES + rows.loss_tokens * sum(k * SIGNAL_BYTES + FLOAT for k in kept.values()),
+        held_out=rows.tokens * ROW_TOKEN_BYTES + rows.loss_tokens * signal_bytes,
         prepared=prepared,
     )

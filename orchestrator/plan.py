@@ -34,7 +34,9 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
 from orchestrator.result import RECIPE, RESULT
+from orchestrator.teachers import heads_of
 from strategies.core import Strategy
+from strategies.sources import Taught
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -58,6 +60,10 @@ class Plan:
     """Those that stages ask."""
     frozen: Mapping[str, EndpointConfig]
     """Those whose models every training worker loads for its frozen players."""
+    loaded: Mapping[str, EndpointConfig]
+    """The same, and those whose output heads workers apply; a control has its run's."""
+    measured: Mapping[str, Taught]
+    """Signals that held-out rows carry; a control has its run's."""
     demands: tuple[Demand, ...]
     held_out: Folder
     """Where scored held-out bundles are kept; a control shares its run's."""
@@ -116,13 +122,13 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     frozen = states.frozen_endpoints(job, strategy)
     people, found = networks.cast(job, {**frozen, **endpoints})
     inner = states.check_states(job, strategy, people, frozen)
-    asked = teaching.rehearse(job, strategy, people.vocabulary)
+    added = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     data = prepare(run.data, people.tokenizer, run.seed, _data_cache(job))
     order = make_order(job, data)
     warnings += found + networks.check_rows(run, people, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    memory, stream = _memory(run, people, largest_work(run, order, endpoints, asked), endpoints, wanted, inner)
-    written = disk(run, people.student, data, order.steps, asked)
+    memory, stream = _memory(run, people, largest_work(run, order, endpoints, added), endpoints, wanted, inner)
+    written = disk(run, people.student, data, order.steps, added)
     machine.check_disk(job.cluster.storage, written)
     warnings += machine.check_memory(job, memory, stream)
     plan = Plan(
@@ -135,6 +141,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         vocabulary=people.vocabulary,
         endpoints=endpoints,
         frozen=frozen,
+        loaded={**{name: endpoints[name] for name in sorted(heads_of(strategy.signals))}, **frozen},
+        measured=teaching.measured(strategy),
         demands=wanted,
         held_out=folder.child("held_out"),
         cast=people,
@@ -194,7 +202,7 @@ def _memory(
     inner: states.Inner,
 ) -> tuple[tuple[Memory, ...], int]:
     """Peak of every role's process, and bytes of bundles under way."""
-    found = [with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.filters, work)]
+    found = [with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)]
     for demand in wanted[1:]:
         model = endpoints[demand.role].saved_model if demand.role in endpoints else None
         found.append(scorer_memory(people.teachers[demand.role], model, work, demand) if model else small_process(demand))

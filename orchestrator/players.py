@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from orchestrator.config import RunConfig
-from orchestrator.frozen import FrozenPlayer, taught
+from orchestrator.frozen import FrozenPlayer
 from orchestrator.layouts import Layout, Numerics, make_layout
 from orchestrator.microbatch import MicroBatch
 from orchestrator.models import StudentModule, check_head, check_packing, load_student, make_filters
+from orchestrator.teachers import Teachers
 from strategies.core import AnyTerm, Player, Progress, StatesTerm, Update
 from strategies.head import TermSums
 from strategies.taps import Tap
@@ -20,14 +21,7 @@ from strategies.taps import Tap
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-AnyPlayer = Layout | FrozenPlayer
 NOBODY: Mapping[str, FrozenPlayer] = {}
-
-
-def apart(players: Mapping[str, AnyPlayer]) -> tuple[dict[str, Layout], dict[str, FrozenPlayer]]:
-    """Trained and frozen players."""
-    frozen = {name: player for name, player in players.items() if isinstance(player, FrozenPlayer)}
-    return {name: player for name, player in players.items() if not isinstance(player, FrozenPlayer)}, frozen
 
 
 def load_players(
@@ -84,10 +78,10 @@ class BoundPlayers:
     micro: MicroBatch
     scales: Mapping[str, float]
     progress: Progress
-    frozen: Mapping[str, FrozenPlayer] = field(default_factory=dict)
+    teachers: Teachers = field(default_factory=Teachers)
 
     def forward(self, player: str, terms: tuple[AnyTerm, ...]) -> TermSums:
-        """One forward of `player` through its wrapped module with all `terms` on it, after those of the frozen players they read."""
-        micro = taught(self.micro, terms, self.frozen)
+        """One forward of `player` through its wrapped module with all `terms` on it, after those of the teachers they read."""
+        micro = self.teachers.teach(self.micro, terms)
         loss, sums = self.layouts[player].module(micro, terms, self.scales, self.progress)
         return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)})

@@ -44,15 +44,7 @@ def tap_widths(model: PreTrainedModel, taps: Collection[Tap]) -> dict[Tap, int]:
 
 def tapped(micro: MicroBatch, outputs: Mapping[Tap, Tensor]) -> Tapped:
     """What a network gave for `micro`, with its rows told apart."""
-    return Tapped(outputs, micro.index, _rows(micro))
-
-
-def _rows(micro: MicroBatch) -> Tensor:
-    """`(B, L)` numbers of the rows. Each padded place of a packed sequence counts as one more row."""
-    sequences, length = micro.input_ids.shape
-    if micro.position_ids is None:
-        return torch.arange(sequences, device=micro.index.device)[:, None].expand(-1, length)
-    return (micro.position_ids == 0).flatten().cumsum(0).view(sequences, length)
+    return Tapped(outputs, micro.index, micro.rows)
 
 
 def _hook(body: nn.Module, tap: Tap, found: dict[Tap, Tensor]) -> Any:

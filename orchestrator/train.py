@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ray.train
@@ -23,12 +23,14 @@ from orchestrator.bundle import scalar
 from orchestrator.collective import gather, total, world_size
 from orchestrator.config import RunConfig
 from orchestrator.errors import RunFailed
-from orchestrator.frozen import load_frozen_players
+from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
-from orchestrator.players import AnyPlayer, BoundPlayers, apart, load_players
+from orchestrator.players import BoundPlayers, load_players
 from orchestrator.stream import Stream
+from orchestrator.teachers import Teachers
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
+from strategies.sources import Source, Taught, scored_columns
 
 MOST_SKIPPED_STEPS = 10
 """Consecutive steps with a gradient that is not finite before the run fails."""
@@ -41,14 +43,16 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
     strategy = job.run.strategy.build()
-    frozen = load_frozen_players(strategy.players, job.frozen, job.vocabulary, job.run.train.batching == "packed", device)
-    players = load_players(job.run, strategy.players, device, strategy.updates, frozen)
+    sources = {**job.measured, **strategy.signals}
+    packed = job.run.train.batching == "packed"
+    teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
+    players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
     resumed = ray.train.get_checkpoint()
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
     held_out = _held_out(job, stream, rank)
     journal.begin(stream.attempt)
-    trainer = Trainer(job, strategy, {**players, **frozen}, device, journal, held_out)
+    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, held_out)
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
@@ -72,7 +76,6 @@ class HeldOut:
 
     bundles: list[Columns]
     micros: list[MicroBatch]
-    signals: tuple[str, ...]
     rounds: int
 
 
@@ -85,14 +88,23 @@ def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
         if rank == 0:
             job.held_out.write(held_out_store.COMPLETE, b"")
     bundles = list(arriving.values()) or held_out_store.load_bundles(job.held_out, rank, world_size())
-    signals = held_out_store.signals_in(bundles)
-    micros = [m for b in bundles for m in _cut(job.run, b, signals)]
+    micros = [m for b in bundles for m in _cut(job.run, b, job.measured)]
     rounds = int(gather([float(len(micros))]).max())
-    return HeldOut(bundles, micros, signals, rounds)
+    return HeldOut(bundles, micros, rounds)
 
 
-def _cut(run: RunConfig, bundle: Columns, signals: Sequence[str]) -> list[MicroBatch]:
-    return cut(bundle, signals, run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
+@dataclass(frozen=True)
+class Networks:
+    """What a worker computes with."""
+
+    players: Mapping[str, Layout]
+    """The trained ones."""
+    teachers: Teachers
+    device: torch.device
+
+
+def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source]) -> list[MicroBatch]:
+    return cut(bundle, scored_columns(sources), run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
 
 
 class Trainer:
@@ -102,15 +114,13 @@ class Trainer:
         self,
         job: WorkerJob,
         strategy: Strategy,
-        players: Mapping[str, AnyPlayer],
-        device: torch.device,
+        networks: Networks,
         journal: RankJournal,
         held_out: HeldOut,
     ):
-        self._job, self._strategy, self._players = job, strategy, players
-        self._trained, _ = apart(players)
-        self._device, self._journal, self._held_out = device, journal, held_out
-        self._terms = evaluate.evaluation_terms(held_out.signals)
+        self._job, self._strategy, self._networks = job, strategy, networks
+        self._journal, self._held_out = journal, held_out
+        self._terms = evaluate.evaluation_terms(job.measured)
         self._skipped = 0
 
     def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
@@ -118,7 +128,7 @@ class Trainer:
         began = time.perf_counter()
         progress = Progress(step - 1, self._job.steps)
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
-        stop, metrics = train_step(self._strategy, self._players, bundle, progress, self._job.run, self._journal.stop, self._device)
+        stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
         metrics |= self._timing(bundle, began, waited_seconds)
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
@@ -127,8 +137,10 @@ class Trainer:
     def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
         """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
         a rank wait; `row_id_sum` shows which rows the step had."""
-        teachers = self._strategy.signals
-        mine = [len(bundle["tokens"]), bundle["row_id"].sum(), waited_seconds, *(bundle[f"{t}/seconds"][0] for t in teachers)]
+        scored = [(s.endpoint, name) for name, s in self._strategy.signals.items() if isinstance(s, Taught) and s.endpoint]
+        teachers = sorted({endpoint for endpoint, _ in scored})
+        worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+        mine = [len(bundle["tokens"]), bundle["row_id"].sum(), waited_seconds, *worked]
         tokens, row_ids, waited, *scored = total(torch.tensor(mine, dtype=torch.float64)).tolist()
         seconds = time.perf_counter() - began + waited_seconds
         timing = {
@@ -156,16 +168,17 @@ class Trainer:
         """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
         metrics: dict[str, float] = {}
         if self._held_out.rounds:
-            student = next(iter(self._trained.values()))
-            metrics = evaluate.evaluate(student, self._held_out.micros, self._terms, self._held_out.rounds, self._device)
-            metrics |= evaluate.teacher_cross_entropy(self._held_out.bundles, self._held_out.signals)
+            student = next(iter(self._networks.players.values()))
+            micros, rounds = self._held_out.micros, self._held_out.rounds
+            metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
+            metrics |= evaluate.teacher_cross_entropy(self._held_out.bundles, self._job.measured)
             self._journal.evaluated(attempt, step, metrics)
         if not (stop or step == self._job.steps or self._checkpoint_due(step)):
             return
         position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
         ray.train.report(
             metrics,
-            checkpoint=checkpoint.save(self._trained, position, self._journal.rank),
+            checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank),
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
@@ -177,12 +190,11 @@ class Trainer:
 
 def train_step(
     strategy: Strategy,
-    players: Mapping[str, AnyPlayer],
+    networks: Networks,
     bundle: Columns,
     progress: Progress,
     run: RunConfig,
     stop: bool,
-    device: torch.device,
 ) -> tuple[bool, dict[str, float]]:
     """Every due update of one step: count, agree, forward with scales, backward, step.
 
@@ -191,7 +203,6 @@ def train_step(
     """
     metrics: dict[str, float] = {"skipped": 0.0}
     micros = _cut(run, bundle, strategy.signals)
-    trained, frozen = apart(players)
     asked = False
     for update in strategy.updates:
         if progress.step % update.every:
@@ -199,10 +210,10 @@ def train_step(
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
         scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
         sums = torch.zeros(len(update.terms), dtype=torch.float64)
-        layout = trained[update.player]
+        layout = networks.players[update.player]
         for micro, last in _rounds(micros, rounds):
             with layout.micro(last):
-                result = update.loss(BoundPlayers(trained, micro.to(device), scales, progress, frozen))
+                result = update.loss(BoundPlayers(networks.players, micro.to(networks.device), scales, progress, networks.teachers))
                 layout.backward(result.loss)
             sums += torch.stack([result.sums[t.name] for t in update.terms]).double().cpu()
         lr = run.train.lr * run.train.learning_rate()(progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 
@@ -12,6 +12,9 @@ from cluster.config import EndpointConfig
 from cluster.storage import Folder
 from orchestrator.config import RunConfig
 from orchestrator.stream import Stream
+
+if TYPE_CHECKING:
+    from strategies.sources import Taught
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,10 @@ class WorkerJob:
     threads: int
     vocabulary: int | None = None
     """Token ids, from 0, that student and teachers share."""
-    frozen: Mapping[str, EndpointConfig] = field(default_factory=dict)
-    """Endpoints whose models frozen players load."""
+    loaded: Mapping[str, EndpointConfig] = field(default_factory=dict)
+    """Endpoints whose models workers load, as frozen players or for their output heads."""
+    measured: Mapping[str, Taught] = field(default_factory=dict)
+    """Signals that held-out rows carry, a control's too."""
 
 
 def run_worker(config: dict[str, WorkerJob]) -> None:

@@ -11,10 +11,12 @@ from importlib.metadata import entry_points
 from strategies.core import StrategyConfig
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
+from strategies.terms import Terms
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
     "logits": Logits,
+    "terms": Terms,
 }
 
 

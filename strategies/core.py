@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
+    from strategies.sources import Source
     from strategies.taps import StatesObjective
 
 Columns = dict[str, NDArray[np.generic]]
@@ -43,12 +44,35 @@ class Progress:
 Schedule = Callable[[Progress], float]
 
 
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What is asked of a teacher about every loss token."""
+
+    kind: Literal["topk", "dense", "sampled", "hidden", "per-token"]
+    top_k: int = 0
+    """`topk`: ids kept."""
+    draws: int = 0
+    """`sampled`: ids drawn, with replacement."""
+    exponent: float = 1.0
+    """`sampled`: they are drawn from the probabilities to this power."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Columns of the answer, for all N loss tokens in order."""
+        own = {"topk": ("ids", "logprobs"), "sampled": ("ids", "logprobs", "weights"), "dense": ("dense",), "hidden": ("hidden",)}
+        label = () if self.kind == "hidden" else ("logprob",)
+        return own.get(self.kind, ()) + label
+
+
 class Endpoint(Protocol):
     """Whoever answers a stage: a model in the stage's own process, a server, or a fake."""
 
-    def score(self, columns: Columns, top_k: int) -> Columns:
-        """Teacher numbers for every loss token n, in token order: `ids` (N*K,) int32 sorted by falling probability,
-        `logprobs` (N*K,) float32 natural logarithms at temperature 1, `logprob` (N,) float32 of the token itself."""
+    def score(self, columns: Columns, request: ScoreRequest) -> Columns:
+        """Teacher numbers for every loss token, flat and in token order, in natural logarithms at temperature 1; U ids are usable.
+
+        `topk`: `ids` (N*K,) int32 by falling probability, `logprobs` (N*K,) float32. `dense`: `dense` (N*U,) float32.
+        `sampled`: `ids`, `logprobs` and `weights` (N*n,). `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16.
+        But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32."""
         ...
 
 
@@ -177,12 +201,13 @@ class Update:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A method of distillation, as data. `signals` are the column groups that held-out rows carry for evaluation."""
+    """A method of distillation, as data. `signals` say where what the terms read comes from; those that an endpoint scores are
+    measured on held-out rows too."""
 
     players: Mapping[str, Player]
     updates: tuple[Update, ...]
     stages: tuple[Stage, ...] = ()
-    signals: tuple[str, ...] = field(default=())
+    signals: Mapping[str, Source] = field(default_factory=dict)
 
 
 def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:
@@ -198,6 +223,3 @@ class StrategyConfig(Settings):
     def build(self) -> Strategy:
         """The strategy record these settings describe."""
         raise NotImplementedError
-
-
-ScoreKind = Literal["topk"]

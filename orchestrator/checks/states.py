@@ -14,6 +14,7 @@ from orchestrator.config import Job, StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.frozen import not_a_network
 from orchestrator.sketch import Network, inner_widths
+from orchestrator.teachers import heads_of
 from strategies.core import StatesTerm, Strategy
 
 
@@ -23,6 +24,8 @@ class Inner:
 
     filters: int = 0
     """Numbers trained beside the student."""
+    heads: tuple[Network, ...] = ()
+    """Networks whose output heads are applied."""
     frozen: tuple[tuple[Network, SavedModel, int], ...] = ()
     """Each frozen player's network, how it is loaded, and the width of all that it shows of one token."""
 
@@ -57,7 +60,8 @@ def check_states(job: Job, strategy: Strategy, people: Cast, endpoints: Mapping[
             raise Refusal(f"{where}: term {term.name!r}", got, expected or "inner states that can be compared", do) from error
         filters += sum(p.numel() for module in made.values() for p in module.parameters())
     loaded = ((people.teachers[name], config.saved_model, kept[name]) for name, config in endpoints.items())
-    return Inner(filters, tuple((network, saved, width) for network, saved, width in loaded if saved))
+    heads = tuple(people.teachers[name] for name in sorted(heads_of(strategy.signals)))
+    return Inner(filters, heads, tuple((network, saved, width) for network, saved, width in loaded if saved))
 
 
 def _as_student(teacher: Network) -> StudentConfig:
