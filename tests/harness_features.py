@@ -32,6 +32,7 @@ from orchestrator.train import train_step
 from strategies.core import Columns, Player, Progress, StatesTerm, Strategy, Term, lm_update
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.features import HiddenStates, Matched
+from strategies.objectives.filtered import FilteredLayers, FilterTask
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.relations import Relations
 from strategies.schedule import constant
@@ -42,7 +43,7 @@ from tests.harness_layouts import ALONE, BOTH, CPU, PAIR, Case, merged, part_of
 STEPS, SAVED, AFTER = 14, 7, 5
 """Steps from the start, the step after which the pair saves, and the steps made again from there."""
 GUIDE_WIDTH, GUIDE_LAYERS, HEADS = 24, 3, 2
-SCALES = {"kd": 0.9, "ce": 0.1, "hidden": 0.5, "cosine": 0.3, "relations": 0.2}
+SCALES = {"kd": 0.9, "ce": 0.1, "hidden": 0.5, "cosine": 0.3, "relations": 0.2, "task": 0.1, "match": 0.4}
 CASES = (
     Case("single", "single", (ALONE,)),
     Case("ddp", "ddp", BOTH),
@@ -75,14 +76,19 @@ def only_states(case: Case) -> bool:
 
 
 def strategy_of(case: Case) -> Strategy:
-    """Logits of a column, and inner states of the frozen player `guide`: two filters and one objective without any."""
+    """Logits of a column, and inner states of the frozen player `guide`: filters of two terms, two that two terms share, and an
+    objective without any."""
     kd = Term("kd", ForwardKL(), constant(SCALES["kd"]), signal="teacher")
     ce = Term("ce", CrossEntropy(), constant(SCALES["ce"]))
     hidden = HiddenStates(layers=(Matched(student=Layer(number=1), teacher=Layer(depth=0.5)),))
+    half = (Layer(depth=0.5),)
+    task, match = FilterTask(layers=half, filter="gelu-linear"), FilteredLayers(layers=half, filter="gelu-linear")
     terms: tuple[Any, ...] = (
         StatesTerm("hidden", hidden, constant(SCALES["hidden"]), "guide"),
         StatesTerm("cosine", HiddenStates(distance="cosine"), constant(SCALES["cosine"]), "guide"),
         StatesTerm("relations", Relations(heads=HEADS), constant(SCALES["relations"]), "guide"),
+        StatesTerm("task", task, constant(SCALES["task"]), "guide", filters="ted"),
+        StatesTerm("match", match, constant(SCALES["match"]), "guide", filters="ted"),
         kd,
         ce,
     )

@@ -30,6 +30,7 @@ from orchestrator.taps import recorded, tap_widths
 from orchestrator.weights import load_weights
 from strategies.core import AnyTerm, Columns, Player, Progress, StatesTerm, Term, lm_update
 from strategies.objectives.features import GramMatrices, HiddenStates, Matched
+from strategies.objectives.filtered import FilteredLayers, FilterTask
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.relations import PARTS, Relations
 from strategies.schedule import constant
@@ -47,8 +48,10 @@ TERMS: tuple[AnyTerm, ...] = (
     Term("ce", CrossEntropy(), constant(1.0)),
     StatesTerm("gram", GramMatrices(layers=(Layer(depth=0.5),)), constant(1.0), "guide"),
     StatesTerm("relations", Relations(heads=2), constant(1.0), "guide"),
+    StatesTerm("task", FilterTask(layers=(Layer(depth=0.5),)), constant(1.0), "guide", filters="ted"),
+    StatesTerm("match", FilteredLayers(layers=(Layer(depth=0.5),)), constant(1.0), "guide", filters="ted"),
 )
-SCALES = {"hidden": 0.7, "ce": 0.3, "gram": 2.0, "relations": 5.0}
+SCALES = {"hidden": 0.7, "ce": 0.3, "gram": 2.0, "relations": 5.0, "task": 0.2, "match": 0.5}
 PLAYERS = {"student": Player(), "guide": Player(model="guide", trained=False)}
 
 
@@ -181,7 +184,7 @@ def test_nothing_is_recorded_when_no_term_asks(frozen: dict[str, FrozenPlayer], 
 
 def test_states_alone_give_every_weight_a_gradient(frozen: dict[str, FrozenPlayer]) -> None:
     module = module_of(network("llama"), frozen)
-    _, gradients = learned(module, micros_of(bundle()), frozen, TERMS[3:])
+    _, gradients = learned(module, micros_of(bundle()), frozen, TERMS[3:4])
     assert gradients.keys() == {name for name, _ in module.named_parameters()}
     assert gradients["model.lm_head.weight"].abs().sum() == 0 < gradients["model.model.embed_tokens.weight"].abs().sum()
 
@@ -189,8 +192,8 @@ def test_states_alone_give_every_weight_a_gradient(frozen: dict[str, FrozenPlaye
 def test_the_same_network_teaches_nothing(tmp_path: Path) -> None:
     tiny_model(tmp_path, vocab_size=VOCABULARY)
     same = {"guide": FrozenPlayer(TransformersEndpoint(model=str(tmp_path)), CPU)}
-    terms = tuple(t for t in TERMS if t.name != "ce")
-    terms = (StatesTerm("hidden", HiddenStates(layers=("output", Layer(number=1))), constant(1.0), "guide"), *terms[1:])
+    hidden = StatesTerm("hidden", HiddenStates(layers=("output", Layer(number=1))), constant(1.0), "guide")
+    terms = (hidden, *(t for t in TERMS if t.name in ("gram", "relations", "match")))
     student = load_student(StudentConfig(model=str(tmp_path)), gradient_checkpointing=False, seed=0)
     widths = {"guide": same["guide"].widths({tap for t in terms for tap in t.objective.taps.teacher})}  # type: ignore[union-attr]
     sums, gradients = learned(StudentModule(student, filters=make_filters(student, terms, widths, 0)), micros_of(bundle()), same, terms)
@@ -202,8 +205,9 @@ def test_filters_are_drawn_from_the_seed_and_take_the_students_dtype(frozen: dic
     before = torch.random.get_rng_state()
     first, again, other = (module_of(model, frozen, seed).filters.state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert list(first) == ["hidden/0.weight", "hidden/1.weight"]
-    assert all(torch.equal(first[n], again[n]) and not torch.equal(first[n], other[n]) for n in first)
+    assert list(first) == [f"{n}.weight" for n in ("hidden/0", "hidden/1", "ted/student0", "ted/teacher0")]
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert [n for n in first if torch.equal(first[n], other[n])] == ["ted/teacher0.weight"]  # the identity
     assert {p.dtype for p in module_of(model.bfloat16(), frozen).filters.parameters()} == {torch.bfloat16}
 
 
@@ -285,12 +289,19 @@ def checkpoint_of(path: str) -> Any:
     return Checkpoint.from_directory(path)
 
 
+def test_filters_that_are_shared_must_be_alike(frozen: dict[str, FrozenPlayer]) -> None:
+    kinds = {"a": HiddenStates(), "b": HiddenStates(filter="gelu-linear")}
+    terms = [StatesTerm(name, kind, constant(1.0), "guide", filters="one") for name, kind in kinds.items()]
+    with pytest.raises(ValueError, match="filters 'one/0': got terms that make them differently"):
+        make_filters(network("qwen3"), terms, {"guide": frozen["guide"].widths([OUTPUT])}, 0)
+
+
 def test_filters_train_beside_an_adapter(models: Path) -> None:
     student = load_student(StudentConfig(model=str(models / "tied"), lora=Lora(r=2)), gradient_checkpointing=False, seed=0)
     frozen = {"guide": FrozenPlayer(TransformersEndpoint(model=str(models / "untied")), CPU)}
     module = module_of(student, frozen)
     _, gradients = learned(module, micros_of(bundle()), frozen)
-    assert {n for n in gradients if "lora" not in n} == {"filters.hidden/0.weight", "filters.hidden/1.weight"}
+    assert {n for n in gradients if "lora" not in n} == {f"filters.{n}" for n in module.filters.state_dict()}
 
 
 def test_a_micro_batch_keeps_what_it_is_taught_when_it_moves(frozen: dict[str, FrozenPlayer]) -> None:
