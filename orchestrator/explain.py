@@ -12,8 +12,6 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import Refusal
 
-DISCRIMINATORS = {"_engine_of": "engine"}
-"""Keys behind the functions that choose a member of a union."""
 _PREFIXES = ("Input should be ", "Value error, ", "expected ")
 
 
@@ -30,14 +28,9 @@ def refusal(error: ValidationError, model: type[BaseModel], content: Mapping[str
         return Refusal(place, "nothing", "a value", f"Add {'.'.join(path)} to the recipe or as an override.")
     if kind == "union_tag_invalid":
         known = str(first["ctx"]["expected_tags"]).replace("'", "").split(", ")
-        tag = str(first["ctx"]["tag"])
-        which = str(first["ctx"]["discriminator"]).strip("'").removesuffix("()")
-        return Refusal(
-            f"{place}.{DISCRIMINATORS.get(which, which)}",
-            repr(tag),
-            f"one of {', '.join(sorted(known))}",
-            nearest(tag, known) or "Correct the value.",
-        )
+        tag, key = str(first["ctx"]["tag"]), str(first["ctx"]["discriminator"]).strip("'")
+        field = key if key.isidentifier() else "engine"  # a function tells engines apart
+        return Refusal(f"{place}.{field}", repr(tag), f"one of {', '.join(sorted(known))}", nearest(tag, known) or "Correct the value.")
     message = first["msg"]
     for prefix in _PREFIXES:
         message = message.removeprefix(prefix)

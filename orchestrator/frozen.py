@@ -55,7 +55,7 @@ class FrozenPlayer:
         places = {} if micro.position_ids is None else {"position_ids": micro.position_ids}
         with torch.autocast(micro.input_ids.device.type, enabled=False), recorded(backbone(self.model), wanted) as outputs:
             backbone(self.model)(input_ids=micro.input_ids, use_cache=False, **places)
-        return tapped(micro, outputs)
+        return tapped(micro, outputs, self.head)
 
     @torch.no_grad()
     def score(self, micro: MicroBatch, hidden: Tensor, request: ScoreRequest) -> dict[str, Tensor]:

@@ -196,19 +196,20 @@ FILTERS = "filters"
 def make_filters(
     model: PreTrainedModel | PeftModel, terms: Iterable[AnyTerm], teachers: Mapping[str, Mapping[Tap, int]], seed: int
 ) -> dict[str, Filter]:
-    """What `terms` train beside `model`, drawn from `seed`, so equal on every rank; by `<term>/<name>`.
+    """What `terms` train beside `model`, drawn from `seed`, so equal on every rank; by `<filters of a term>/<name>`.
 
     `teachers` has the widths of frozen players' taps by name. `ValueError` for widths that a term cannot compare.
     """
     asking = [t for t in terms if isinstance(t, StatesTerm)]
     mine = tap_widths(_base(model), {tap for t in asking for tap in t.objective.taps.student})
     dtype = next((p.dtype for p in model.parameters() if p.requires_grad), _base(model).dtype)
-    found: dict[str, Filter] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for term in asking:
-            made = term.objective.filters(mine, teachers[term.signal])
-            found |= {f"{term.name}/{name}": module.to(dtype) for name, module in made.items()}
+        made = [(f"{t.filters_name}/{n}", f.to(dtype)) for t in asking for n, f in t.objective.filters(mine, teachers[t.signal]).items()]
+    found: dict[str, Filter] = {}
+    for name, module in made:
+        if found.setdefault(name, module).shape != module.shape:
+            raise ValueError(f"filters {name!r}: got terms that make them differently; expected equal settings of what they share")
     return found
 
 
@@ -219,7 +220,7 @@ class StudentModule(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int = CHUNK_TOKENS, filters: Mapping[str, Filter] | None = None):
-        """`filters` are modules trained beside the student, by `<term>/<name>`."""
+        """`filters` are modules trained beside the student, by `<filters of a term>/<name>`."""
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
@@ -246,20 +247,17 @@ class StudentModule(nn.Module):
         for term in on_states:
             weights = micro.batch.weight(term.name, 0, micro.loss_tokens)
             mine, theirs = tapped(micro, outputs), micro.taught[term.signal]
-            value = term.objective.compare(mine, theirs, self._filters_of(term.name), weights, progress)
+            value = term.objective.compare(mine, theirs, self._filters_of(term.filters_name), weights, progress)
             loss, sums[term.name] = loss + scales[term.name] * value, value.detach()
-        return self._with_idle_filters(loss, states, terms), torch.stack([sums[t.name] for t in terms])
+        return loss + self._nothing(states), torch.stack([sums[t.name] for t in terms])
 
-    def _filters_of(self, term: str) -> dict[str, Filter]:
-        return {name.removeprefix(f"{term}/"): module for name, module in self._filters() if name.startswith(f"{term}/")}
+    def _filters_of(self, name: str) -> dict[str, Filter]:
+        return {key.removeprefix(f"{name}/"): module for key, module in self._filters() if key.startswith(f"{name}/")}
 
     def _filters(self) -> list[tuple[str, Filter]]:
         return [(name, module) for name, module in self.filters.items() if isinstance(module, Filter)]
 
-    def _with_idle_filters(self, loss: Tensor, states: Tensor, terms: tuple[AnyTerm, ...]) -> Tensor:
-        """The loss, with zero gradients for filters that no term used: DDP waits for every parameter, and ZeRO-3 expects the
-        same modules in every forward."""
-        busy = tuple(f"{t.name}/" for t in terms)
-        for module in (m for name, m in self._filters() if not name.startswith(busy)):
-            loss = loss + module(states.new_zeros((0, module.width))).sum()
-        return loss
+    def _nothing(self, states: Tensor) -> Tensor:
+        """Zero, with a gradient of zero for every filter: some terms only read a filter, and DDP waits for every parameter."""
+        empty = [module(states.new_zeros((0, module.width))).sum() for _, module in self._filters()]
+        return torch.stack(empty).sum() if empty else states.new_zeros(())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cluster.causal_lm import backbone, probing
 from orchestrator.microbatch import MicroBatch
+from strategies.head import Head
 from strategies.taps import Tap, Tapped
 
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -42,9 +43,9 @@ def tap_widths(model: PreTrainedModel, taps: Collection[Tap]) -> dict[Tap, int]:
     return {tap: found[tap].shape[-1] for tap in taps}
 
 
-def tapped(micro: MicroBatch, outputs: Mapping[Tap, Tensor]) -> Tapped:
-    """What a network gave for `micro`, with its rows told apart."""
-    return Tapped(outputs, micro.index, micro.rows)
+def tapped(micro: MicroBatch, outputs: Mapping[Tap, Tensor], head: Head | None = None) -> Tapped:
+    """What a network gave for `micro`, with its rows told apart; `head` is a frozen one's."""
+    return Tapped(outputs, micro.index, micro.rows, micro.labels, head)
 
 
 def _hook(body: nn.Module, tap: Tap, found: dict[Tap, Tensor]) -> Any:

@@ -164,6 +164,12 @@ class StatesTerm:
     objective: StatesObjective
     scale: Schedule
     signal: str
+    filters: str | None = None
+    """What its filters are kept as: terms that name the same share them. Its own name when absent."""
+
+    @property
+    def filters_name(self) -> str:
+        return self.filters or self.name
 
 
 AnyTerm = Term | StatesTerm

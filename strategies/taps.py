@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from strategies.core import Progress, Settings
+from strategies.head import Head
 
 
 class Layer(Settings):
@@ -84,6 +85,10 @@ class Tapped:
     rows: Tensor
     """`(B, L)` int64: the number of the row at each place. No row has tokens in two sequences; padding may have any number, but
     never stands left of a token of its row."""
+    labels: Tensor | None = None
+    """`(N,)` int64 the loss tokens."""
+    head: Head | None = None
+    """A frozen network's own output head over the usable ids."""
 
     def tokens(self, tap: Tap) -> Tensor:
         """`(N, W)` at the places that predict the loss tokens."""
@@ -107,6 +112,11 @@ class Filter(nn.Module):
         weight = torch.eye(width) if width == into and not gelu else torch.randn(into, width) * width**-0.5
         self.weight = nn.Parameter(weight)
 
+    @property
+    def shape(self) -> tuple[int, int, bool]:
+        """What makes two filters alike but for their weights."""
+        return self.width, self.into, self.gelu
+
     def forward(self, states: Tensor) -> Tensor:
         """`(..., into)` of `(..., width)`, in the dtype of the weights unless autocast says otherwise."""
         states = states.to(self.weight.dtype)
@@ -120,8 +130,8 @@ class StatesObjective(Protocol):
     def taps(self) -> Taps: ...
 
     def filters(self, student: Mapping[Tap, int], teacher: Mapping[Tap, int]) -> dict[str, Filter]:
-        """The modules it trains beside the student, by a name of its own, for networks whose taps have these widths.
-        `ValueError` for widths that it cannot compare."""
+        """The modules it trains beside the student, by a name of its own, for networks whose taps have these widths; always the
+        same names and shapes. `ValueError` for widths that it cannot compare."""
         ...
 
     def compare(self, student: Tapped, teacher: Tapped, filters: Mapping[str, Filter], weights: Tensor, progress: Progress) -> Tensor:

@@ -54,6 +54,8 @@ class TermConfig(Settings):
     """Name in metrics and weight columns; the objective's type when absent."""
     weight: ScheduleConfig = 1.0
     """Multiplies the term's mean over its tokens. Weights are never divided by their sum, and may be negative."""
+    filters: str | None = None
+    """Terms on inner states that name the same share what is trained beside the student."""
     signal: str | None = None
     """The signal it reads, or the frozen player whose inner states it compares with; may be left out when there is only one."""
 
@@ -102,7 +104,7 @@ class Terms(StrategyConfig):
         name, scale, signal = config.name or config.objective.type, schedule(config.weight), self._signal(config)
         objective: Any = config.objective  # its protocol follows from what it reads
         if objective.reads == "states":
-            return StatesTerm(name, objective, scale, signal or "teacher")
+            return StatesTerm(name, objective, scale, signal or "teacher", config.filters)
         return Term(name, objective, scale, signal)
 
     def _signal(self, config: TermConfig) -> str | None:

@@ -28,13 +28,16 @@ from orchestrator.frozen import FrozenPlayer, load_frozen_players
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import cut
 from orchestrator.players import load_players
-from orchestrator.train import train_step
+from orchestrator.teachers import Teachers
+from orchestrator.train import Networks, train_step
 from strategies.core import Columns, Player, Progress, StatesTerm, Strategy, Term, lm_update
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.features import HiddenStates, Matched
+from strategies.objectives.filtered import FilteredLayers, FilterTask
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.relations import Relations
 from strategies.schedule import constant
+from strategies.sources import TakeTopK, Taught, scored_columns
 from strategies.taps import Layer
 from tests import harness_layouts as plain
 from tests.harness_layouts import ALONE, BOTH, CPU, PAIR, Case, merged, part_of
@@ -42,7 +45,7 @@ from tests.harness_layouts import ALONE, BOTH, CPU, PAIR, Case, merged, part_of
 STEPS, SAVED, AFTER = 14, 7, 5
 """Steps from the start, the step after which the pair saves, and the steps made again from there."""
 GUIDE_WIDTH, GUIDE_LAYERS, HEADS = 24, 3, 2
-SCALES = {"kd": 0.9, "ce": 0.1, "hidden": 0.5, "cosine": 0.3, "relations": 0.2}
+SCALES = {"kd": 0.9, "ce": 0.1, "hidden": 0.5, "cosine": 0.3, "relations": 0.2, "task": 0.1, "match": 0.4}
 CASES = (
     Case("single", "single", (ALONE,)),
     Case("ddp", "ddp", BOTH),
@@ -75,19 +78,28 @@ def only_states(case: Case) -> bool:
 
 
 def strategy_of(case: Case) -> Strategy:
-    """Logits of a column, and inner states of the frozen player `guide`: two filters and one objective without any."""
+    """Logits of a column, and inner states of the frozen player `guide`: filters of two terms, two that two terms share, and an
+    objective without any."""
     kd = Term("kd", ForwardKL(), constant(SCALES["kd"]), signal="teacher")
     ce = Term("ce", CrossEntropy(), constant(SCALES["ce"]))
     hidden = HiddenStates(layers=(Matched(student=Layer(number=1), teacher=Layer(depth=0.5)),))
+    half = (Layer(depth=0.5),)
+    task, match = FilterTask(layers=half, filter="gelu-linear"), FilteredLayers(layers=half, filter="gelu-linear")
     terms: tuple[Any, ...] = (
         StatesTerm("hidden", hidden, constant(SCALES["hidden"]), "guide"),
         StatesTerm("cosine", HiddenStates(distance="cosine"), constant(SCALES["cosine"]), "guide"),
         StatesTerm("relations", Relations(heads=HEADS), constant(SCALES["relations"]), "guide"),
+        StatesTerm("task", task, constant(SCALES["task"]), "guide", filters="ted"),
+        StatesTerm("match", match, constant(SCALES["match"]), "guide", filters="ted"),
         kd,
         ce,
     )
     players = {"student": Player(), "guide": Player(model="guide", trained=False)}
-    return Strategy(players, (lm_update(*terms[: 1 if only_states(case) else None]),), signals=("teacher",))
+    return Strategy(
+        players,
+        (lm_update(*terms[: 1 if only_states(case) else None]),),
+        signals={"teacher": Taught(TakeTopK(top_k=plain.TOP_K), endpoint="teacher")},
+    )
 
 
 def bundle(step: int, part: int) -> Columns:
@@ -126,14 +138,14 @@ class Side:
         run, players, frozen = self._load(case)
         steps = []
         for step in range(STEPS):
-            steps.append(self._step(run, case, {**players, **frozen}, step))
+            steps.append(self._step(run, case, players, frozen, step))
             if step + 1 == SAVED:
                 self._evaluate(run, players["student"])
                 self._save(case, players)
         held = players["student"].held_bytes()
         run, players, frozen = self._load(case)
         position = checkpoint.restore(players, Checkpoint.from_directory(str(merged(self.folder, case, self.world))))
-        again = [self._step(run, case, {**players, **frozen}, step) for step in range(position.step, position.step + AFTER)]
+        again = [self._step(run, case, players, frozen, step) for step in range(position.step, position.step + AFTER)]
         return {"steps": steps, "again": again, "held": held}
 
     def _load(self, case: Case) -> tuple[RunConfig, dict[str, Layout], dict[str, FrozenPlayer]]:
@@ -141,16 +153,19 @@ class Side:
         frozen = guide(self.folder, case.batching == "packed")
         return run, load_players(run, strategy.players, CPU, strategy.updates, frozen), frozen
 
-    def _step(self, run: RunConfig, case: Case, players: Any, step: int) -> dict[str, float]:
+    def _step(self, run: RunConfig, case: Case, players: Any, frozen: Any, step: int) -> dict[str, float]:
         columns = whole_step(step) if self.world == ALONE else bundle(step, self.rank)
-        _, metrics = train_step(strategy_of(case), players, columns, Progress(step, plain.STEPS), run, False, CPU)
+        strategy = strategy_of(case)
+        networks = Networks(players, Teachers(strategy.signals, frozen=frozen), CPU)
+        _, metrics = train_step(strategy, networks, columns, Progress(step, plain.STEPS), run, False)
         return metrics
 
     def _evaluate(self, run: RunConfig, student: Layout) -> None:
         """What must leave training alone: forwards in which no filter has work."""
         train = run.train
-        micros = cut(bundle(0, 0), ["teacher"], train.batching, train.micro_batch_tokens, run.data.max_length_tokens)
-        evaluate.evaluate(student, micros, evaluate.evaluation_terms(["teacher"]), len(micros), CPU)
+        measured = {"teacher": Taught(TakeTopK(top_k=plain.TOP_K), endpoint="teacher")}
+        micros = cut(bundle(0, 0), scored_columns(measured), train.batching, train.micro_batch_tokens, run.data.max_length_tokens)
+        evaluate.evaluate(student, micros, evaluate.evaluation_terms(measured), len(micros), Teachers(measured), CPU)
 
     def _save(self, case: Case, players: dict[str, Layout]) -> None:
         part = checkpoint.save(players, checkpoint.Position(SAVED, 1, {}), self.rank)

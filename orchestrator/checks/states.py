@@ -45,7 +45,7 @@ def check_states(job: Job, strategy: Strategy, people: Cast, endpoints: Mapping[
     frozen = {name: player.model for name, player in strategy.players.items() if not player.trained}
     terms = [t for update in strategy.updates for t in update.terms if isinstance(t, StatesTerm)]
     kept: dict[str, int] = dict.fromkeys(frozen.values(), 0)
-    filters = 0
+    filters: dict[str, int] = {}
     for term in terms:
         taps, teacher = term.objective.taps, people.teachers[frozen[term.signal]]
         try:
@@ -58,10 +58,10 @@ def check_states(job: Job, strategy: Strategy, people: Cast, endpoints: Mapping[
             got, _, expected = str(error).partition("; expected ")
             do = "Choose other layers, widths or heads."
             raise Refusal(f"{where}: term {term.name!r}", got, expected or "inner states that can be compared", do) from error
-        filters += sum(p.numel() for module in made.values() for p in module.parameters())
+        filters |= {f"{term.filters_name}/{name}": module.weight.numel() for name, module in made.items()}
     loaded = ((people.teachers[name], config.saved_model, kept[name]) for name, config in endpoints.items())
     heads = tuple(people.teachers[name] for name in sorted(heads_of(strategy.signals)))
-    return Inner(filters, heads, tuple((network, saved, width) for network, saved, width in loaded if saved))
+    return Inner(sum(filters.values()), heads, tuple((network, saved, width) for network, saved, width in loaded if saved))
 
 
 def _as_student(teacher: Network) -> StudentConfig:

@@ -63,6 +63,16 @@ class StudentMass:
         return weighted_sum(student, weights)
 
 
+@dataclass(frozen=True)
+class TeacherCrossEntropy:
+    """The teacher's own `-log p(label)`."""
+
+    reads: ClassVar[Reads] = "label"
+
+    def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
+        return weighted_sum(-given(signal, self.reads, "the measure teacher_cross_entropy").label_logprobs(outputs), weights)
+
+
 def measures() -> dict[str, Objective]:
     """Measures against one teacher, by metric name; the KLs at temperature 1, on whatever outcomes the signal pairs."""
     return {

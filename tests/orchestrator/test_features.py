@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +21,20 @@ from orchestrator import checkpoint, export
 from orchestrator.config import Lora, StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.export import export_student
-from orchestrator.frozen import FrozenPlayer, load_frozen_players, taught
+from orchestrator.frozen import FrozenPlayer, load_frozen_players
 from orchestrator.microbatch import MicroBatch, cut, dummy
 from orchestrator.models import StudentModule, load_student, make_filters
-from orchestrator.players import apart, load_players
+from orchestrator.players import load_players
 from orchestrator.taps import recorded, tap_widths
+from orchestrator.teachers import Teachers
 from orchestrator.weights import load_weights
 from strategies.core import AnyTerm, Columns, Player, Progress, StatesTerm, Term, lm_update
 from strategies.objectives.features import GramMatrices, HiddenStates, Matched
+from strategies.objectives.filtered import FilteredLayers, FilterTask
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.relations import PARTS, Relations
 from strategies.schedule import constant
+from strategies.sources import TakeDense, TakeHidden, TakePerToken, TakeSampled, TakeTopK, Taught, scored_columns
 from strategies.taps import OUTPUT, Layer, Tap
 from tests.checkpoints import recipe, save_models
 from tests.orchestrator.networks import ARCHITECTURES, VOCABULARY, network
@@ -47,8 +49,10 @@ TERMS: tuple[AnyTerm, ...] = (
     Term("ce", CrossEntropy(), constant(1.0)),
     StatesTerm("gram", GramMatrices(layers=(Layer(depth=0.5),)), constant(1.0), "guide"),
     StatesTerm("relations", Relations(heads=2), constant(1.0), "guide"),
+    StatesTerm("task", FilterTask(layers=(Layer(depth=0.5),)), constant(1.0), "guide", filters="ted"),
+    StatesTerm("match", FilteredLayers(layers=(Layer(depth=0.5),)), constant(1.0), "guide", filters="ted"),
 )
-SCALES = {"hidden": 0.7, "ce": 0.3, "gram": 2.0, "relations": 5.0}
+SCALES = {"hidden": 0.7, "ce": 0.3, "gram": 2.0, "relations": 5.0, "task": 0.2, "match": 0.5}
 PLAYERS = {"student": Player(), "guide": Player(model="guide", trained=False)}
 
 
@@ -92,7 +96,7 @@ def learned(module: StudentModule, micros: list[MicroBatch], frozen: dict[str, F
     module.zero_grad()
     sums = torch.zeros(len(terms))
     for micro in micros:
-        loss, parts = module(taught(micro, terms, frozen), terms, SCALES, NOW)
+        loss, parts = module(Teachers(frozen=frozen).teach(micro, terms), terms, SCALES, NOW)
         loss.backward()
         sums += parts
     return sums, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -173,7 +177,7 @@ def test_nothing_is_recorded_when_no_term_asks(frozen: dict[str, FrozenPlayer], 
     module = module_of(network("qwen3"), frozen)
     hooks: list[object] = []
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", lambda self, hook, **given: hooks.append(hook))
-    micro = taught(micros_of(bundle())[0], TERMS[1:2], frozen)
+    micro = Teachers(frozen=frozen).teach(micros_of(bundle())[0], TERMS[1:2])
     module(micro, TERMS[1:2], SCALES, NOW)[0].backward()
     assert not hooks and not micro.taught
     assert all(p.grad is not None and not p.grad.any() for p in module.filters.parameters())  # DDP waits for them
@@ -181,7 +185,7 @@ def test_nothing_is_recorded_when_no_term_asks(frozen: dict[str, FrozenPlayer], 
 
 def test_states_alone_give_every_weight_a_gradient(frozen: dict[str, FrozenPlayer]) -> None:
     module = module_of(network("llama"), frozen)
-    _, gradients = learned(module, micros_of(bundle()), frozen, TERMS[3:])
+    _, gradients = learned(module, micros_of(bundle()), frozen, TERMS[3:4])
     assert gradients.keys() == {name for name, _ in module.named_parameters()}
     assert gradients["model.lm_head.weight"].abs().sum() == 0 < gradients["model.model.embed_tokens.weight"].abs().sum()
 
@@ -189,8 +193,8 @@ def test_states_alone_give_every_weight_a_gradient(frozen: dict[str, FrozenPlaye
 def test_the_same_network_teaches_nothing(tmp_path: Path) -> None:
     tiny_model(tmp_path, vocab_size=VOCABULARY)
     same = {"guide": FrozenPlayer(TransformersEndpoint(model=str(tmp_path)), CPU)}
-    terms = tuple(t for t in TERMS if t.name != "ce")
-    terms = (StatesTerm("hidden", HiddenStates(layers=("output", Layer(number=1))), constant(1.0), "guide"), *terms[1:])
+    hidden = StatesTerm("hidden", HiddenStates(layers=("output", Layer(number=1))), constant(1.0), "guide")
+    terms = (hidden, *(t for t in TERMS if t.name in ("gram", "relations", "match")))
     student = load_student(StudentConfig(model=str(tmp_path)), gradient_checkpointing=False, seed=0)
     widths = {"guide": same["guide"].widths({tap for t in terms for tap in t.objective.taps.teacher})}  # type: ignore[union-attr]
     sums, gradients = learned(StudentModule(student, filters=make_filters(student, terms, widths, 0)), micros_of(bundle()), same, terms)
@@ -202,35 +206,38 @@ def test_filters_are_drawn_from_the_seed_and_take_the_students_dtype(frozen: dic
     before = torch.random.get_rng_state()
     first, again, other = (module_of(model, frozen, seed).filters.state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert list(first) == ["hidden/0.weight", "hidden/1.weight"]
-    assert all(torch.equal(first[n], again[n]) and not torch.equal(first[n], other[n]) for n in first)
+    assert list(first) == [f"{n}.weight" for n in ("hidden/0", "hidden/1", "ted/student0", "ted/teacher0")]
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert [n for n in first if torch.equal(first[n], other[n])] == ["ted/teacher0.weight"]  # the identity
     assert {p.dtype for p in module_of(model.bfloat16(), frozen).filters.parameters()} == {torch.bfloat16}
 
 
 # What a frozen player says
 
 
+TAKES = [TakeTopK(top_k=5), TakeDense(), TakeSampled(draws=4, exponent=0.8), TakeHidden(), TakePerToken()]
+
+
 @pytest.mark.parametrize("batching", ["bucketed", "packed"])
 @pytest.mark.parametrize("vocabulary", [None, VOCABULARY - 6])
-def test_a_frozen_player_says_what_a_stage_scores(guide: Path, batching: Any, vocabulary: int | None) -> None:
+@pytest.mark.parametrize("take", TAKES, ids=lambda t: t.type)
+def test_a_frozen_player_says_what_a_stage_scores(guide: Path, take: Any, batching: Any, vocabulary: int | None) -> None:
     config = TransformersEndpoint(model=str(guide))
     columns = {**bundle(), "tokens": bundle()["tokens"] % (VOCABULARY - 6)}
-    scored = TransformersEngine(config, vocabulary).score(columns, 5)
-    player = FrozenPlayer(config, CPU, vocabulary, packed=batching == "packed")
-    labels = columns["tokens"][columns["loss_mask"].astype(bool)]
-    columns = {k: v for k, v in columns.items() if not k.startswith("weights")} | {"weights/number": np.arange(len(labels))}
-    by_label: dict[int, list[Tensor]] = {}
-    for micro in micros_of(columns, batching, 40):
-        hidden, head = player.states(micro)
+    scored = TransformersEngine(config, vocabulary).score(columns, take.request)
+    columns |= {f"far/{name}": values for name, values in scored.items()}
+    sources = {"far": Taught(take, endpoint="guide"), "near": Taught(take, player="guide")}
+    players = {"guide": Player(model="guide", trained=False)}
+    teachers = Teachers.load(players, sources, {"guide": config}, vocabulary, batching == "packed", CPU)
+    terms = tuple(Term(name, CrossEntropy(), constant(1.0), name) for name in sources)
+    for micro in cut(columns, scored_columns(sources), batching, 40, 32):
         with torch.autocast("cpu", torch.bfloat16):
-            ids, best, own = player.logprobs(hidden, micro.labels, 5)
-        assert head.logits(hidden).shape[-1] == (vocabulary or VOCABULARY)
-        for number, parts in zip(micro.weights["number"].long().tolist(), zip(ids, best, own, strict=True), strict=True):
-            by_label[number] = list(parts)
-    ids, best, own = (torch.stack(parts) for parts in zip(*(by_label[n] for n in range(len(labels))), strict=True))
-    assert np.array_equal(ids.numpy().ravel(), scored["ids"])
-    np.testing.assert_allclose(best.numpy().ravel(), scored["logprobs"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(own.numpy(), scored["logprob"], rtol=1e-5, atol=1e-5)
+            signals = teachers.teach(micro, terms).signals
+        far, near = vars(signals["far"]), vars(signals["near"])
+        for name in (n for n in far if isinstance(far[n], Tensor)):
+            torch.testing.assert_close(near[name], far[name], rtol=1e-4, atol=1e-5)
+        if take.type == "hidden":
+            assert len(far["head"].weight) == len(near["head"].weight) == (vocabulary or VOCABULARY)
 
 
 def test_a_frozen_player_keeps_its_own_dtype_and_makes_no_gradient(guide: Path) -> None:
@@ -266,7 +273,7 @@ def test_a_checkpoint_holds_filters_and_an_export_does_not(
     frozen = {"guide": FrozenPlayer(TransformersEndpoint(model=str(models / "untied")), CPU)}
     update = lm_update(StatesTerm("hidden", HiddenStates(), constant(1.0), "guide"))
     players = load_players(run, PLAYERS, CPU, (update,), frozen)
-    assert list(players) == ["student"] and apart({**players, **frozen}) == (players, frozen)
+    assert list(players) == ["student"]
     with torch.no_grad():
         next(iter(players["student"].module.filters.parameters())).fill_(3.0)
     saved = checkpoint.save(players, checkpoint.Position(7, 1, {}), 0).path
@@ -285,17 +292,19 @@ def checkpoint_of(path: str) -> Any:
     return Checkpoint.from_directory(path)
 
 
+def test_filters_that_are_shared_must_be_alike(frozen: dict[str, FrozenPlayer]) -> None:
+    kinds = {"a": HiddenStates(), "b": HiddenStates(filter="gelu-linear")}
+    terms = [StatesTerm(name, kind, constant(1.0), "guide", filters="one") for name, kind in kinds.items()]
+    with pytest.raises(ValueError, match="filters 'one/0': got terms that make them differently"):
+        make_filters(network("qwen3"), terms, {"guide": frozen["guide"].widths([OUTPUT])}, 0)
+
+
 def test_filters_train_beside_an_adapter(models: Path) -> None:
     student = load_student(StudentConfig(model=str(models / "tied"), lora=Lora(r=2)), gradient_checkpointing=False, seed=0)
     frozen = {"guide": FrozenPlayer(TransformersEndpoint(model=str(models / "untied")), CPU)}
     module = module_of(student, frozen)
     _, gradients = learned(module, micros_of(bundle()), frozen)
-    assert {n for n in gradients if "lora" not in n} == {"filters.hidden/0.weight", "filters.hidden/1.weight"}
-
-
-def test_a_micro_batch_keeps_what_it_is_taught_when_it_moves(frozen: dict[str, FrozenPlayer]) -> None:
-    micro = taught(micros_of(bundle())[0], TERMS, frozen)
-    assert micro.to(CPU).taught == micro.taught and not replace(micro, taught={}).taught
+    assert {n for n in gradients if "lora" not in n} == {f"filters.{n}" for n in module.filters.state_dict()}
 
 
 def test_a_model_that_is_no_language_model_of_layers_is_named() -> None:

@@ -94,7 +94,9 @@ def reference(folder: Path, case: Case, count: int = STEPS) -> list[dict[str, fl
     model = load_student(run.student, gradient_checkpointing=False, seed=run.seed)
     guide = AutoModelForCausalLM.from_pretrained(folder / "guide")
     torch.manual_seed(run.seed)
-    filters = [torch.nn.Parameter(torch.randn(harness.GUIDE_WIDTH, 16) * 0.25) for _ in range(1 if only_states(case) else 2)]
+    wide, narrow = harness.GUIDE_WIDTH, 16
+    widths = [narrow] if only_states(case) else [narrow, narrow, narrow, wide]
+    filters = [torch.nn.Parameter(torch.randn(wide, width) * width**-0.5) for width in widths]
     trained = [*dict.fromkeys(p for p in model.parameters() if p.requires_grad), *filters]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": run.train.weight_decay},
@@ -154,13 +156,17 @@ def _row(
         return found
     found["cosine"] = _cosine(by_place(mine.hidden_states[-1]) @ filters[1].T, by_place(theirs.hidden_states[-1]))
     found["relations"] = _relations(_vectors(model, mine), _vectors(guide, theirs), places)
+    labels = ids[0][places + 1]
+    kept = [torch.nn.functional.gelu(by_place(out.hidden_states[i + 1])) for i, out in enumerate((mine, theirs))]
+    logits = [guide.lm_head(x.detach() @ f.T).log_softmax(-1) for x, f in zip(kept, filters[2:], strict=True)]
+    found["task"] = -sum(x.gather(-1, labels[:, None]).sum() for x in logits)
+    found["match"] = ((kept[0] @ filters[2].T - (kept[1] @ filters[3].T).detach()) ** 2).mean(-1).sum()
     log_q = mine.logits[0][places].log_softmax(-1)
     ids_kept, log_p = teacher
     rest = 1 - log_q.exp().gather(-1, ids_kept).sum(-1, keepdim=True)
     q = torch.cat([log_q.gather(-1, ids_kept), rest.log()], -1)
     p = torch.cat([log_p, torch.log1p(-log_p.exp().sum(-1, keepdim=True))], -1)
     found["kd"] = (p.exp() * (p - q)).sum()
-    labels = ids[0][places + 1]
     found["ce"] = -(weights["ce"] * log_q.gather(-1, labels[:, None])[:, 0]).sum()
     return found
 
@@ -209,7 +215,7 @@ def test_every_layout_follows_the_curve_of_a_plain_loop(results: Results, case: 
 def test_checkpoints_hold_the_filters_and_no_frozen_player(results: Results, case: Case, world: int) -> None:
     names = set(FileSystemReader(merged(results.folder, case, world)).read_metadata().state_dict_metadata)
     filters = {n for n in names if n.startswith("student.model.filters.")}
-    expected = {"hidden/0"} if only_states(case) else {"hidden/0", "cosine/0"}
+    expected = {"hidden/0"} if only_states(case) else {"hidden/0", "cosine/0", "ted/student0", "ted/teacher0"}
     assert filters == {f"student.model.filters.{n}.weight" for n in expected}
     assert not any(n.startswith("guide") for n in names)
 

@@ -243,8 +243,9 @@ def test_a_weighted_sum_ignores_what_weighs_nothing() -> None:
 
 def test_the_mapping_names_every_objective_by_its_type_and_all_defaults_stand() -> None:
     for name, settings in OBJECTIVES.items():
-        assert settings().type == name
-        assert settings.model_validate({"type": name}) == settings()
+        assert settings.model_fields["type"].default == name
+        if not any(f.is_required() for f in settings.model_fields.values()):
+            assert settings.model_validate({"type": name}) == settings()
     assert {case.objective.type for case in CASES} | {"cross-entropy"} <= set(OBJECTIVES)
 
 
