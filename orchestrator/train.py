@@ -50,9 +50,8 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     resumed = ray.train.get_checkpoint()
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
-    held_out = _held_out(job, stream, rank)
     journal.begin(stream.attempt)
-    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, held_out)
+    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal)
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
@@ -60,8 +59,9 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     for bundle in stream.after(step):
         step = scalar(bundle, "step")
         stop = trainer.step(step, bundle, stream.waited_seconds)
-        if step == first:  # optimizer states exist from the first step on
+        if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(next(iter(players.values())).held_bytes())
+            trainer.held_out = _held_out(job, stream, rank)
         if trainer.due(step) or stop:
             trainer.report(step, stream.attempt, stop)
         if stop:
@@ -80,7 +80,7 @@ class HeldOut:
 
 
 def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
-    """Takes scored held-out rows from the stream's head and keeps them, or reads those kept before."""
+    """Takes scored held-out rows from the stream and keeps them, or reads those kept before."""
     arriving = dict(stream.held_out())
     if arriving:
         held_out_store.store_bundles(job.held_out, arriving)
@@ -116,10 +116,11 @@ class Trainer:
         strategy: Strategy,
         networks: Networks,
         journal: RankJournal,
-        held_out: HeldOut,
     ):
         self._job, self._strategy, self._networks = job, strategy, networks
-        self._journal, self._held_out = journal, held_out
+        self._journal = journal
+        self.held_out = HeldOut([], [], 0)
+        """Nothing until the first step is over."""
         self._terms = evaluate.evaluation_terms(job.measured)
         self._skipped = 0
 
@@ -167,11 +168,11 @@ class Trainer:
     def report(self, step: int, attempt: int, stop: bool) -> None:
         """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
         metrics: dict[str, float] = {}
-        if self._held_out.rounds:
+        if self.held_out.rounds:
             student = next(iter(self._networks.players.values()))
-            micros, rounds = self._held_out.micros, self._held_out.rounds
+            micros, rounds = self.held_out.micros, self.held_out.rounds
             metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
-            metrics |= evaluate.teacher_cross_entropy(self._held_out.bundles, self._job.measured)
+            metrics |= evaluate.teacher_cross_entropy(self.held_out.bundles, self._job.measured)
             self._journal.evaluated(attempt, step, metrics)
         if not (stop or step == self._job.steps or self._checkpoint_due(step)):
             return
