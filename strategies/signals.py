@@ -197,11 +197,11 @@ class TopK(Distribution):
 
     def kept_mass(self, outputs: TokenLogits) -> tuple[Tensor, Tensor]:
         inside, _ = outputs.partition(self.ids, 1.0, want_tail=False)
-        return torch.logsumexp(inside, -1).exp(), self.logprobs.exp().sum(-1)
+        return torch.logsumexp(inside, -1).exp(), self.logprobs.detach().exp().sum(-1)
 
     def _tempered_tail(self, vocabulary: int, temperature: float) -> Tensor:
         """Unnormalised log weight of the bucket: `(V-K)^(1-1/T) r^(1/T)`, exact for a uniform tail. `(N, 1)`."""
-        tail = (1.0 - self.logprobs.double().exp().sum(-1, keepdim=True)).clamp_min(TAIL_FLOOR)
+        tail = (1.0 - self.logprobs.detach().double().exp().sum(-1, keepdim=True)).clamp_min(TAIL_FLOOR)
         spread = (1.0 - 1.0 / temperature) * math.log(vocabulary - self.ids.shape[-1])
         return (tail.log() / temperature + spread).float()
 

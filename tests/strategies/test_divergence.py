@@ -12,6 +12,7 @@ from torch import Tensor
 from strategies.core import Progress
 from strategies.head import TokenLogits
 from strategies.objectives.divergence import (
+    HEAD_TOKENS,
     ForwardKL,
     ReverseKL,
     TotalVariation,
@@ -170,6 +171,15 @@ def test_the_adaptive_share_walks_down_the_teachers_choices(seed: int, mass: flo
     share = head_share(torch.from_numpy(np.log(q)), torch.from_numpy(np.log(p)), mass)
     np.testing.assert_allclose(share.numpy(), akl_share(q, p, mass), rtol=1e-9)
     assert ((share >= 0) & (share <= 1)).all()
+
+
+def test_a_head_longer_than_what_is_looked_at_first_is_followed_to_its_end() -> None:
+    z_q, z_p = (logits(s, (3, 2 * HEAD_TOKENS), 0.5) for s in (0, 100))
+    z_p[0, 7] = 20.0  # this head is one token, the others are hundreds
+    q, p = reference.softmax(z_q), reference.softmax(z_p)
+    for mass in (0.2, 0.9):
+        share = head_share(torch.from_numpy(np.log(q)), torch.from_numpy(np.log(p)), mass)
+        np.testing.assert_allclose(share.numpy(), akl_share(q, p, mass), rtol=1e-9)
 
 
 def test_adaptive_kl_splits_evenly_where_there_is_no_gap_and_goes_forward_where_all_of_it_is_in_the_head() -> None:

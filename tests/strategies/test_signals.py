@@ -278,6 +278,18 @@ def test_the_log_probability_of_the_label_comes_from_whoever_knows_it() -> None:
     assert stored.label_logprobs(outputs).dtype == torch.float32
 
 
+def test_the_teachers_side_carries_no_gradient_whatever_it_was_made_of() -> None:
+    z_p, outputs = torch.from_numpy(logits(100)).requires_grad_(), student(logits(0))
+    weight, states = torch.randn(VOCABULARY, WIDTH, requires_grad=True), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    known = z_p.log_softmax(-1)
+    signals = [Dense(z_p), Hidden(states, Head(weight)), *(TopK(torch.arange(4).expand(TOKENS, 4), known[:, :4], t) for t in TAILS)]
+    for signal in signals:
+        weights, log_q, log_p = signal.expect(outputs, 2.0)
+        assert log_q.requires_grad and not log_p.requires_grad and not weights.requires_grad
+        assert not signal.kept_mass(outputs)[1].requires_grad
+    assert not PerToken(known[:, 0]).label_logprobs(outputs).requires_grad
+
+
 def test_a_dense_signal_is_cut_by_tokens() -> None:
     z_p = torch.from_numpy(logits(100))
     assert torch.equal(Dense(z_p).chunk(2, 5).logits, z_p[2:5])
