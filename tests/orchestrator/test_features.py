@@ -250,6 +250,12 @@ def test_a_frozen_player_keeps_its_own_dtype_and_makes_no_gradient(guide: Path) 
     assert not (inside.requires_grad or player.model.training or any(p.requires_grad for p in player.model.parameters()))
 
 
+def test_a_frozen_player_has_nothing_to_say_of_an_empty_micro_batch(frozen: dict[str, FrozenPlayer]) -> None:
+    hidden, _ = frozen["guide"].states(dummy())
+    shapes = [tuple(part.shape) for part in frozen["guide"].logprobs(hidden, dummy().labels, 5)]
+    assert hidden.shape == (0, 24) and shapes == [(0, 5), (0, 5), (0,)]
+
+
 def test_an_endpoint_without_a_network_cannot_be_a_player() -> None:
     with pytest.raises(Refusal, match="an engine without a network"):
         load_frozen_players(PLAYERS, {"guide": FakeEndpoint(engine="fake", vocabulary=9)}, None, False, CPU)
