@@ -25,21 +25,24 @@ Share = Annotated[ScheduleConfig, AfterValidator(_each_a_share)]
 
 def student_label_logprobs(outputs: TokenLogits, temperature: float = 1.0) -> Tensor:
     """`log q_T(label)`, `(N,)` float32, with gradient."""
-    if temperature == 1.0:
-        return outputs.label_logprobs()
-    return (outputs.logits.gather(-1, outputs.labels[:, None]) / temperature - outputs.normaliser(temperature))[:, 0]
+    return outputs.partition(outputs.labels[:, None], temperature, want_tail=False)[0][:, 0]
 
 
-def teacher_label_logprobs(signal: Signal | None, reader: str) -> Tensor:
-    """`log p(label)` that the signal carries, `(N,)` float32. `ValueError` when it carries none; `reader` names who asked."""
+def teacher_label_logprobs(signal: Signal | None, outputs: TokenLogits, reader: str) -> Tensor:
+    """`log p(label)` that the signal carries or can tell, `(N,)` float32.
+
+    `label_logprobs` of a signal is the tensor itself, or a method of the outputs. `ValueError` when there is neither;
+    `reader` names who asked.
+    """
     given = getattr(signal, "label_logprobs", None)
-    if not isinstance(given, Tensor):
+    found = given(outputs) if callable(given) and not isinstance(given, Tensor) else given
+    if not isinstance(found, Tensor):
         got = "no signal" if signal is None else type(signal).__name__
         raise ValueError(f"{reader} reads log-probabilities of the given tokens (`label_logprobs`), and got {got}")
-    return given.float()
+    return found.detach().float()
 
 
-def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+def advantage(log_p: Tensor, log_q: Tensor) -> Tensor:
     """`d = log p - log q` of given tokens, `(N,)`, without gradient; 0 where both are impossible."""
     log_p, log_q = log_p.detach(), log_q.detach()
     return torch.where(log_p == log_q, 0.0, log_p - log_q)

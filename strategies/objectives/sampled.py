@@ -3,7 +3,8 @@
 Every estimator is named by the gradient that it gives in expectation over tokens y drawn from the student q
 (strategies book C9). `d = log p(y) - log q(y)`, the teacher's advantage on the token, never carries a gradient here.
 The token must have been drawn from q at `temperature`, and the signal's log-probabilities must have been taken at the
-same one (C4); neither can be checked here. Text of anybody else makes all of them biased.
+same one (C4), which is 1 for a signal that is a whole distribution; neither can be checked here. Text of anybody else
+makes all of them biased.
 
 | backpropagated | expected gradient | expected value | type |
 |---|---|---|---|
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
-from strategies.objectives.parts import Share, log_ratio, student_label_logprobs, surrogate, teacher_label_logprobs, token_rows
+from strategies.objectives.parts import Share, advantage, student_label_logprobs, surrogate, teacher_label_logprobs, token_rows
 from strategies.schedule import PositiveSchedule, schedule
 from strategies.signals import Signal
 
@@ -101,7 +102,7 @@ class ReverseKLPolicyGradient(ObjectiveSettings):
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)
-        d = _advantages(log_q, signal, weights, self.type)
+        d = _advantages(log_q, outputs, signal, weights, self.type)
         return surrogate(weights * k1(d), weights * -clipped(d, self.clip, progress), log_q)
 
 
@@ -126,7 +127,7 @@ class ReverseKLRewardToGo(ObjectiveSettings):
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)
-        return log_ratio(teacher_label_logprobs(signal, self.type), log_q)[:, None]
+        return advantage(teacher_label_logprobs(signal, outputs, self.type), log_q)[:, None]
 
     def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
         d = torch.where(weights != 0, surveyed[:, 0], 0.0)
@@ -155,7 +156,7 @@ class ReverseKLSquared(ObjectiveSettings):
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)
-        d = clipped(_advantages(log_q, signal, weights, self.type), self.clip, progress)
+        d = clipped(_advantages(log_q, outputs, signal, weights, self.type), self.clip, progress)
         return surrogate(weights * k2(d), weights * -d, log_q)
 
 
@@ -175,7 +176,7 @@ class ForwardKLK3(ObjectiveSettings):
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)
-        d = clipped(_advantages(log_q, signal, weights, self.type), self.clip, progress)
+        d = clipped(_advantages(log_q, outputs, signal, weights, self.type), self.clip, progress)
         return surrogate(weights * k3(d), weights * -torch.expm1(d), log_q)
 
 
@@ -193,6 +194,6 @@ class RefusedK1(ObjectiveSettings):
         )
 
 
-def _advantages(log_q: Tensor, signal: Signal | None, weights: Tensor, reader: str) -> Tensor:
+def _advantages(log_q: Tensor, outputs: TokenLogits, signal: Signal | None, weights: Tensor, reader: str) -> Tensor:
     """`d` of each token, `(N,)` without gradient; 0 where the weight is 0, whatever stands there."""
-    return torch.where(weights != 0, log_ratio(teacher_label_logprobs(signal, reader), log_q), 0.0)
+    return torch.where(weights != 0, advantage(teacher_label_logprobs(signal, outputs, reader), log_q), 0.0)

@@ -6,13 +6,13 @@ Signals here are the smallest that meet the student: whole logits, and one log-p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from strategies.core import Progress, Term
+from strategies.core import Progress, Reads, Term
 from strategies.head import Head, TokenBatch, TokenLogits, chunked_terms
 from strategies.schedule import constant
 
@@ -24,6 +24,8 @@ class Dense:
     """A teacher's whole logits `(N, V)`."""
 
     logits: Tensor
+    gives: ClassVar[frozenset[Reads]] = frozenset({"pair", "expectation"})
+    whole: ClassVar[bool] = True
 
     def chunk(self, start: int, stop: int) -> Dense:
         return Dense(self.logits[start:stop])
@@ -31,12 +33,18 @@ class Dense:
     def pair(self, outputs: TokenLogits, temperature: float) -> tuple[Tensor, Tensor]:
         return outputs.logprobs(temperature), (self.logits / temperature).log_softmax(-1)
 
+    def expect(self, outputs: TokenLogits, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        log_q, log_p = self.pair(outputs, temperature)
+        return log_p.exp(), log_q, log_p
+
 
 @dataclass(frozen=True)
 class GivenTokens:
     """A log-probability per token, `(N,)`."""
 
     label_logprobs: Tensor
+    gives: ClassVar[frozenset[Reads]] = frozenset({"label"})
+    whole: ClassVar[bool] = False
 
     def chunk(self, start: int, stop: int) -> GivenTokens:
         return GivenTokens(self.label_logprobs[start:stop])

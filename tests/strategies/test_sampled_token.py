@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from strategies.core import Progress, TwoPass
 from strategies.head import TokenLogits
@@ -261,6 +262,20 @@ def test_no_tokens_are_a_sum_of_nothing(objective: Any) -> None:
 def test_a_signal_without_given_tokens_is_named(objective: Any) -> None:
     with pytest.raises(ValueError, match=f"{objective().type} reads .*label_logprobs.* got no signal"):
         run(objective(), logits(0, 2, VOCABULARY), Tokens(rows=[0, 0]))
+
+
+def test_a_signal_may_tell_the_given_token_s_probability_from_the_outputs() -> None:
+    class Teller:
+        def chunk(self, start: int, stop: int) -> Teller:
+            return self
+
+        def label_logprobs(self, outputs: TokenLogits) -> Tensor:
+            return -outputs.labels.float()
+
+    z_q, tokens, _ = long_case(0)
+    for objective in EVERY:
+        told = run(objective(), z_q, Tokens(tokens.labels, Teller(), tokens.weights, tokens.rows))
+        same(told, run(objective(), z_q, Tokens(tokens.labels, given_tokens(-tokens.labels), tokens.weights, tokens.rows)))
 
 
 def test_whole_sequences_need_to_know_their_rows() -> None:
