@@ -160,20 +160,17 @@ def _first_pass(
     hidden: Tensor, head: Head, batch: TokenBatch, terms: tuple[Term, ...], progress: Progress, chunk_tokens: int
 ) -> dict[str, Tensor]:
     """What each objective of two passes settles from all tokens, `(N, M)` by term; no pass when there is none."""
-    pending = {t: t.objective for t in terms if isinstance(t.objective, TwoPass)}
+    pending = [(t, t.objective) for t in terms if isinstance(t.objective, TwoPass)]
     if not pending:
         return {}
-    surveys: dict[str, list[Tensor]] = {t.name: [] for t in pending}
+    cast, surveys = head.cast(hidden.dtype), {t.name: list[Tensor]() for t, _ in pending}
     for start in range(0, len(hidden), chunk_tokens) or [0]:
         stop = min(start + chunk_tokens, len(hidden))
-        outputs = head.outputs(head.cast(hidden.dtype).raw(hidden[start:stop]).float(), batch.labels[start:stop])
-        for term, objective in pending.items():
+        outputs = cast.outputs(cast.raw(hidden[start:stop]).float(), batch.labels[start:stop])
+        for term, objective in pending:
             surveys[term.name].append(objective.survey(outputs, batch.signal(term, start, stop), progress))
     count = len(hidden)
-    return {
-        t.name: objective.settle(torch.cat(surveys[t.name]), batch, batch.weight(t.name, 0, count), progress)
-        for t, objective in pending.items()
-    }
+    return {t.name: o.settle(torch.cat(surveys[t.name]), batch, batch.weight(t.name, 0, count), progress) for t, o in pending}
 
 
 class _ChunkedHead(torch.autograd.Function):
