@@ -161,7 +161,7 @@ def _first_pass(
 ) -> dict[str, Tensor]:
     """What each objective of two passes settles from all tokens, `(N, M)` by term; no pass when there is none."""
     pending = [(t, t.objective) for t in terms if isinstance(t.objective, TwoPass)]
-    if not pending:
+    if not pending or not len(hidden):  # nothing of an empty micro-batch is read again
         return {}
     cast, surveys = head.cast(hidden.dtype), {t.name: list[Tensor]() for t, _ in pending}
     for start in range(0, len(hidden), chunk_tokens) or [0]:

@@ -21,7 +21,7 @@ from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.parts import Share
 from strategies.objectives.token_weighting import Inner, apply, given, single_tokens
 from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
-from strategies.signals import Signal
+from strategies.signals import Distribution, Signal
 
 
 class LATF(Settings):
@@ -94,16 +94,16 @@ def idts_temperatures(difficulty: Tensor, centre: Tensor, base: float, strength:
 
 
 @dataclass(frozen=True)
-class TemperedPerToken:
+class TemperedPerToken(Distribution):
     """A signal at a temperature of its own for each token, met by student logits that are tempered already."""
 
     signal: Signal
     temperatures: Tensor
     """`(N,)` float32."""
 
-    gives: ClassVar[frozenset[Reads]] = frozenset({"pair", "expectation"})
-    whole: ClassVar[bool] = True
-    """Both sides add up to one."""
+    @property
+    def gives(self) -> frozenset[Reads]:
+        return frozenset({"pair", "expectation"})
 
     def pair(self, outputs: TokenLogits, temperature: float) -> tuple[Tensor, Tensor]:
         """(log q, log p) of outputs whose logits are divided by `temperatures`; `ValueError` for one more temperature."""
@@ -116,11 +116,6 @@ class TemperedPerToken:
             spread = (1.0 - 1.0 / by) * math.log(outputs.logits.shape[-1] - tokens)
             tempered = torch.cat([tempered[:, :tokens], tempered[:, tokens:] + spread], -1)
         return log_q, tempered.log_softmax(-1)
-
-    def expect(self, outputs: TokenLogits, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(p, log q, log p): `sum(p * f)` is the average of f under the tempered teacher."""
-        log_q, log_p = self.pair(outputs, temperature)
-        return log_p.exp(), log_q, log_p
 
     def chunk(self, start: int, stop: int) -> TemperedPerToken:
         return TemperedPerToken(self.signal.chunk(start, stop), self.temperatures[start:stop])
