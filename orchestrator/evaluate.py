@@ -44,7 +44,7 @@ def evaluate(
         for i in range(rounds):
             micro = teachers.teach((micros[i] if i < len(micros) else dummy()).to(device), terms)
             with layout.micro(last=True):
-                _, parts = layout.module(micro, terms, ones, Progress(0, 1))
+                _, parts, _ = layout.module(micro, terms, ones, Progress(0, 1))
             sums[:-1] += parts.double().cpu()
             sums[-1] += micro.loss_tokens
     layout.module.train()

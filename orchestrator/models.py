@@ -228,8 +228,9 @@ class StudentModule(nn.Module):
 
     def forward(
         self, micro: MicroBatch, terms: tuple[AnyTerm, ...], scales: Mapping[str, float], progress: Progress
-    ) -> tuple[Tensor, Tensor]:
-        """The scaled loss, a scalar that carries the gradient, and the unscaled sums of the terms, `(len(terms),)` detached.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The scaled loss, a scalar that carries the gradient; the unscaled sums of the terms, `(len(terms),)` detached; and the
+        squared norms of their own gradients on the logits of a few tokens, 0 for terms on inner states.
 
         Under `torch.no_grad` the same path measures: no gradient is made.
         """
@@ -249,7 +250,9 @@ class StudentModule(nn.Module):
             mine, theirs = tapped(micro, outputs), micro.taught[term.signal]
             value = term.objective.compare(mine, theirs, self._filters_of(term.filters_name), weights, progress)
             loss, sums[term.name] = loss + scales[term.name] * value, value.detach()
-        return loss + self._nothing(states), torch.stack([sums[t.name] for t in terms])
+        nothing = loss.new_zeros(())
+        pulls = torch.stack([found.pulls.get(t.name, nothing) for t in terms])
+        return loss + self._nothing(states), torch.stack([sums[t.name] for t in terms]), pulls
 
     def _filters_of(self, name: str) -> dict[str, Filter]:
         return {key.removeprefix(f"{name}/"): module for key, module in self._filters() if key.startswith(f"{name}/")}

@@ -83,5 +83,6 @@ class BoundPlayers:
     def forward(self, player: str, terms: tuple[AnyTerm, ...]) -> TermSums:
         """One forward of `player` through its wrapped module with all `terms` on it, after those of the teachers they read."""
         micro = self.teachers.teach(self.micro, terms)
-        loss, sums = self.layouts[player].module(micro, terms, self.scales, self.progress)
-        return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)})
+        loss, sums, pulls = self.layouts[player].module(micro, terms, self.scales, self.progress)
+        names = [t.name for t in terms]
+        return TermSums(loss=loss, sums=dict(zip(names, sums, strict=True)), pulls=dict(zip(names, pulls, strict=True)))

@@ -29,7 +29,7 @@ from orchestrator.players import BoundPlayers, load_players
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers
 from orchestrator.worker import WorkerJob
-from strategies.core import Columns, Progress, Strategy, Update
+from strategies.core import Columns, Progress, Strategy, Term, Update
 from strategies.sources import Source, Taught, scored_columns
 
 MOST_SKIPPED_STEPS = 10
@@ -210,16 +210,17 @@ def train_step(
             continue
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
         scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
-        sums = torch.zeros(len(update.terms), dtype=torch.float64)
+        sums = torch.zeros(2, len(update.terms), dtype=torch.float64)  # of the terms, and of their squared gradients
         layout = networks.players[update.player]
         for micro, last in _rounds(micros, rounds):
             with layout.micro(last):
                 result = update.loss(BoundPlayers(networks.players, micro.to(networks.device), scales, progress, networks.teachers))
                 layout.backward(result.loss)
-            sums += torch.stack([result.sums[t.name] for t in update.terms]).double().cpu()
+            sums += torch.stack([torch.stack([kind[t.name] for t in update.terms]) for kind in (result.sums, result.pulls)]).double().cpu()
         lr = run.train.lr * run.train.learning_rate()(progress)
         norm = layout.step(lr)
-        metrics |= _loss_metrics(update, total(sums).tolist(), counts, progress)
+        values, squares = total(sums).tolist()
+        metrics |= _loss_metrics(update, values, counts, progress) | _gradient_shares(update, squares)
         metrics |= {"grad_norm": norm, "lr": lr, "micro_batches": float(rounds)}
         metrics["skipped"] += float(not torch.isfinite(torch.tensor(norm)))
     return asked, metrics
@@ -250,3 +251,12 @@ def _loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, fl
         metrics[f"weight/{term.name}"] = term.scale(progress)
         metrics[f"share/{term.name}"] = abs(weighted[term.name]) / size
     return metrics
+
+
+def _gradient_shares(update: Update, squares: Iterable[float]) -> dict[str, float]:
+    """Share of each term on logits in the sum of their gradients' norms, as measured on a few tokens of every micro-batch."""
+    norms = {t.name: square**0.5 for t, square in zip(update.terms, squares, strict=True) if isinstance(t, Term)}
+    if len(norms) == 1:
+        return {f"gradient_share/{name}": 1.0 for name in norms}
+    size = sum(norms.values())
+    return {f"gradient_share/{name}": norm / size if size else 0.0 for name, norm in norms.items()}

@@ -7,8 +7,8 @@ forward, where sharded parameters are whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from strategies.core import Progress, Term, TwoPass
 from strategies.signals import Signal
 
 CHUNK_TOKENS = 256
+PROBED_TOKENS = 32
+"""Tokens of a micro-batch on which each term's own gradient is measured."""
 
 
 class TokenLogits:
@@ -77,6 +79,12 @@ class TokenBatch:
         """The signal of `term` for tokens `start:stop`."""
         return None if term.signal is None else self.signals[term.signal].chunk(start, stop)
 
+    def first(self, tokens: int, terms: Iterable[Term]) -> TokenBatch:
+        """The same for the first `tokens` tokens, with the signals that `terms` read."""
+        read = {t.signal: s for t in terms if t.signal is not None and (s := self.signal(t, 0, tokens)) is not None}
+        weights = {name: values[:tokens] for name, values in self.weights.items()}
+        return TokenBatch(self.labels[:tokens], read, weights, None if self.rows is None else self.rows[:tokens])
+
     def weight(self, term: str, start: int, stop: int) -> Tensor:
         """`(stop - start,)` weights of the term called `term`."""
         given = self.weights.get(term)
@@ -91,6 +99,8 @@ class TermSums:
 
     loss: Tensor
     sums: Mapping[str, Tensor]
+    pulls: Mapping[str, Tensor] = field(default_factory=dict)
+    """Squared norm of each scaled term's own gradient on the logits of `PROBED_TOKENS` tokens, for terms on logits."""
 
 
 @dataclass(frozen=True)
@@ -139,20 +149,48 @@ def chunked_terms(
 
     def scaled_sum(logits: Tensor, start: int, stop: int) -> tuple[Tensor, list[Tensor]]:
         outputs = head.outputs(logits, batch.labels[start:stop])
-        sums = []
-        for term in terms:
-            objective, signal, weights = term.objective, batch.signal(term, start, stop), batch.weight(term.name, start, stop)
-            if isinstance(objective, TwoPass):
-                sums.append(objective.settled(outputs, signal, weights, progress, settled[term.name][start:stop]))
-            else:
-                sums.append(objective(outputs, signal, weights, progress))
+        sums = [_term_sum(term, outputs, batch, start, stop, settled, progress) for term in terms]
         total = torch.stack([scales[t.name] * s for t, s in zip(terms, sums, strict=True)]).sum()
         return total, [s.detach() for s in sums]
 
     loss, sums = _ChunkedHead.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, scaled_sum, len(terms), chunk_tokens
     )
-    return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)})
+    pulls = term_pulls(hidden, head, batch, terms, scales, progress)
+    return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)}, pulls=pulls)
+
+
+def _term_sum(
+    term: Term, outputs: TokenLogits, batch: TokenBatch, start: int, stop: int, settled: Mapping[str, Tensor], progress: Progress
+) -> Tensor:
+    """The unscaled sum of a term over tokens `start:stop`."""
+    objective, signal, weights = term.objective, batch.signal(term, start, stop), batch.weight(term.name, start, stop)
+    if isinstance(objective, TwoPass):
+        return objective.settled(outputs, signal, weights, progress, settled[term.name][start:stop])
+    return objective(outputs, signal, weights, progress)
+
+
+def term_pulls(
+    hidden: Tensor, head: Head, batch: TokenBatch, terms: tuple[Term, ...], scales: Mapping[str, float], progress: Progress
+) -> dict[str, Tensor]:
+    """Squared norm of each scaled term's own gradient on the logits of the first `PROBED_TOKENS` tokens, a scalar by term.
+
+    One chunk is enough to see which term moves the student, and keeps the price of asking small. Objectives of two passes
+    settle on those tokens alone. None without gradients, without tokens, and for a single term, which moves it alone.
+    """
+    probed = min(len(hidden), PROBED_TOKENS)
+    if not (torch.is_grad_enabled() and hidden.requires_grad and probed and len(terms) > 1):
+        return {}
+    states = hidden[:probed].detach()
+    few = batch.first(probed, terms)
+    settled = _first_pass(states, head, few, terms, progress, probed)
+    found = {}
+    for term in terms:
+        logits = head.cast(states.dtype).raw(states).detach().float().requires_grad_()
+        total = scales[term.name] * _term_sum(term, head.outputs(logits, few.labels), few, 0, probed, settled, progress)
+        (gradient,) = torch.autograd.grad(total, logits, allow_unused=True, materialize_grads=True)
+        found[term.name] = gradient.square().sum()
+    return found
 
 
 @torch.no_grad()

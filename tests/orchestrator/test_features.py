@@ -96,7 +96,7 @@ def learned(module: StudentModule, micros: list[MicroBatch], frozen: dict[str, F
     module.zero_grad()
     sums = torch.zeros(len(terms))
     for micro in micros:
-        loss, parts = module(Teachers(frozen=frozen).teach(micro, terms), terms, SCALES, NOW)
+        loss, parts, _ = module(Teachers(frozen=frozen).teach(micro, terms), terms, SCALES, NOW)
         loss.backward()
         sums += parts
     return sums, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}

@@ -58,7 +58,7 @@ def learned(model: torch.nn.Module, micros: list[MicroBatch]) -> tuple[Tensor, d
     module.zero_grad()
     sums = torch.zeros(len(TERMS))
     for micro in micros:
-        loss, parts = module(TEACHERS.teach(micro, TERMS), TERMS, SCALES, PROGRESS)
+        loss, parts, _ = module(TEACHERS.teach(micro, TERMS), TERMS, SCALES, PROGRESS)
         loss.backward()
         sums += parts
     return sums, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -185,7 +185,7 @@ def test_nothing_is_differentiated_when_only_measuring() -> None:
     module = StudentModule(network("llama"))
     (micro,) = cut(bundle([9, 5]), TEACHER, "bucketed", 100, 20)
     with torch.no_grad():
-        loss, sums = module(TEACHERS.teach(micro, TERMS), TERMS, SCALES, PROGRESS)
+        loss, sums, _ = module(TEACHERS.teach(micro, TERMS), TERMS, SCALES, PROGRESS)
     assert not loss.requires_grad and all(p.grad is None for p in module.parameters())
     torch.testing.assert_close(loss, 0.7 * sums[0] + 0.3 * sums[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from strategies.core import Progress, Term
-from strategies.head import CHUNK_TOKENS, Head, TermSums, TokenBatch, TokenLogits, chunked_terms
+from strategies.head import CHUNK_TOKENS, PROBED_TOKENS, Head, TermSums, TokenBatch, TokenLogits, chunked_terms
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
@@ -299,3 +300,26 @@ def test_the_order_in_which_terms_ask_does_not_change_what_they_get(normaliser_f
     assert outputs.normaliser(2.0).item() == pytest.approx(np.log(np.exp(z.astype(np.float64) / 2).sum()), rel=1e-6)
     np.testing.assert_allclose(inside.exp().numpy()[0], want, rtol=1e-5)
     assert outside is not None and outside.exp().item() == pytest.approx(1 - want.sum(), rel=1e-5)
+
+
+def test_each_terms_own_gradient_is_measured_on_a_few_tokens() -> None:
+    case = make_case(tokens=40)
+    got = run(case, leaves(case))
+    assert got.pulls.keys() == {"kd", "ce"}
+    states, weight, bias = (torch.from_numpy(a).float() for a in (case.hidden, case.weight, case.bias))
+    for term in TERMS:
+        logits = (states[:PROBED_TOKENS] @ weight.T + bias).requires_grad_()
+        few = batch_of(case).first(PROBED_TOKENS, TERMS)
+        objective: Any = term.objective
+        signal = None if term.signal is None else few.signals[term.signal]
+        total = SCALES[term.name] * objective(TokenLogits(logits, few.labels), signal, few.weights[term.name], NOW)
+        (gradient,) = torch.autograd.grad(total, logits)
+        torch.testing.assert_close(got.pulls[term.name], gradient.square().sum(), rtol=1e-4, atol=0)
+
+
+def test_nobody_is_measured_without_gradients_or_beside_nobody() -> None:
+    case = make_case()
+    with torch.no_grad():
+        assert not run(case, leaves(case)).pulls
+    on = leaves(case)
+    assert not chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS[:1], SCALES, NOW).pulls

@@ -189,10 +189,10 @@ def test_without_an_objective_of_two_passes_the_head_runs_once_and_with_one_twic
         return z
 
     make_case().run((CE, KD), chunk_tokens=4, transform=counted)
-    assert runs == [4, 4, 3]
+    assert runs[:3] == [4, 4, 3] and set(runs[3:]) <= {11}  # then each term's own gradient, on one small batch
     runs.clear()
     make_case().run((CE, SPREAD), chunk_tokens=4, transform=counted)
-    assert runs == [4, 4, 3, 4, 4, 3]
+    assert runs[:6] == [4, 4, 3, 4, 4, 3] and set(runs[6:]) <= {11}
 
 
 def test_no_tokens_are_not_settled_and_give_a_backward_for_ranks_to_meet_in() -> None:
