@@ -30,7 +30,8 @@ from orchestrator.microbatch import MicroBatch
 from orchestrator.saved_models import config_folder, fingerprint, load_config
 from orchestrator.taps import recorded, tap_widths, tapped
 from strategies.core import AnyTerm, Progress, StatesTerm, Term
-from strategies.head import CHUNK_TOKENS, Head, chunked_terms
+from strategies.head import Head, chunked_terms
+from strategies.pulls import term_pulls
 from strategies.taps import Filter, Tap
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class StudentModule(nn.Module):
     So the hooks of DDP, FSDP2 and ZeRO-3 fire around everything that touches parameters.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int = CHUNK_TOKENS, filters: Mapping[str, Filter] | None = None):
+    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int | None = None, filters: Mapping[str, Filter] | None = None):
         """`filters` are modules trained beside the student, by `<filters of a term>/<name>`."""
         super().__init__()
         self.model = model
@@ -251,7 +252,8 @@ class StudentModule(nn.Module):
             value = term.objective.compare(mine, theirs, self._filters_of(term.filters_name), weights, progress)
             loss, sums[term.name] = loss + scales[term.name] * value, value.detach()
         nothing = loss.new_zeros(())
-        pulls = torch.stack([found.pulls.get(t.name, nothing) for t in terms])
+        measured = term_pulls(hidden, head_of(self.model), micro.batch, on_logits, scales, progress)
+        pulls = torch.stack([measured.get(t.name, nothing) for t in terms])
         return loss + self._nothing(states), torch.stack([sums[t.name] for t in terms]), pulls
 
     def _filters_of(self, name: str) -> dict[str, Filter]:

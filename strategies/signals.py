@@ -8,7 +8,6 @@ mass on ids that the student lacks goes to the others in proportion (strategies 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
@@ -125,7 +124,7 @@ class Dense(Distribution):
 
 @dataclass(frozen=True)
 class Hidden(Distribution):
-    """The teacher's last hidden states and its output head: `(N, V')` logits exist only for the chunk in hand, once per term.
+    """The teacher's last hidden states and its output head: `(N, V')` logits exist only for the block in hand, for all terms together.
 
     The product runs in the dtype of `hidden` (bfloat16 accumulates in float32), everything after it in float32.
     """
@@ -134,13 +133,19 @@ class Hidden(Distribution):
     """`(N, D_t)`."""
     head: Head
     """The teacher's; cast it to the dtype of `hidden` beforehand, or every chunk casts it."""
+    made: Tensor | None = None
+    """`(N, V')` raw logits in the same dtype, once `ready` has made them."""
 
     def chunk(self, start: int, stop: int) -> Hidden:
-        return Hidden(self.hidden[start:stop], self.head)
+        return Hidden(self.hidden[start:stop], self.head, None if self.made is None else self.made[start:stop])
+
+    def ready(self) -> Hidden:
+        """See `strategies.cut.Costly`."""
+        return Hidden(self.hidden, self.head, self.head.block(self.hidden))
 
     def teacher(self, vocabulary: int, temperature: float) -> Tensor:
         with torch.no_grad():
-            return _log_softmax(self.head.logits(self.hidden), vocabulary, temperature)
+            return _log_softmax(self.head.logits(self.hidden, self.made), vocabulary, temperature)
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,6 @@ class TopK(Distribution):
     logprobs: Tensor
     """`(N, K)` float32 natural log-probabilities at temperature 1."""
     tail: Tail = "bucket"
-
-    @classmethod
-    def from_columns(cls, columns: Mapping[str, Tensor], name: str, tail: Tail = "bucket") -> TopK:
-        """Read the column group `name` as moved to the device: `name/ids`, `name/logprobs`."""
-        return cls(columns[f"{name}/ids"], columns[f"{name}/logprobs"], tail)
 
     @property
     def gives(self) -> frozenset[Reads]:
@@ -244,11 +244,6 @@ class Sampled(_Scarce):
     weights: Tensor
     """`(N, n)` float32."""
 
-    @classmethod
-    def from_columns(cls, columns: Mapping[str, Tensor], name: str) -> Sampled:
-        """Read the column group `name` as moved to the device: `name/ids`, `name/logprobs`, `name/weights`."""
-        return cls(columns[f"{name}/ids"], columns[f"{name}/logprobs"], columns[f"{name}/weights"])
-
     @property
     def gives(self) -> frozenset[Reads]:
         return frozenset({"expectation"})
@@ -269,11 +264,6 @@ class PerToken(_Scarce):
 
     logprobs: Tensor
     """`(N,)` float32 natural logarithms at the temperature of whoever wrote the tokens."""
-
-    @classmethod
-    def from_columns(cls, columns: Mapping[str, Tensor], name: str) -> PerToken:
-        """Read the column `name/logprob` as moved to the device."""
-        return cls(columns[f"{name}/logprob"])
 
     @property
     def gives(self) -> frozenset[Reads]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from strategies import cut
 from strategies.core import Progress, Term
-from strategies.head import CHUNK_TOKENS, PROBED_TOKENS, Head, TermSums, TokenBatch, TokenLogits, chunked_terms
+from strategies.head import Head, TermSums, TokenBatch, TokenLogits, chunked_terms
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
@@ -97,8 +97,11 @@ def test_any_chunking_gives_the_sums_and_gradients_of_the_whole(seed: int, chunk
     close(on.bias.grad, want.bias)
 
 
-def test_the_default_chunk_gives_the_same_over_its_edge() -> None:
-    case = make_case(tokens=CHUNK_TOKENS + 1)
+def test_the_default_cut_gives_the_same_over_its_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 4 * VOCABULARY * 64)
+    monkeypatch.setattr(cut, "PIECE_BYTES", 4 * VOCABULARY * 5)
+    case = make_case(tokens=64 + 6)
+    assert cut.cut_for(VOCABULARY, "cpu") == cut.Cut(block_tokens=64, piece_tokens=5)
     on, want = leaves(case), expected(case)
     got = chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW)
     got.loss.backward()
@@ -300,26 +303,3 @@ def test_the_order_in_which_terms_ask_does_not_change_what_they_get(normaliser_f
     assert outputs.normaliser(2.0).item() == pytest.approx(np.log(np.exp(z.astype(np.float64) / 2).sum()), rel=1e-6)
     np.testing.assert_allclose(inside.exp().numpy()[0], want, rtol=1e-5)
     assert outside is not None and outside.exp().item() == pytest.approx(1 - want.sum(), rel=1e-5)
-
-
-def test_each_terms_own_gradient_is_measured_on_a_few_tokens() -> None:
-    case = make_case(tokens=40)
-    got = run(case, leaves(case))
-    assert got.pulls.keys() == {"kd", "ce"}
-    states, weight, bias = (torch.from_numpy(a).float() for a in (case.hidden, case.weight, case.bias))
-    for term in TERMS:
-        logits = (states[:PROBED_TOKENS] @ weight.T + bias).requires_grad_()
-        few = batch_of(case).first(PROBED_TOKENS, TERMS)
-        objective: Any = term.objective
-        signal = None if term.signal is None else few.signals[term.signal]
-        total = SCALES[term.name] * objective(TokenLogits(logits, few.labels), signal, few.weights[term.name], NOW)
-        (gradient,) = torch.autograd.grad(total, logits)
-        torch.testing.assert_close(got.pulls[term.name], gradient.square().sum(), rtol=1e-4, atol=0)
-
-
-def test_nobody_is_measured_without_gradients_or_beside_nobody() -> None:
-    case = make_case()
-    with torch.no_grad():
-        assert not run(case, leaves(case)).pulls
-    on = leaves(case)
-    assert not chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS[:1], SCALES, NOW).pulls

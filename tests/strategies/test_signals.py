@@ -166,13 +166,10 @@ def test_a_teacher_without_any_tail_keeps_the_loss_finite(temperature: float, di
     assert loss.isfinite() and gradient.isfinite().all()
 
 
-def test_top_k_columns_are_read_by_the_name_of_the_signal_and_cut_by_tokens() -> None:
-    z_p = logits(100)
-    whole = teacher(z_p, 4, "renormalise")
-    columns = {"big/ids": whole.ids, "big/logprobs": whole.logprobs, "small/ids": whole.ids * 0}
-    read = TopK.from_columns(columns, "big", "renormalise")
-    piece = read.chunk(2, 5)
-    assert (read.tail, piece.tail) == ("renormalise", "renormalise")
+def test_top_k_is_cut_by_tokens() -> None:
+    whole = teacher(logits(100), 4, "renormalise")
+    piece = whole.chunk(2, 5)
+    assert piece.tail == "renormalise"
     assert torch.equal(piece.ids, whole.ids[2:5]) and torch.equal(piece.logprobs, whole.logprobs[2:5])
 
 
@@ -273,7 +270,7 @@ def test_the_log_probability_of_the_label_comes_from_whoever_knows_it() -> None:
     outputs = TokenLogits(torch.from_numpy(logits(0)), labels)
     wanted = np.log(reference.softmax(z_p))[np.arange(TOKENS), np.arange(TOKENS)]
     np.testing.assert_allclose(Dense(torch.from_numpy(z_p)).label_logprobs(outputs).numpy(), wanted, rtol=1e-5)
-    stored = PerToken.from_columns({"big/logprob": torch.from_numpy(wanted)}, "big")
+    stored = PerToken(torch.from_numpy(wanted))
     np.testing.assert_allclose(stored.chunk(1, 3).label_logprobs(outputs).numpy(), wanted[1:3], rtol=1e-6)
     assert stored.label_logprobs(outputs).dtype == torch.float32
 

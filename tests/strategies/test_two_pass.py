@@ -52,7 +52,7 @@ class Witness:
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         assert not torch.is_grad_enabled() and not outputs.logits.requires_grad
-        self.surveyed.append(outputs.logits)
+        self.surveyed.append(outputs.logits.detach().clone())  # the head uses the memory again
         self.signals.append(signal)
         return torch.stack([outputs.labels.float(), outputs.label_logprobs()], -1)
 
@@ -62,7 +62,7 @@ class Witness:
         return torch.arange(3.0 * len(surveyed)).view(-1, 3)
 
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
-        self.second.append((outputs.logits.detach(), weights, numbers))
+        self.second.append((outputs.logits.detach().clone(), weights, numbers))
         return outputs.logits.sum()
 
 
@@ -189,10 +189,10 @@ def test_without_an_objective_of_two_passes_the_head_runs_once_and_with_one_twic
         return z
 
     make_case().run((CE, KD), chunk_tokens=4, transform=counted)
-    assert runs[:3] == [4, 4, 3] and set(runs[3:]) <= {11}  # then each term's own gradient, on one small batch
+    assert runs == [4, 4, 3]
     runs.clear()
     make_case().run((CE, SPREAD), chunk_tokens=4, transform=counted)
-    assert runs[:6] == [4, 4, 3, 4, 4, 3] and set(runs[6:]) <= {11}
+    assert runs == [4, 4, 3, 4, 4, 3]
 
 
 def test_no_tokens_are_not_settled_and_give_a_backward_for_ranks_to_meet_in() -> None:
