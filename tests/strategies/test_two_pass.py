@@ -52,7 +52,7 @@ class Witness:
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         assert not torch.is_grad_enabled() and not outputs.logits.requires_grad
-        self.surveyed.append(outputs.logits)
+        self.surveyed.append(outputs.logits.clone())
         self.signals.append(signal)
         return torch.stack([outputs.labels.float(), outputs.label_logprobs()], -1)
 
@@ -62,7 +62,7 @@ class Witness:
         return torch.arange(3.0 * len(surveyed)).view(-1, 3)
 
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
-        self.second.append((outputs.logits.detach(), weights, numbers))
+        self.second.append((outputs.logits.detach().clone(), weights, numbers))
         return outputs.logits.sum()
 
 
