@@ -34,7 +34,7 @@ class LATF(Settings):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Of the loss's moving average, per update."""
     warmup_updates: NonNegativeInt = 100
-    """Updates that only average; the next one takes the reference."""
+    """Updates that only average; the next one takes the reference. Not from the paper."""
     smallest: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share below which it never falls."""
 
@@ -194,7 +194,7 @@ class AdaKDAbsolute(ObjectiveSettings):
     threshold: Share = 0.0
     """Smallest difficulty, a Hellinger distance, that is kept."""
     centre: PositiveSchedule = 0.3
-    """Difficulty of a token that has temperature `temperature`."""
+    """Difficulty of a token that has temperature `temperature`. Not from the paper: read it off a run of `adakd`."""
     temperature: PositiveSchedule = 1.0
     """Tau: of a token at `centre`."""
     strength: ScheduleConfig = 0.5

@@ -130,7 +130,7 @@ class ATKDAbsolute(ObjectiveSettings):
     easy_weight: Share = 0.2
     """Lambda: weight of the easy tokens."""
     threshold: Share = 0.5
-    """A token is easy when `u = 1 - p(y)` is below it."""
+    """A token is easy when `u = 1 - p(y)` is below it. Not from the paper: the median of u depends on teacher and text."""
     direction: Direction = "forward"
     """KL(p || q), or KL(q || p) with the roles of teacher and student swapped, also in u."""
 

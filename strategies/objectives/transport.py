@@ -76,12 +76,12 @@ class Sinkhorn(ObjectiveSettings):
     columns sum to the tokens' weights; so the sum grows with the tokens, and the train step's division by their count B
     makes the `sum P C / B` of the method. Tokens of weight 0 take no part; negative weights are a `ValueError`.
 
-    **The geometry is the chunk.** A token of the teacher may be matched with another token of the student, of those in
-    the same call: the head hands over some tokens of one micro-batch at a time, as many as it holds logits of. So, unlike
-    every other objective here, value and gradient depend on the chunk size, on how a step is split into micro-batches,
-    and on which rows meet in one; they do not depend on the order within a chunk. More tokens to match give a smaller or
-    equal cost per token, up to the regularisation, and a chunk of one token is the plain `|p - q|_1`. Memory of the plan
-    grows with B^2 times the iterations, and time of the distances with B^2 V, per chunk.
+    **The geometry is `tokens_at_once`.** A token of the teacher may be matched with another token of the student, of those
+    in the same call: the head hands over that many tokens of one micro-batch at a time. So, unlike every other objective
+    here, value and gradient depend on that number, on how a step is split into micro-batches, and on which rows meet in
+    one; they do not depend on the order within a call. More tokens to match give a smaller or equal cost per token, up to
+    the regularisation, and one token at a time is the plain `|p - q|_1`. Memory of the plan grows with B^2 times the
+    iterations, and time of the distances with B^2 V, per call.
 
     It is not 0 at p = q (a plan of finite regularisation is spread out) unless `debias` subtracts half of the cost of
     each side to itself. Then it is 0 there, may be below 0 elsewhere, and its gradient there vanishes as the scalings
@@ -90,6 +90,8 @@ class Sinkhorn(ObjectiveSettings):
 
     reads: ClassVar[Reads] = "pair"
     type: Literal["sinkhorn"] = "sinkhorn"
+    tokens_at_once: PositiveInt = 64
+    """Tokens that are matched with each other; the head hands over as many at a time."""
     temperature: PositiveSchedule = 2.0
     """Divides both sides' logits."""
     t_scale: Literal["auto", "none"] = "auto"

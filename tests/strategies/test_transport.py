@@ -162,11 +162,13 @@ def test_the_order_of_tokens_does_not_matter_and_each_side_may_be_shuffled_alone
     same(again, (value, gradient[one]), rtol=2e-4)
 
 
-def test_the_geometry_is_the_chunk_so_its_size_changes_the_result() -> None:
+def test_the_geometry_is_the_tokens_at_once_whatever_the_heads_chunk() -> None:
     """The student's tokens moved by one: all together are matched for nothing, one at a time they are not matched at all."""
     z_q, z_p = logits(0), np.roll(logits(0), 1, axis=0)
-    tokens, objective = Tokens(signal=dense(z_p)), Sinkhorn(regularisation=0.01, iterations=400)
-    by_chunk = {n: run(objective, z_q, tokens, n)[0] for n in (1, 3, TOKENS)}
+    tokens, converged = Tokens(signal=dense(z_p)), Sinkhorn(regularisation=0.01, iterations=400)
+    kinds = {n: converged.model_copy(update={"tokens_at_once": n}) for n in (1, 3, TOKENS)}
+    by_chunk = {n: run(objective, z_q, tokens, TOKENS)[0] for n, objective in kinds.items()}
+    assert all(run(objective, z_q, tokens, 2)[0] == pytest.approx(by_chunk[n], rel=1e-5, abs=1e-6) for n, objective in kinds.items())
     distance = 2.0 * np.abs(reference.softmax(z_p, 2.0) - reference.softmax(z_q, 2.0)).sum()
     assert by_chunk[1] == pytest.approx(distance, rel=1e-5)
     assert by_chunk[1] > by_chunk[3] + 0.1 > by_chunk[TOKENS] + 0.2 and by_chunk[TOKENS] < 1e-3
