@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from strategies.head import TokenLogits
+    from strategies.head import Head, TokenLogits
 
 Tail = Literal["bucket", "renormalise", "drop"]
 TAIL_FLOOR = 1e-9
@@ -31,6 +31,15 @@ class Signal(Protocol):
 
     def chunk(self, start: int, stop: int) -> Signal:
         """The same signal for tokens `start:stop`."""
+        ...
+
+
+@runtime_checkable
+class Costly(Protocol):
+    """A signal whose numbers are made by a matrix product, which wants more tokens at once than objectives see."""
+
+    def ready(self) -> Signal:
+        """The same signal with that product made, for a block of tokens whose pieces are taken afterwards."""
         ...
 
 
@@ -75,3 +84,26 @@ class TopK:
         tail = (1.0 - self.logprobs.double().exp().sum(-1, keepdim=True)).clamp_min(TAIL_FLOOR)
         spread = (1.0 - 1.0 / temperature) * math.log(vocabulary - self.ids.shape[-1])
         return (tail.log() / temperature + spread).float()
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A teacher's last hidden states and its output head, `(V, D)` over the student's vocabulary: its whole distribution."""
+
+    hidden: Tensor
+    """`(N, D)` in the teacher's compute dtype."""
+    head: Head
+    made: Tensor | None = None
+    """`(N, V)` raw logits in the same dtype, for a block of tokens."""
+
+    def chunk(self, start: int, stop: int) -> Hidden:
+        return Hidden(self.hidden[start:stop], self.head, None if self.made is None else self.made[start:stop])
+
+    def ready(self) -> Hidden:
+        return Hidden(self.hidden, self.head, self.head.block(self.hidden))
+
+    def pair(self, outputs: TokenLogits, temperature: float) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits = self.head.logits(self.hidden, self.made)
+            log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+        return outputs.logprobs(temperature), log_p
