@@ -22,7 +22,7 @@ from orchestrator.layouts import layout_facts
 from orchestrator.order import Order
 from orchestrator.rows import Rows
 from orchestrator.sketch import Network, saved_bytes_per_forward
-from strategies.head import CHUNK_TOKENS
+from strategies.cut import cut_for
 
 MIB = 1 << 20
 WORKER_BYTES = 640 * MIB
@@ -32,7 +32,7 @@ READER_BYTES = 385 * MIB
 DRIVER_BYTES = 2000 * MIB
 """The driver, Ray Train's controller, the stream's coordinator and Ray's own daemons together."""
 HEAD_COPIES = 6
-"""float32 copies of a chunk's logits alive at once: raw, temperatures, scattered, normalised, gradient."""
+"""float32 copies of a piece of logits alive at once: without the kept tokens, shares, log-probabilities, gradients."""
 SCORE_COPIES = 4
 """The same for a teacher's piece of logits."""
 FLOAT = 4
@@ -115,7 +115,7 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
     moments = 2 * student.trained * FLOAT * held.moments + student.trained * FLOAT * held.exact
     gradients = student.trained * FLOAT * held.gradients
     activations = saved_bytes_per_forward(student, run.student, *work.micro, bf16, run.train.gradient_checkpointing)
-    head = _head_bytes(student, min(CHUNK_TOKENS, work.micro[0] * work.micro[1]), work.micro[0] * work.micro[1])
+    head = _head_bytes(student, work.micro[0] * work.micro[1], "cuda" if workers.share.gpus > 0 else "cpu")
     if work.micros == 1:  # gradients grow while activations are freed; the head's own gradient is there before
         activations, gradients = max(activations, int(gradients) - student.vocabulary * student.hidden * FLOAT), 0
     buckets = int(student.trained * FLOAT * held.buckets)
@@ -139,10 +139,11 @@ def _gathered_bytes(network: Network) -> int:
     return FLOAT * (ends + 2 * max(0, network.parameters - ends) // network.layers)
 
 
-def _head_bytes(network: Network, chunk_tokens: int, tokens: int) -> int:
-    """Logits of one chunk in several copies, and the gradients that the forward makes."""
-    gradient = network.vocabulary * network.hidden + tokens * network.hidden
-    return FLOAT * (HEAD_COPIES * chunk_tokens * network.vocabulary + gradient)
+def _head_bytes(network: Network, tokens: int, device: str) -> int:
+    """Logits of one block, a piece of them in several copies, and the gradients that the forward makes."""
+    cut = cut_for(network.vocabulary, device)
+    logits = network.vocabulary * (min(tokens, cut.block_tokens) + HEAD_COPIES * min(tokens, cut.piece_tokens))
+    return FLOAT * (logits + network.vocabulary * network.hidden + tokens * network.hidden)
 
 
 def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Demand) -> Memory:

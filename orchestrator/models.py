@@ -29,7 +29,7 @@ from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch
 from orchestrator.saved_models import config_folder, fingerprint, load_config
 from strategies.core import Progress, Term
-from strategies.head import CHUNK_TOKENS, Head, chunked_terms
+from strategies.head import Head, chunked_terms
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -191,7 +191,7 @@ class StudentModule(nn.Module):
     So the hooks of DDP, FSDP2 and ZeRO-3 fire around everything that touches parameters.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int | None = None):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
