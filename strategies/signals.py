@@ -108,15 +108,6 @@ class Distribution:
         return ones, ones
 
 
-@runtime_checkable
-class Costly(Protocol):
-    """A signal whose numbers are made by a matrix product, which wants more tokens at once than objectives see."""
-
-    def ready(self) -> Signal:
-        """The same signal with that product made, for a block of tokens whose pieces are taken afterwards."""
-        ...
-
-
 @dataclass(frozen=True)
 class Dense(Distribution):
     """The teacher's logits over its whole vocabulary, such as those of a frozen network in the training job."""

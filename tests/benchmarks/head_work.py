@@ -24,10 +24,10 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from strategies.core import Objective, Progress, Term
-from strategies.head import Head, TokenBatch, TokenLogits, chunked_terms
-from strategies.objectives.divergence import ForwardKL
+from strategies.head import Head, TokenBatch, chunked_terms
+from strategies.objectives.divergence import ForwardKL, ReverseKL
 from strategies.objectives.likelihood import CrossEntropy
-from strategies.objectives.measures import ReverseKLMeasure
+from strategies.objectives.mixtures import JSD
 from strategies.schedule import constant
 from strategies.signals import TAIL_FLOOR, Hidden, Signal, TopK
 from tests.benchmarks.figure import median
@@ -81,19 +81,6 @@ def hidden(case: Case) -> Hidden:
     return Hidden(case.teacher_hidden, Head(case.teacher_weight))
 
 
-class HalfJSD:
-    """Jensen-Shannon divergence with beta 1/2: `KL(p || m)/2 + KL(q || m)/2`, m the mean of p and q."""
-
-    reads = "pair"
-
-    def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
-        assert signal is not None
-        log_q, log_p = signal.pair(outputs, 1.0)
-        log_m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0))
-        both = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
-        return 0.5 * (weights * both.sum(-1)).sum()
-
-
 def plain_top_k(case: Case) -> Tensor:
     """Whole logits, log-softmax, gathered; the tail as what is left of one."""
     log_q = (case.hidden @ case.weight.T).log_softmax(-1)
@@ -122,10 +109,10 @@ def liger(case: Case, compiled: bool) -> Tensor:
 
 SIDES: dict[str, Callable[[Case], Tensor]] = {
     "chunked topk": lambda case: chunked(case, top_k(case), ForwardKL()),
-    "chunked topk, three terms": lambda case: chunked(case, top_k(case), ForwardKL(), CrossEntropy(), ReverseKLMeasure()),
+    "chunked topk, three terms": lambda case: chunked(case, top_k(case), ForwardKL(), CrossEntropy(), ReverseKL()),
     "chunked hidden": lambda case: chunked(case, hidden(case), ForwardKL()),
-    "chunked hidden, reverse": lambda case: chunked(case, hidden(case), ReverseKLMeasure()),
-    "chunked hidden, jsd": lambda case: chunked(case, hidden(case), HalfJSD()),
+    "chunked hidden, reverse": lambda case: chunked(case, hidden(case), ReverseKL()),
+    "chunked hidden, jsd": lambda case: chunked(case, hidden(case), JSD(beta=0.5, rescale=False)),
     "plain topk": plain_top_k,
     "plain hidden": plain_hidden,
     "liger": lambda case: liger(case, compiled=False),

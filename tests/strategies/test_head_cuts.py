@@ -17,9 +17,8 @@ from strategies import cut
 from strategies.core import Objective, Progress, Reads, Term
 from strategies.cut import Cut, cut_for
 from strategies.head import Head, TermSums, TokenBatch, TokenLogits, chunked_terms
-from strategies.objectives.divergence import ForwardKL
+from strategies.objectives.divergence import ForwardKL, ReverseKL
 from strategies.objectives.likelihood import CrossEntropy
-from strategies.objectives.measures import ReverseKLMeasure
 from strategies.outputs import RecordedLogits
 from strategies.schedule import constant
 from strategies.signals import Hidden, Signal, TopK
@@ -68,7 +67,7 @@ def run(on: Case, *terms: Term, chunk_tokens: int | None = BLOCK) -> TermSums:
 CE = Term("ce", CrossEntropy(), constant(1.0))
 KD = Term("kd", ForwardKL(temperature=2.0), constant(1.0), signal="top")
 WHOLE = Term("whole", ForwardKL(temperature=2.0), constant(1.0), signal="states")
-BACK = Term("back", ReverseKLMeasure(), constant(1.0), signal="top")
+BACK = Term("back", ReverseKL(), constant(1.0), signal="top")
 
 
 class Largest(TorchDispatchMode):
@@ -135,7 +134,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, home: type, name: str) -> Iterator[
 
 
 def test_a_teachers_logits_are_made_once_a_block_whoever_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    back = Term("back", ReverseKLMeasure(), constant(1.0), signal="states")
+    back = Term("back", ReverseKL(), constant(1.0), signal="states")
     with counted(monkeypatch, Hidden, "ready") as calls:
         run(case(), WHOLE, back)
     assert len(calls) == TOKENS / BLOCK
