@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cluster.config import EndpointConfig, FakeEndpoint
-from cluster.engines import Columns, Engine
+from cluster.engines import Columns, Engine, Request
 
 
 def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: int | None = None) -> Engine:
@@ -23,20 +23,41 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
     return TransformersEngine(config, vocabulary, threads)
 
 
-def check_scores(columns: Columns, scores: Columns, top_k: int, vocabulary: int) -> None:
+def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary: int) -> None:
     """`ValueError` saying which promise of `Engine.score` the answer breaks."""
     tokens = int(np.count_nonzero(columns["loss_mask"]))
-    expected = {"ids": (tokens * top_k, "int32"), "logprobs": (tokens * top_k, "float32"), "logprob": (tokens, "float32")}
-    for name, (size, dtype) in {**expected, "dropped_mass": (1, "float32")}.items():
-        got = scores.get(name)
+    for name, (width, dtype) in _promised(request, vocabulary).items():
+        got, size = scores.get(name), tokens * width if name != "dropped_mass" else 1
         if got is None or got.shape != (size,) or got.dtype != dtype:
             found = "nothing" if got is None else f"{got.shape} {got.dtype}"
             raise ValueError(f"column {name!r} of the scores: got {found}; expected ({size},) {dtype}")
-    ids, logprobs = scores["ids"].reshape(tokens, top_k), scores["logprobs"].reshape(tokens, top_k)
-    if tokens and (ids.min() < 0 or ids.max() >= vocabulary):
+    if "ids" in scores:
+        _check_ids(scores, tokens, request, vocabulary)
+
+
+def _promised(request: Request, vocabulary: int) -> dict[str, tuple[int, str]]:
+    """Numbers per token and dtype of every column but hidden states, whose width only the model knows."""
+    kept = request.top_k if request.kind == "topk" else request.draws
+    ids = {"ids": (kept, "int32"), "logprobs": (kept, "float32")}
+    columns: dict[str, dict[str, tuple[int, str]]] = {
+        "topk": ids,
+        "sampled": {**ids, "weights": (kept, "float32")},
+        "dense": {"dense": (vocabulary, "float32")},
+    }
+    always = {"dropped_mass": (1, "float32")} | ({} if request.kind == "hidden" else {"logprob": (1, "float32")})
+    return columns.get(request.kind, {}) | always
+
+
+def _check_ids(scores: Columns, tokens: int, request: Request, vocabulary: int) -> None:
+    if not tokens:
+        return
+    ids, logprobs = scores["ids"].reshape(tokens, -1), scores["logprobs"].reshape(tokens, -1)
+    if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(f"ids of the scores: got {ids.min()} to {ids.max()}; expected 0 to {vocabulary - 1}")
     if not np.isfinite(logprobs).all():
         raise ValueError("logprobs of the scores: got numbers that are not finite; expected natural logarithms of probabilities")
+    if request.kind != "topk":
+        return
     if (np.diff(logprobs, axis=-1) > 0).any():
         raise ValueError("logprobs of the scores: got rising values; expected every position sorted by falling probability")
     mass = np.exp(logprobs.astype(np.float64)).sum(-1)

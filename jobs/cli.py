@@ -95,6 +95,14 @@ def strategies(name: Annotated[str | None, typer.Argument(help="Show the setting
 
 
 @app.command()
+def objectives(name: Annotated[str | None, typer.Argument(help="Show the settings of one.")] = None) -> None:
+    """List what a term of the strategy `terms` can compute, with settings and defaults."""
+    from jobs.strategies import show_objectives
+
+    show_objectives(name)
+
+
+@app.command()
 def quickstart(
     folder: Annotated[Path, typer.Option(help="Where the models, data and runs go.")] = Path("runs/quickstart"),
     verbose: Verbose = False,

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from orchestrator.config import strategy_settings
+from orchestrator.errors import Refusal
+from orchestrator.explain import nearest
 from strategies import known_strategies
-from strategies.core import StrategyConfig
+from strategies.core import Settings
+from strategies.objectives import OBJECTIVES
 
 
 def show_strategies(name: str | None) -> None:
     """Lists every strategy, or one with its settings."""
-    console = Console()
     if name is None:
-        table = Table("strategy", "what it does", box=None, pad_edge=False)
-        for type_name, config in sorted(known_strategies().items()):
-            table.add_row(f"[bold]{type_name}[/]", _first_sentence(config))
-        console.print(table)
-        console.print("\nSettings of one: distill strategies NAME", highlight=False)
-        return
-    config = strategy_settings(name, "distill strategies")
-    console.print(f"[bold]{name}[/]\n{inspect.getdoc(config)}\n", highlight=False)
+        _list("strategy", known_strategies(), "distill strategies NAME")
+    else:
+        _show(name, strategy_settings(name, "distill strategies"), "strategy.")
+
+
+def show_objectives(name: str | None) -> None:
+    """Lists every objective, or one with its settings. `Refusal` names the nearest known one."""
+    if name is None:
+        _list("objective", OBJECTIVES, "distill objectives NAME")
+    elif name not in OBJECTIVES:
+        do = f"{nearest(name, OBJECTIVES)}`distill objectives` lists them."
+        raise Refusal("distill objectives", repr(name), f"one of {', '.join(OBJECTIVES)}", do)
+    else:
+        _show(name, OBJECTIVES[name], "")
+
+
+def _list(what: str, known: Mapping[str, type[Settings]], more: str) -> None:
+    console = Console()
+    table = Table(what, "what it does", box=None, pad_edge=False)
+    for type_name, config in sorted(known.items()):
+        table.add_row(f"[bold]{type_name}[/]", _first_sentence(config))
+    console.print(table)
+    console.print(f"\nSettings of one: {more}", highlight=False)
+
+
+def _show(name: str, config: type[Settings], prefix: str) -> None:
+    console = Console()
+    console.print(f"[bold]{name}[/]\n{inspect.getdoc(config)}\n", highlight=False, markup=False)
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for field, info in config.model_fields.items():
-        table.add_row(f"strategy.{field}", repr(info.default), info.description or "")
+        default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+        table.add_row(f"{prefix}{field}", default, info.description or "")
     console.print(table)
 
 
-def _first_sentence(config: type[StrategyConfig]) -> str:
+def _first_sentence(config: type[Settings]) -> str:
     return (inspect.getdoc(config) or "").partition("\n\n")[0].replace("\n", " ")

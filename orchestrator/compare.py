@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cluster.answers import LOGITS_AT_ONCE
 from cluster.causal_lm import backbone, compute_device, output_head, vocabulary_rows
 from cluster.config import Dtype
-from cluster.engines.transformers import LOGITS_AT_ONCE
 from orchestrator.config import StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch, cut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,31 +11,40 @@ import torch
 from orchestrator.collective import total
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, dummy
+from orchestrator.teachers import Teachers
 from strategies.core import Columns, Progress, Term
 from strategies.objectives.likelihood import CrossEntropy
-from strategies.objectives.measures import measures
+from strategies.objectives.measures import TeacherCrossEntropy, measures
 from strategies.schedule import constant
+from strategies.sources import Taught
+
+TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
 
 
-def evaluation_terms(signals: Sequence[str]) -> tuple[Term, ...]:
-    """Sums measured on held-out tokens: cross-entropy, and for each teacher both KLs and agreements."""
+def evaluation_terms(measured: Mapping[str, Taught]) -> tuple[Term, ...]:
+    """Sums measured on held-out tokens: cross-entropy, and of each teacher whatever its signal gives. Names carry the
+    teacher's endpoint when there are several."""
     terms = [Term("cross_entropy", CrossEntropy(), constant(1.0))]
-    for signal in signals:
-        prefix = "" if len(signals) == 1 else f"{signal}/"
-        terms += [Term(f"{prefix}{name}", measure, constant(1.0), signal) for name, measure in measures().items()]
+    for signal, source in measured.items():
+        prefix = "" if len(measured) == 1 else f"{source.endpoint}/"
+        terms += [Term(f"{prefix}{name}", m, constant(1.0), signal) for name, m in measures().items() if m.reads in source.gives]
+        if "label" in source.gives:
+            terms.append(Term(f"{TEACHER_CROSS_ENTROPY}/{source.endpoint}", TeacherCrossEntropy(), constant(1.0), signal))
     return tuple(terms)
 
 
-def evaluate(layout: Layout, micros: Sequence[MicroBatch], terms: tuple[Term, ...], rounds: int, device: torch.device) -> dict[str, float]:
+def evaluate(
+    layout: Layout, micros: Sequence[MicroBatch], terms: tuple[Term, ...], rounds: int, teachers: Teachers, device: torch.device
+) -> dict[str, float]:
     """Means over all held-out tokens of all ranks, under `eval/`. Collective: every rank runs `rounds` forwards."""
     ones = {t.name: 1.0 for t in terms}
     sums = torch.zeros(len(terms) + 1, dtype=torch.float64)
     layout.module.eval()
     with torch.no_grad():
         for i in range(rounds):
-            micro = micros[i] if i < len(micros) else dummy()
+            micro = teachers.teach((micros[i] if i < len(micros) else dummy()).to(device), terms)
             with layout.micro(last=True):
-                _, parts = layout.module(micro.to(device), terms, ones, Progress(0, 1))
+                _, parts, _ = layout.module(micro, terms, ones, Progress(0, 1))
             sums[:-1] += parts.double().cpu()
             sums[-1] += micro.loss_tokens
     layout.module.train()
@@ -45,12 +54,12 @@ def evaluate(layout: Layout, micros: Sequence[MicroBatch], terms: tuple[Term, ..
     return {f"eval/{name}": value for name, value in means.items()}
 
 
-def teacher_cross_entropy(bundles: Sequence[Columns], signals: Sequence[str]) -> dict[str, float]:
-    """Each teacher's own cross-entropy on the held-out tokens, from its stored log-probabilities. Collective."""
+def teacher_cross_entropy(bundles: Sequence[Columns], measured: Mapping[str, Taught]) -> dict[str, float]:
+    """Own cross-entropy of teachers whose signals do not give it, from the log-probabilities kept beside them. Collective."""
     found = {}
-    for signal in signals:
+    for signal, endpoint in ((name, s.endpoint) for name, s in measured.items() if "label" not in s.gives):
         given = [b[f"{signal}/logprob"] for b in bundles]
         sums = torch.tensor([float(sum(-g.sum(dtype=np.float64) for g in given)), float(sum(len(g) for g in given))])
         value, tokens = total(sums.double()).tolist()
-        found[f"eval/teacher_cross_entropy/{signal}"] = value / tokens
+        found[f"eval/{TEACHER_CROSS_ENTROPY}/{endpoint}"] = value / tokens
     return found

@@ -28,8 +28,9 @@ def refusal(error: ValidationError, model: type[BaseModel], content: Mapping[str
         return Refusal(place, "nothing", "a value", f"Add {'.'.join(path)} to the recipe or as an override.")
     if kind == "union_tag_invalid":
         known = str(first["ctx"]["expected_tags"]).replace("'", "").split(", ")
-        tag = str(first["ctx"]["tag"])
-        return Refusal(f"{place}.engine", repr(tag), f"one of {', '.join(sorted(known))}", nearest(tag, known) or "Correct the value.")
+        tag, key = str(first["ctx"]["tag"]), str(first["ctx"]["discriminator"]).strip("'")
+        field = key if key.isidentifier() else "engine"  # a function tells engines apart
+        return Refusal(f"{place}.{field}", repr(tag), f"one of {', '.join(sorted(known))}", nearest(tag, known) or "Correct the value.")
     message = first["msg"]
     for prefix in _PREFIXES:
         message = message.removeprefix(prefix)

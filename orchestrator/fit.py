@@ -60,7 +60,9 @@ def start_fit(plan: Plan) -> Fit:
     """Starts training; returns at once."""
     board = open_board(plan.name)
     workers = plan.shares["worker"]
-    job = WorkerJob(plan.job.run, plan.steps, plan.folder, plan.held_out, board, workers.threads)
+    job = WorkerJob(
+        plan.job.run, plan.steps, plan.folder, plan.held_out, board, workers.threads, plan.vocabulary, plan.loaded, plan.measured
+    )
     fit = Fit(threading.Thread(target=lambda: None), board)
 
     def run() -> None:

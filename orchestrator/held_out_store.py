@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -32,8 +32,3 @@ def load_bundles(folder: Folder, rank: int, world: int) -> list[Columns]:
     names = [n for n in folder.names() if n.endswith(".arrow")]
     contents = (folder.read(n) for n in names[rank::world])
     return [from_table(pa.ipc.open_file(pa.BufferReader(c)).read_all()) for c in contents if c is not None]
-
-
-def signals_in(bundles: Sequence[Columns]) -> tuple[str, ...]:
-    """Teachers whose scores the bundles carry."""
-    return tuple(sorted({name.removesuffix("/logprobs") for b in bundles for name in b if name.endswith("/logprobs")}))

@@ -17,10 +17,10 @@ LINEAGE = "lineage.json"
 def lineage_of(plan: Plan) -> dict[str, str | float]:
     """What a run's student descends from: run, student, teachers with fingerprints, data. In words, for people."""
     record = RunRecord.load(plan.local)
-    data = plan.data
+    data, teachers = plan.data, {**plan.frozen, **plan.endpoints}
     return {
         **lineage_of_recipe(plan.folder, plan.job.run),
-        **{f"teacher {name!r}": _teacher(config, plan.fingerprints.get(name)) for name, config in plan.endpoints.items()},
+        **{f"teacher {name!r}": _teacher(config, plan.fingerprints.get(name)) for name, config in teachers.items()},
         "data fingerprint": f"sha256:{data.fingerprint}",
         "train rows": data.train.rows,
         "train tokens": data.train.tokens,

@@ -5,15 +5,15 @@ Sizes are bytes. Constants of a process without a network were measured with the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.answers import LOGITS_AT_ONCE
 from cluster.config import EndpointConfig, SavedModel
-from cluster.engines.transformers import LOGITS_AT_ONCE
 from cluster.forwards import group_by_length
 from cluster.resources import Demand
 from orchestrator.config import RunConfig
@@ -22,7 +22,7 @@ from orchestrator.layouts import layout_facts
 from orchestrator.order import Order
 from orchestrator.rows import Rows
 from orchestrator.sketch import Network, saved_bytes_per_forward
-from strategies.head import CHUNK_TOKENS
+from strategies.cut import cut_for
 
 MIB = 1 << 20
 WORKER_BYTES = 640 * MIB
@@ -32,7 +32,7 @@ READER_BYTES = 385 * MIB
 DRIVER_BYTES = 2000 * MIB
 """The driver, Ray Train's controller, the stream's coordinator and Ray's own daemons together."""
 HEAD_COPIES = 6
-"""float32 copies of a chunk's logits alive at once: raw, temperatures, scattered, normalised, gradient."""
+"""float32 copies of a piece of logits alive at once: without the kept tokens, shares, log-probabilities, gradients."""
 SCORE_COPIES = 4
 """The same for a teacher's piece of logits."""
 FLOAT = 4
@@ -43,8 +43,6 @@ ROW_TOKEN_BYTES = 5
 """Token id and mask."""
 QUANTIZED_BYTES = {"int8": 1.1, "int4": 0.6}
 """Per parameter; embeddings and the head stay as they are."""
-SIGNAL_BYTES = 8
-"""One kept teacher token: id and log-probability."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ class Work:
     steps: int
 
 
-def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], kept: Mapping[str, int]) -> Work:
-    """Measured on the bundles of some steps of the real order. `kept` is the teacher tokens per position by endpoint."""
+def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], signal_bytes: int) -> Work:
+    """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token."""
     rows = Rows(order.folder, "train")
     steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
     bundles = [np.asarray(rows.lengths[b], dtype=np.int64) for s in steps.tolist() for b in order.bundles(s) if len(b)]
@@ -99,7 +97,7 @@ def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointC
         micro=largest,
         micros=max(len(groups) for groups in micros),
         forward_tokens={n: max(r * t for b in bundles for r, t in _groups(b, m.forward_tokens)) for n, m in models.items()},
-        bundle_bytes=tokens * (ROW_TOKEN_BYTES + sum(k * SIGNAL_BYTES + FLOAT for k in kept.values())),
+        bundle_bytes=tokens * (ROW_TOKEN_BYTES + signal_bytes),
         steps=order.steps,
     )
 
@@ -115,7 +113,7 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
     moments = 2 * student.trained * FLOAT * held.moments + student.trained * FLOAT * held.exact
     gradients = student.trained * FLOAT * held.gradients
     activations = saved_bytes_per_forward(student, run.student, *work.micro, bf16, run.train.gradient_checkpointing)
-    head = _head_bytes(student, min(CHUNK_TOKENS, work.micro[0] * work.micro[1]), work.micro[0] * work.micro[1])
+    head = _head_bytes(student, work.micro[0] * work.micro[1], "cuda" if workers.share.gpus > 0 else "cpu")
     if work.micros == 1:  # gradients grow while activations are freed; the head's own gradient is there before
         activations, gradients = max(activations, int(gradients) - student.vocabulary * student.hidden * FLOAT), 0
     buckets = int(student.trained * FLOAT * held.buckets)
@@ -133,16 +131,47 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
     return Memory(workers.role, workers.processes, parts, on_gpu=workers.share.gpus > 0)
 
 
+COMPARED_COPIES = 4
+"""float32 copies of what a frozen player shows alive at once: its own, the student's mapped to it, difference, gradient."""
+
+
+def with_frozen(
+    worker: Memory, teachers: Iterable[tuple[Network, SavedModel, int]], heads: Iterable[Network], filters: int, work: Work
+) -> Memory:
+    """A training worker that also holds frozen players, each with what width it shows of a token, and teachers' output heads,
+    and trains `filters` numbers beside the student. Filters are counted whole, though some layouts shard them."""
+    tokens = work.micro[0] * work.micro[1]
+    weights = shown = forward = 0
+    for network, saved, width in teachers:
+        weights += _frozen_bytes(network, saved)
+        shown += tokens * width * (network.dtype.itemsize + FLOAT * COMPARED_COPIES)
+        forward = max(forward, _forward_bytes(network, tokens))
+    beside = max(0, forward - worker.parts["activations"])  # it runs before the student's forward and leaves only what it shows
+    whole = sum(n.vocabulary * n.hidden * n.dtype.itemsize for n in heads)
+    parts = {"frozen players": weights + shown + beside, "teachers' heads": whole, "filters": filters * FLOAT * 4}
+    return replace(worker, parts={**worker.parts, **{name: size for name, size in parts.items() if size}})
+
+
+def _frozen_bytes(network: Network, saved: SavedModel) -> int:
+    return int(network.parameters * QUANTIZED_BYTES.get(saved.quantization, network.dtype.itemsize))
+
+
+def _forward_bytes(network: Network, tokens: int) -> int:
+    """What a forward without gradients holds at once."""
+    return tokens * (3 * network.widest + 4 * network.hidden) * network.dtype.itemsize
+
+
 def _gathered_bytes(network: Network) -> int:
     """Whole weights that a sharded layout puts together for a moment: the embedding, the head, and two layers."""
     ends = network.vocabulary * network.hidden
     return FLOAT * (ends + 2 * max(0, network.parameters - ends) // network.layers)
 
 
-def _head_bytes(network: Network, chunk_tokens: int, tokens: int) -> int:
-    """Logits of one chunk in several copies, and the gradients that the forward makes."""
-    gradient = network.vocabulary * network.hidden + tokens * network.hidden
-    return FLOAT * (HEAD_COPIES * chunk_tokens * network.vocabulary + gradient)
+def _head_bytes(network: Network, tokens: int, device: str) -> int:
+    """Logits of one block, a piece of them in several copies, and the gradients that the forward makes."""
+    cut = cut_for(network.vocabulary, device)
+    logits = network.vocabulary * (min(tokens, cut.block_tokens) + HEAD_COPIES * min(tokens, cut.piece_tokens))
+    return FLOAT * (logits + network.vocabulary * network.hidden + tokens * network.hidden)
 
 
 def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Demand) -> Memory:
@@ -152,8 +181,8 @@ def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Deman
     piece = (64 if on_gpu else 1) * LOGITS_AT_ONCE
     parts = {
         "process": SCORER_BYTES,
-        "weights": int(teacher.parameters * QUANTIZED_BYTES.get(saved.quantization, teacher.dtype.itemsize)),
-        "activations": tokens * (3 * teacher.widest + 4 * teacher.hidden) * teacher.dtype.itemsize,
+        "weights": _frozen_bytes(teacher, saved),
+        "activations": _forward_bytes(teacher, tokens),
         "head": FLOAT * SCORE_COPIES * min(tokens * teacher.vocabulary, max(piece, 64 * teacher.vocabulary)),
         "bundles": 2 * work.bundle_bytes,
     }
@@ -196,7 +225,7 @@ class Disk:
         return self.checkpoint * self.checkpoints + self.export + self.held_out
 
 
-def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, kept: Mapping[str, int]) -> Disk:
+def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, signal_bytes: int) -> Disk:
     """Estimate for one training of the run."""
     period = run.checkpoint.every_steps
     written = ceil(steps / period) if period else 1
@@ -206,6 +235,6 @@ def disk(run: RunConfig, student: Network, data: PreparedData, steps: int, kept:
         checkpoint=(student.trained + student.tied) * student.dtype.itemsize + 2 * student.trained * FLOAT,
         checkpoints=min(written, run.checkpoint.keep + 2),
         export=student.parameters * student.dtype.itemsize,
-        held_out=rows.tokens * ROW_TOKEN_BYTES + rows.loss_tokens * sum(k * SIGNAL_BYTES + FLOAT for k in kept.values()),
+        held_out=rows.tokens * ROW_TOKEN_BYTES + rows.loss_tokens * signal_bytes,
         prepared=prepared,
     )

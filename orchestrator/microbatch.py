@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -11,12 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.answers import token_keys
 from cluster.forwards import BundleRows, Forward, bundle_rows, group_by_length, lay_out
 from strategies.core import Columns
 from strategies.head import TokenBatch
-from strategies.signals import TopK
+from strategies.signals import Signal
+from strategies.taps import Tapped
 
 WEIGHTS = "weights/"
+KEYS = "keys"
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,16 @@ class MicroBatch:
     """`(N,)` int64 places in the flattened `(B*L)` hidden states that predict the loss tokens."""
     labels: Tensor
     """`(N,)` int64 the loss tokens."""
-    signals: Mapping[str, Tensor]
-    """`<name>/ids` `(N, K)` int32 and `<name>/logprobs` `(N, K)` float32 for every signal."""
+    keys: Tensor
+    """`(N,)` int64 seeds of the tokens, for teachers that draw."""
+    columns: Mapping[str, Tensor]
+    """`<signal>/<column>` `(N, ...)` of every signal that a stage scored."""
     weights: Mapping[str, Tensor]
     """`(N,)` float32 by term name, for the terms that have them."""
+    signals: Mapping[str, Signal] = field(default_factory=dict)
+    """What the terms read; made on the device of the columns and of frozen players (`teachers.py`), and not moved."""
+    taught: Mapping[str, Tapped] = field(default_factory=dict)
+    """Inner states of frozen players by name, for the terms that read them; made there too."""
 
     @property
     def loss_tokens(self) -> int:
@@ -51,9 +60,20 @@ class MicroBatch:
     @property
     def batch(self) -> TokenBatch:
         """What the terms read."""
-        names = {column.rpartition("/")[0] for column in self.signals}
-        found = {n: TopK(self.signals[f"{n}/ids"].long(), self.signals[f"{n}/logprobs"]) for n in sorted(names)}
-        return TokenBatch(self.labels, found, self.weights)
+        return TokenBatch(self.labels, self.signals, self.weights, self.token_rows)
+
+    @property
+    def token_rows(self) -> Tensor:
+        """`(N,)` int64 numbers of the loss tokens' rows."""
+        return self.rows.flatten().index_select(0, self.index)
+
+    @property
+    def rows(self) -> Tensor:
+        """`(B, L)` int64 numbers of the rows. Each padded place of a packed sequence counts as one more row."""
+        sequences, length = self.input_ids.shape
+        if self.position_ids is None:
+            return torch.arange(sequences, device=self.index.device)[:, None].expand(-1, length)
+        return (self.position_ids == 0).flatten().cumsum(0).view(sequences, length)
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
@@ -62,7 +82,8 @@ class MicroBatch:
             position_ids=None if self.position_ids is None else self.position_ids.to(device),
             index=self.index.to(device),
             labels=self.labels.to(device),
-            signals={name: values.to(device) for name, values in self.signals.items()},
+            keys=self.keys.to(device),
+            columns={name: values.to(device) for name, values in self.columns.items()},
             weights={name: values.to(device) for name, values in self.weights.items()},
         )
 
@@ -74,7 +95,8 @@ class MicroBatch:
             position_ids=None,
             index=self.index[:0],
             labels=self.labels[:0],
-            signals={name: values[:0] for name, values in self.signals.items()},
+            keys=self.keys[:0],
+            columns={name: values[:0] for name, values in self.columns.items()},
             weights={name: values[:0] for name, values in self.weights.items()},
         )
 
@@ -82,12 +104,12 @@ class MicroBatch:
 def dummy() -> MicroBatch:
     """The micro-batch of a rank that has none: one token read, nothing predicted, zero gradients."""
     none = torch.zeros(0, dtype=torch.int64)
-    return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), None, none, none, {}, {}).dummy()
+    return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), None, none, none, none, {}, {})
 
 
 def cut(
     columns: Columns,
-    signals: Sequence[str],
+    wanted: Sequence[str],
     batching: Literal["bucketed", "packed"],
     micro_batch_tokens: int,
     max_length_tokens: int,
@@ -102,7 +124,7 @@ def cut(
     rows = bundle_rows(columns)
     sequences = [[r] for r in range(len(rows.reach))] if batching == "bucketed" else pack(rows.reach, max_length_tokens)
     lengths = np.asarray([int(rows.reach[s].sum()) for s in sequences], dtype=np.int64)
-    per_token = _per_token(columns, signals, len(rows.loss_at))
+    per_token = _per_token(columns, wanted, len(rows.loss_at)) | {KEYS: token_keys(columns, rows.loss_at)}
     groups = group_by_length(lengths, micro_batch_tokens)
     return [_micro(rows, lay_out(rows, [sequences[s] for s in group]), per_token) for group in groups]
 
@@ -131,10 +153,10 @@ def count_tokens(columns: Columns, term: str) -> int:
     return int(np.count_nonzero(columns["loss_mask"] if weights is None else weights))
 
 
-def _per_token(columns: Columns, signals: Sequence[str], tokens: int) -> dict[str, NDArray[np.generic]]:
+def _per_token(columns: Columns, wanted: Sequence[str], tokens: int) -> dict[str, NDArray[np.generic]]:
     """The columns that micro-batches carry, each `(N, ...)` in the bundle's loss-token order."""
     found: dict[str, NDArray[np.generic]] = {}
-    for name in (f"{signal}/{part}" for signal in signals for part in ("ids", "logprobs")):
+    for name in wanted:
         if name not in columns:
             raise ValueError(f"signal column {name!r}: got a bundle with {', '.join(sorted(columns))}; expected a stage to have added it")
         if tokens and len(columns[name]) % tokens:
@@ -154,6 +176,7 @@ def _micro(rows: BundleRows, laid: Forward, per_token: Mapping[str, NDArray[np.g
         position_ids=None if laid.position_ids is None else torch.from_numpy(laid.position_ids),
         index=torch.from_numpy(laid.index),
         labels=torch.from_numpy(rows.labels[laid.order]),
-        signals={name: values for name, values in mine.items() if not name.startswith(WEIGHTS)},
+        keys=mine.pop(KEYS),
+        columns={name: values for name, values in mine.items() if not name.startswith(WEIGHTS)},
         weights={name.removeprefix(WEIGHTS): values for name, values in mine.items() if name.startswith(WEIGHTS)},
     )

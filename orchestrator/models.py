@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,13 +28,17 @@ from orchestrator.config import Lora, StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch
 from orchestrator.saved_models import config_folder, fingerprint, load_config
-from strategies.core import Progress, Term
-from strategies.head import CHUNK_TOKENS, Head, chunked_terms
+from orchestrator.taps import recorded, tap_widths, tapped
+from strategies.core import AnyTerm, Progress, StatesTerm, Term
+from strategies.head import Head, chunked_terms
+from strategies.pulls import term_pulls
+from strategies.taps import Filter, Tap
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 __all__ = [
+    "FILTERS",
     "StudentModule",
     "backbone_of",
     "check_head",
@@ -45,6 +49,7 @@ __all__ = [
     "load_student",
     "load_tokenizer",
     "lora_config",
+    "make_filters",
     "usable_vocabulary",
 ]
 
@@ -185,27 +190,79 @@ def usable_vocabulary(
     return min(rows.values())
 
 
+FILTERS = "filters"
+"""Where a `StudentModule` keeps what is trained beside the student: its checkpointed names begin so."""
+
+
+def make_filters(
+    model: PreTrainedModel | PeftModel, terms: Iterable[AnyTerm], teachers: Mapping[str, Mapping[Tap, int]], seed: int
+) -> dict[str, Filter]:
+    """What `terms` train beside `model`, drawn from `seed`, so equal on every rank; by `<filters of a term>/<name>`.
+
+    `teachers` has the widths of frozen players' taps by name. `ValueError` for widths that a term cannot compare.
+    """
+    asking = [t for t in terms if isinstance(t, StatesTerm)]
+    mine = tap_widths(_base(model), {tap for t in asking for tap in t.objective.taps.student})
+    dtype = next((p.dtype for p in model.parameters() if p.requires_grad), _base(model).dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = [(f"{t.filters_name}/{n}", f.to(dtype)) for t in asking for n, f in t.objective.filters(mine, teachers[t.signal]).items()]
+    found: dict[str, Filter] = {}
+    for name, module in made:
+        if found.setdefault(name, module).shape != module.shape:
+            raise ValueError(f"filters {name!r}: got terms that make them differently; expected equal settings of what they share")
+    return found
+
+
 class StudentModule(nn.Module):
-    """What a layout wraps: backbone, selection of loss positions and chunked head, all inside one forward.
+    """What a layout wraps: backbone, filters, selection of loss positions and chunked head, all inside one forward.
 
     So the hooks of DDP, FSDP2 and ZeRO-3 fire around everything that touches parameters.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(self, model: PreTrainedModel | PeftModel, chunk_tokens: int | None = None, filters: Mapping[str, Filter] | None = None):
+        """`filters` are modules trained beside the student, by `<filters of a term>/<name>`."""
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        self.filters = nn.ModuleDict(filters)
 
-    def forward(self, micro: MicroBatch, terms: tuple[Term, ...], scales: Mapping[str, float], progress: Progress) -> tuple[Tensor, Tensor]:
-        """The scaled loss, a scalar that carries the gradient, and the unscaled sums of the terms, `(len(terms),)` detached.
+    def forward(
+        self, micro: MicroBatch, terms: tuple[AnyTerm, ...], scales: Mapping[str, float], progress: Progress
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The scaled loss, a scalar that carries the gradient; the unscaled sums of the terms, `(len(terms),)` detached; and the
+        squared norms of their own gradients on the logits of a few tokens, 0 for terms on inner states.
 
         Under `torch.no_grad` the same path measures: no gradient is made.
         """
         places = {} if micro.position_ids is None else {"position_ids": micro.position_ids}
-        states: Tensor = backbone_of(self.model)(input_ids=micro.input_ids, use_cache=False, **places).last_hidden_state
-        hidden = states.flatten(0, 1).index_select(0, micro.index)
+        on_states, on_logits = [t for t in terms if isinstance(t, StatesTerm)], tuple(t for t in terms if isinstance(t, Term))
+        body = backbone_of(self.model)
+        with recorded(body, {tap for t in on_states for tap in t.objective.taps.student}) as outputs:
+            states: Tensor = body(input_ids=micro.input_ids, use_cache=False, **places).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, micro.index if on_logits else micro.index[:0])
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # norms leave float32, and the head would cast chunk by chunk
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        found = chunked_terms(hidden, head_of(self.model), micro.batch, terms, scales, progress, self.chunk_tokens)
-        return found.loss, torch.stack([found.sums[t.name] for t in terms])
+        found = chunked_terms(hidden, head_of(self.model), micro.batch, on_logits, scales, progress, self.chunk_tokens)
+        loss, sums = found.loss, dict(found.sums)
+        for term in on_states:
+            weights = micro.batch.weight(term.name, 0, micro.loss_tokens)
+            mine, theirs = tapped(micro, outputs), micro.taught[term.signal]
+            value = term.objective.compare(mine, theirs, self._filters_of(term.filters_name), weights, progress)
+            loss, sums[term.name] = loss + scales[term.name] * value, value.detach()
+        nothing = loss.new_zeros(())
+        measured = term_pulls(hidden, head_of(self.model), micro.batch, on_logits, scales, progress)
+        pulls = torch.stack([measured.get(t.name, nothing) for t in terms])
+        return loss + self._nothing(states), torch.stack([sums[t.name] for t in terms]), pulls
+
+    def _filters_of(self, name: str) -> dict[str, Filter]:
+        return {key.removeprefix(f"{name}/"): module for key, module in self._filters() if key.startswith(f"{name}/")}
+
+    def _filters(self) -> list[tuple[str, Filter]]:
+        return [(name, module) for name, module in self.filters.items() if isinstance(module, Filter)]
+
+    def _nothing(self, states: Tensor) -> Tensor:
+        """Zero, with a gradient of zero for every filter: some terms only read a filter, and DDP waits for every parameter."""
+        empty = [module(states.new_zeros((0, module.width))).sum() for _, module in self._filters()]
+        return torch.stack(empty).sum() if empty else states.new_zeros(())

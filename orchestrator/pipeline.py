@@ -50,10 +50,11 @@ def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: 
 
 
 def stage_groups(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
-    """Stages that share a process: an endpoint's stage and those after it that need none."""
+    """Stages that share a process: those of one endpoint in a row, and those after them that need none."""
     groups: list[list[Stage]] = []
     for stage in stages:
-        if not groups or stage.endpoint is not None:
+        at_home = groups and stage.endpoint in (None, groups[-1][0].endpoint)
+        if not at_home:
             groups.append([])
         groups[-1].append(stage)
     return [tuple(g) for g in groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,17 +12,31 @@ from cluster.config import EndpointConfig
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.checks import machine, networks, recipe, resumed, teaching
+from orchestrator.checks import machine, networks, recipe, resumed, states, teaching
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, Facts
-from orchestrator.config import Job
+from orchestrator.config import Job, RunConfig
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
-from orchestrator.memory import Disk, Memory, disk, largest_work, scorer_memory, small_process, stream_bytes, surroundings, worker_memory
+from orchestrator.memory import (
+    Disk,
+    Memory,
+    Work,
+    disk,
+    largest_work,
+    scorer_memory,
+    small_process,
+    stream_bytes,
+    surroundings,
+    with_frozen,
+    worker_memory,
+)
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
 from orchestrator.result import RECIPE, RESULT
+from orchestrator.teachers import heads_of
 from strategies.core import Strategy
+from strategies.sources import Taught
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -43,6 +57,13 @@ class Plan:
     vocabulary: int
     """Token ids, from 0, that student and teachers share."""
     endpoints: Mapping[str, EndpointConfig]
+    """Those that stages ask."""
+    frozen: Mapping[str, EndpointConfig]
+    """Those whose models every training worker loads for its frozen players."""
+    loaded: Mapping[str, EndpointConfig]
+    """The same, and those whose output heads workers apply; a control has its run's."""
+    measured: Mapping[str, Taught]
+    """Signals that held-out rows carry; a control has its run's."""
     demands: tuple[Demand, ...]
     held_out: Folder
     """Where scored held-out bundles are kept; a control shares its run's."""
@@ -98,14 +119,16 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, endpoints, train.workers, machine_cpus()))
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     machine.check_processors(job, wanted)
-    people, found = networks.cast(job, endpoints)
-    asked = teaching.rehearse(job, strategy, people.vocabulary)
+    frozen = states.frozen_endpoints(job, strategy)
+    people, found = networks.cast(job, {**frozen, **endpoints})
+    inner = states.check_states(job, strategy, people, frozen)
+    added = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     data = prepare(run.data, people.tokenizer, run.seed, _data_cache(job))
     order = make_order(job, data)
     warnings += found + networks.check_rows(run, people, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    memory, stream = _memory(job, people, order, endpoints, wanted, asked)
-    written = disk(run, people.student, data, order.steps, asked)
+    memory, stream = _memory(run, people, largest_work(run, order, endpoints, added), endpoints, wanted, inner)
+    written = disk(run, people.student, data, order.steps, added)
     machine.check_disk(job.cluster.storage, written)
     warnings += machine.check_memory(job, memory, stream)
     plan = Plan(
@@ -117,6 +140,9 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         order=order,
         vocabulary=people.vocabulary,
         endpoints=endpoints,
+        frozen=frozen,
+        loaded={**{name: endpoints[name] for name in sorted(heads_of(strategy.signals))}, **frozen},
+        measured=teaching.measured(strategy),
         demands=wanted,
         held_out=folder.child("held_out"),
         cast=people,
@@ -168,20 +194,19 @@ def make_order(job: Job, data: PreparedData) -> Order:
 
 
 def _memory(
-    job: Job,
+    run: RunConfig,
     people: Cast,
-    order: Order,
+    work: Work,
     endpoints: Mapping[str, EndpointConfig],
-    wanted: Sequence[Demand],
-    asked: Mapping[str, int],
+    wanted: tuple[Demand, ...],
+    inner: states.Inner,
 ) -> tuple[tuple[Memory, ...], int]:
     """Peak of every role's process, and bytes of bundles under way."""
-    work = largest_work(job.run, order, endpoints, asked)
-    found = [worker_memory(job.run, people.student, work, wanted[0])]
+    found = [with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)]
     for demand in wanted[1:]:
         model = endpoints[demand.role].saved_model if demand.role in endpoints else None
         found.append(scorer_memory(people.teachers[demand.role], model, work, demand) if model else small_process(demand))
-    return (*found, surroundings()), stream_bytes(job.run, work, tuple(wanted))
+    return (*found, surroundings()), stream_bytes(run, work, wanted)
 
 
 def _fingerprints(people: Cast, data: PreparedData) -> dict[str, str]:

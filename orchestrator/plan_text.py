@@ -13,7 +13,7 @@ from orchestrator.checks.machine import is_local, machine_memory
 from orchestrator.checks.machine import text as size
 from orchestrator.memory import Memory
 from orchestrator.sketch import Network
-from strategies.core import Progress, Term
+from strategies.core import AnyTerm, Progress
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -67,7 +67,7 @@ def _strategy(plan: Plan) -> Iterator[str]:
         yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan.steps) for t in update.terms)
 
 
-def _term(term: Term, steps: int) -> str:
+def _term(term: AnyTerm, steps: int) -> str:
     first, last = term.scale(Progress(0, steps)), term.scale(Progress(max(0, steps - 1), steps))
     weight = f"{first:g}" if first == last else f"{first:g} to {last:g}"
     signal = f" of {term.signal}" if term.signal else ""
@@ -98,7 +98,9 @@ def _teachers(plan: Plan) -> Iterator[str]:
         yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'})" + (
             f" {_network(network, plan)}" if network else ""
         )
-    if plan.endpoints:
+    for name in plan.frozen:
+        yield f"{name} (frozen in every training worker) {_network(plan.cast.teachers[name], plan)}"
+    if plan.endpoints or plan.frozen:
         yield f"{plan.vocabulary:,} token ids are shared by all"
 
 

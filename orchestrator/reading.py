@@ -6,6 +6,7 @@ Imports neither torch nor a strategy, because the process that reads starts with
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,19 +42,29 @@ class OrderSource(Datasource):
 
 
 def read_bundles(order: Order, start_step: int, attempt: int, with_held_out: bool) -> Iterator[pa.Table]:
-    """One-row tables of the stream, in order, numbered from 0 within the attempt."""
-    number = 0
-    if with_held_out:
-        held_out = Rows(order.folder, "held_out")
-        for part in held_out_parts(held_out, order):
-            yield to_table(_stamped(held_out.read(part), HELD_OUT_STEP, number, attempt, len(part)))
-            number += 1
+    """One-row tables of the stream, in order, numbered from 0 within the attempt.
+
+    Held-out rows follow the first step, so that it does not wait for them.
+    """
+    bundles = _train_bundles(order, start_step)
+    first = list(islice(bundles, order.bundles_per_step))
+    held_out = _held_out_bundles(order) if with_held_out else iter(())
+    for number, (step, rows, total) in enumerate(chain(first, held_out, bundles)):
+        yield to_table(_stamped(rows, step, number, attempt, total))
+
+
+def _train_bundles(order: Order, start_step: int) -> Iterator[tuple[int, Columns, int]]:
+    """Step, rows, and rows of the whole step, for every bundle after `start_step`."""
     train = Rows(order.folder, "train")
     for step, parts in steps_from(order, start_step):
         total = sum(len(p) for p in parts)
-        for part in parts:
-            yield to_table(_stamped(train.read(part), step, number, attempt, total))
-            number += 1
+        yield from ((step, train.read(part), total) for part in parts)
+
+
+def _held_out_bundles(order: Order) -> Iterator[tuple[int, Columns, int]]:
+    held_out = Rows(order.folder, "held_out")
+    for part in held_out_parts(held_out, order):
+        yield HELD_OUT_STEP, held_out.read(part), len(part)
 
 
 def held_out_parts(held_out: Rows, order: Order) -> list[NDArray[np.int64]]:

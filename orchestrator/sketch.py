@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from orchestrator.config import StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.models import backbone_of, load_config, lora_config
 from orchestrator.saved_models import fingerprint
+from orchestrator.taps import tap_widths
+from strategies.taps import Tap
 
 WHOLE_LAYERS = 6
 """Deeper networks are run at two small depths and their layers extrapolated."""
@@ -128,6 +131,21 @@ def _adapted(base: PreTrainedModel, config: StudentConfig) -> PreTrainedModel | 
     if head_name in model.base_model.targeted_module_names:
         raise Refusal(where, f"the output head ({head_name})", "targets without it, because teaching applies the head itself", do)
     return model
+
+
+def inner_widths(network: Network, config: StudentConfig, taps: Collection[Tap]) -> dict[Tap, int]:
+    """Width of each tap without reading a weight; none for an architecture whose code looks at numbers while it runs.
+
+    `ValueError` for a layer, or a projection of its attention, that the network does not have.
+    """
+    with torch.device("meta"):
+        model = _build(network.config, config)
+    try:
+        with FakeTensorMode():
+            _move_to_cpu(model)
+            return tap_widths(model, taps)
+    except (RuntimeError, NotImplementedError):  # what fake tensors raise when code depends on values
+        return {}
 
 
 def saved_bytes_per_forward(network: Network, config: StudentConfig, rows: int, length: int, bf16: bool, checkpointing: bool) -> int:

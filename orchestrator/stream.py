@@ -37,7 +37,7 @@ class Stream:
         return self._attempt
 
     def held_out(self) -> Iterator[tuple[int, Columns]]:
-        """The held-out bundles at the stream's head by number; none when they were scored before."""
+        """The held-out bundles that come next, by number: after the first step's, unless they were scored before."""
         while (bundle := self._peek()) is not None and scalar(bundle, "step") == HELD_OUT_STEP:
             self._pop()
             yield scalar(bundle, "bundle"), bundle

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import ray.train
@@ -27,8 +27,10 @@ from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
 from orchestrator.stream import Stream
+from orchestrator.teachers import Teachers
 from orchestrator.worker import WorkerJob
-from strategies.core import Columns, Progress, Strategy, Update
+from strategies.core import Columns, Progress, Strategy, Term, Update
+from strategies.sources import Source, Taught, scored_columns
 
 MOST_SKIPPED_STEPS = 10
 """Consecutive steps with a gradient that is not finite before the run fails."""
@@ -41,13 +43,15 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
     strategy = job.run.strategy.build()
-    players = load_players(job.run, strategy.players, device)
+    sources = {**job.measured, **strategy.signals}
+    packed = job.run.train.batching == "packed"
+    teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
+    players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
     resumed = ray.train.get_checkpoint()
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
-    held_out = _held_out(job, stream, rank)
     journal.begin(stream.attempt)
-    trainer = Trainer(job, strategy, players, device, journal, held_out)
+    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal)
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
@@ -55,8 +59,9 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     for bundle in stream.after(step):
         step = scalar(bundle, "step")
         stop = trainer.step(step, bundle, stream.waited_seconds)
-        if step == first:  # optimizer states exist from the first step on
+        if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(next(iter(players.values())).held_bytes())
+            trainer.held_out = _held_out(job, stream, rank)
         if trainer.due(step) or stop:
             trainer.report(step, stream.attempt, stop)
         if stop:
@@ -71,12 +76,11 @@ class HeldOut:
 
     bundles: list[Columns]
     micros: list[MicroBatch]
-    signals: tuple[str, ...]
     rounds: int
 
 
 def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
-    """Takes scored held-out rows from the stream's head and keeps them, or reads those kept before."""
+    """Takes scored held-out rows from the stream and keeps them, or reads those kept before."""
     arriving = dict(stream.held_out())
     if arriving:
         held_out_store.store_bundles(job.held_out, arriving)
@@ -84,14 +88,23 @@ def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
         if rank == 0:
             job.held_out.write(held_out_store.COMPLETE, b"")
     bundles = list(arriving.values()) or held_out_store.load_bundles(job.held_out, rank, world_size())
-    signals = held_out_store.signals_in(bundles)
-    micros = [m for b in bundles for m in _cut(job.run, b, signals)]
+    micros = [m for b in bundles for m in _cut(job.run, b, job.measured)]
     rounds = int(gather([float(len(micros))]).max())
-    return HeldOut(bundles, micros, signals, rounds)
+    return HeldOut(bundles, micros, rounds)
 
 
-def _cut(run: RunConfig, bundle: Columns, signals: Sequence[str]) -> list[MicroBatch]:
-    return cut(bundle, signals, run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
+@dataclass(frozen=True)
+class Networks:
+    """What a worker computes with."""
+
+    players: Mapping[str, Layout]
+    """The trained ones."""
+    teachers: Teachers
+    device: torch.device
+
+
+def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source]) -> list[MicroBatch]:
+    return cut(bundle, scored_columns(sources), run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
 
 
 class Trainer:
@@ -101,14 +114,14 @@ class Trainer:
         self,
         job: WorkerJob,
         strategy: Strategy,
-        players: Mapping[str, Layout],
-        device: torch.device,
+        networks: Networks,
         journal: RankJournal,
-        held_out: HeldOut,
     ):
-        self._job, self._strategy, self._players = job, strategy, players
-        self._device, self._journal, self._held_out = device, journal, held_out
-        self._terms = evaluate.evaluation_terms(held_out.signals)
+        self._job, self._strategy, self._networks = job, strategy, networks
+        self._journal = journal
+        self.held_out = HeldOut([], [], 0)
+        """Nothing until the first step is over."""
+        self._terms = evaluate.evaluation_terms(job.measured)
         self._skipped = 0
 
     def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
@@ -116,7 +129,7 @@ class Trainer:
         began = time.perf_counter()
         progress = Progress(step - 1, self._job.steps)
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
-        stop, metrics = train_step(self._strategy, self._players, bundle, progress, self._job.run, self._journal.stop, self._device)
+        stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
         metrics |= self._timing(bundle, began, waited_seconds)
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
@@ -125,8 +138,10 @@ class Trainer:
     def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
         """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
         a rank wait; `row_id_sum` shows which rows the step had."""
-        teachers = self._strategy.signals
-        mine = [len(bundle["tokens"]), bundle["row_id"].sum(), waited_seconds, *(bundle[f"{t}/seconds"][0] for t in teachers)]
+        scored = [(s.endpoint, name) for name, s in self._strategy.signals.items() if isinstance(s, Taught) and s.endpoint]
+        teachers = sorted({endpoint for endpoint, _ in scored})
+        worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+        mine = [len(bundle["tokens"]), bundle["row_id"].sum(), waited_seconds, *worked]
         tokens, row_ids, waited, *scored = total(torch.tensor(mine, dtype=torch.float64)).tolist()
         seconds = time.perf_counter() - began + waited_seconds
         timing = {
@@ -153,17 +168,18 @@ class Trainer:
     def report(self, step: int, attempt: int, stop: bool) -> None:
         """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
         metrics: dict[str, float] = {}
-        if self._held_out.rounds:
-            student = next(iter(self._players.values()))
-            metrics = evaluate.evaluate(student, self._held_out.micros, self._terms, self._held_out.rounds, self._device)
-            metrics |= evaluate.teacher_cross_entropy(self._held_out.bundles, self._held_out.signals)
+        if self.held_out.rounds:
+            student = next(iter(self._networks.players.values()))
+            micros, rounds = self.held_out.micros, self.held_out.rounds
+            metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
+            metrics |= evaluate.teacher_cross_entropy(self.held_out.bundles, self._job.measured)
             self._journal.evaluated(attempt, step, metrics)
         if not (stop or step == self._job.steps or self._checkpoint_due(step)):
             return
         position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
         ray.train.report(
             metrics,
-            checkpoint=checkpoint.save(self._players, position, self._journal.rank),
+            checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank),
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
@@ -175,12 +191,11 @@ class Trainer:
 
 def train_step(
     strategy: Strategy,
-    players: Mapping[str, Layout],
+    networks: Networks,
     bundle: Columns,
     progress: Progress,
     run: RunConfig,
     stop: bool,
-    device: torch.device,
 ) -> tuple[bool, dict[str, float]]:
     """Every due update of one step: count, agree, forward with scales, backward, step.
 
@@ -195,16 +210,17 @@ def train_step(
             continue
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
         scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
-        sums = torch.zeros(len(update.terms), dtype=torch.float64)
-        layout = players[update.player]
+        sums = torch.zeros(2, len(update.terms), dtype=torch.float64)  # of the terms, and of their squared gradients
+        layout = networks.players[update.player]
         for micro, last in _rounds(micros, rounds):
             with layout.micro(last):
-                result = update.loss(BoundPlayers(players, micro.to(device), scales, progress))
+                result = update.loss(BoundPlayers(networks.players, micro.to(networks.device), scales, progress, networks.teachers))
                 layout.backward(result.loss)
-            sums += torch.stack([result.sums[t.name] for t in update.terms]).double().cpu()
+            sums += torch.stack([torch.stack([kind[t.name] for t in update.terms]) for kind in (result.sums, result.pulls)]).double().cpu()
         lr = run.train.lr * run.train.learning_rate()(progress)
         norm = layout.step(lr)
-        metrics |= _loss_metrics(update, total(sums).tolist(), counts, progress)
+        values, squares = total(sums).tolist()
+        metrics |= _loss_metrics(update, values, counts, progress) | _gradient_shares(update, squares)
         metrics |= {"grad_norm": norm, "lr": lr, "micro_batches": float(rounds)}
         metrics["skipped"] += float(not torch.isfinite(torch.tensor(norm)))
     return asked, metrics
@@ -235,3 +251,12 @@ def _loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, fl
         metrics[f"weight/{term.name}"] = term.scale(progress)
         metrics[f"share/{term.name}"] = abs(weighted[term.name]) / size
     return metrics
+
+
+def _gradient_shares(update: Update, squares: Iterable[float]) -> dict[str, float]:
+    """Share of each term on logits in the sum of their gradients' norms, as measured on a few tokens of every micro-batch."""
+    norms = {t.name: square**0.5 for t, square in zip(update.terms, squares, strict=True) if isinstance(t, Term)}
+    if len(norms) == 1:
+        return {f"gradient_share/{name}": 1.0 for name in norms}
+    size = sum(norms.values())
+    return {f"gradient_share/{name}": norm / size if size else 0.0 for name, norm in norms.items()}

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cluster.storage import Folder
 from orchestrator.errors import RunFailed
-from orchestrator.models import StudentModule
+from orchestrator.models import FILTERS, StudentModule
 
 NAMED = 3
 """Tensors that a message names."""
@@ -47,13 +47,14 @@ def load_weights(source: Folder, player: str, network: nn.Module) -> None:
 
 
 def _saved(reader: dcp.FileSystemReader, source: Folder, player: str) -> dict[str, torch.Size]:
-    """Shapes of the player's saved tensors by name in its `StudentModule`."""
+    """Shapes of the player's saved tensors by name in its `StudentModule`, without what was only trained beside it."""
     try:
         entries = reader.read_metadata().state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise RunFailed(f"checkpoint {source.root}: its .metadata cannot be read ({error}). Use another one.") from error
     prefix = f"{player}.model."
-    found = {n.removeprefix(prefix): e.size for n, e in entries.items() if n.startswith(prefix) and isinstance(e, TensorStorageMetadata)}
+    saved = {n.removeprefix(prefix): e.size for n, e in entries.items() if n.startswith(prefix) and isinstance(e, TensorStorageMetadata)}
+    found = {name: size for name, size in saved.items() if not name.startswith(f"{FILTERS}.")}
     if not found:
         players = sorted({name.partition(".")[0] for name in entries})
         raise RunFailed(f"checkpoint {source.root}: got the players {', '.join(players)}; expected {player!r} among them.")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 
+from cluster.config import EndpointConfig
 from cluster.storage import Folder
 from orchestrator.config import RunConfig
 from orchestrator.stream import Stream
+
+if TYPE_CHECKING:
+    from strategies.sources import Taught
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,12 @@ class WorkerJob:
     """Where scored held-out bundles are kept."""
     board: Any
     threads: int
+    vocabulary: int | None = None
+    """Token ids, from 0, that student and teachers share."""
+    loaded: Mapping[str, EndpointConfig] = field(default_factory=dict)
+    """Endpoints whose models workers load, as frozen players or for their output heads."""
+    measured: Mapping[str, Taught] = field(default_factory=dict)
+    """Signals that held-out rows carry, a control's too."""
 
 
 def run_worker(config: dict[str, WorkerJob]) -> None:

@@ -9,12 +9,17 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from strategies.core import StrategyConfig
+from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
+from strategies.terms import Terms
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
+    "filtered-layers": Ted,
+    "inner-states": InnerStates,
     "logits": Logits,
+    "terms": Terms,
 }
 
 

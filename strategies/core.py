@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from strategies.head import TermSums, TokenLogits
+    from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
+    from strategies.sources import Source
+    from strategies.taps import StatesObjective
 
 Columns = dict[str, NDArray[np.generic]]
 """One bundle: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8, `row_id` (R,) int64."""
@@ -42,12 +44,35 @@ class Progress:
 Schedule = Callable[[Progress], float]
 
 
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What is asked of a teacher about every loss token."""
+
+    kind: Literal["topk", "dense", "sampled", "hidden", "per-token"]
+    top_k: int = 0
+    """`topk`: ids kept."""
+    draws: int = 0
+    """`sampled`: ids drawn, with replacement."""
+    exponent: float = 1.0
+    """`sampled`: they are drawn from the probabilities to this power."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Columns of the answer, for all N loss tokens in order."""
+        own = {"topk": ("ids", "logprobs"), "sampled": ("ids", "logprobs", "weights"), "dense": ("dense",), "hidden": ("hidden",)}
+        label = () if self.kind == "hidden" else ("logprob",)
+        return own.get(self.kind, ()) + label
+
+
 class Endpoint(Protocol):
     """Whoever answers a stage: a model in the stage's own process, a server, or a fake."""
 
-    def score(self, columns: Columns, top_k: int) -> Columns:
-        """Teacher numbers for every loss token n, in token order: `ids` (N*K,) int32 sorted by falling probability,
-        `logprobs` (N*K,) float32 natural logarithms at temperature 1, `logprob` (N,) float32 of the token itself."""
+    def score(self, columns: Columns, request: ScoreRequest) -> Columns:
+        """Teacher numbers for every loss token, flat and in token order, in natural logarithms at temperature 1; U ids are usable.
+
+        `topk`: `ids` (N*K,) int32 by falling probability, `logprobs` (N*K,) float32. `dense`: `dense` (N*U,) float32.
+        `sampled`: `ids`, `logprobs` and `weights` (N*n,). `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16.
+        But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32."""
         ...
 
 
@@ -66,10 +91,58 @@ class Stage(Protocol):
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns: ...
 
 
+class Settings(BaseModel):
+    """Base of every typed setting: unknown keys are errors, values are frozen, the text under a field is its doc."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Reads = Literal["nothing", "expectation", "pair", "label", "states"]
+"""What an objective asks of its signal: nothing (it has none); `expect`, an average under the teacher, which draws can
+give too; `pair`, whole aligned distributions; `label`, the teacher's log-probability of the given token; `states`, inner states
+of a frozen player (a `StatesTerm` has it)."""
+
+
 class Objective(Protocol):
-    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean."""
+    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean.
+
+    `outputs` are the student's logits of n loss tokens, `weights` `(n,)` float32 the term's weight of each.
+    """
+
+    reads: ClassVar[Reads]
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor: ...
+
+
+@runtime_checkable
+class TwoPass(Protocol):
+    """An objective that looks at every loss token of a micro-batch before its gradient: whole sequences, batch statistics.
+
+    The head calls `survey` for each chunk of n tokens without gradient, `settle` once with all N of them, and `settled`
+    for each chunk again, with gradient. No more than the `(N, S)` and `(N, M)` numbers is kept in between.
+    """
+
+    reads: ClassVar[Reads]
+
+    def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
+        """`(n, S)` float32 numbers of each token."""
+        ...
+
+    def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
+        """`(N, M)` float32 numbers for each token, made from those of all: `(N, S)`. Carries no gradient."""
+        ...
+
+    def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
+        """The sum over a chunk, whose tokens have `numbers` `(n, M)`. Its value adds up to the objective's over chunks,
+        and its gradient is the objective's."""
+        ...
+
+
+class ObjectiveSettings(Settings):
+    """Base of the objectives: their settings are their fields, so that a recipe's term is the objective itself."""
+
+    reads: ClassVar[Reads] = "pair"
+    type: str
 
 
 @dataclass(frozen=True)
@@ -77,14 +150,38 @@ class Term:
     """One summand of a loss. `signal` names the column group it reads (`<signal>/ids`, ...); `scale` is its weight."""
 
     name: str
-    objective: Objective
+    objective: Objective | TwoPass
     scale: Schedule
     signal: str | None = None
 
 
 @dataclass(frozen=True)
+class StatesTerm:
+    """A summand computed on inner states instead of logits. `signal` names the frozen player that is compared with; the
+    objective's filters join the optimizer of the player whose update carries the term."""
+
+    name: str
+    objective: StatesObjective
+    scale: Schedule
+    signal: str
+    filters: str | None = None
+    """What its filters are kept as: terms that name the same share them. Its own name when absent."""
+
+    @property
+    def filters_name(self) -> str:
+        return self.filters or self.name
+
+
+AnyTerm = Term | StatesTerm
+
+
+@dataclass(frozen=True)
 class Player:
-    """A network inside the training job. `trained` players own an optimizer; others are frozen."""
+    """A network inside the training job. `trained` players own an optimizer; others are frozen.
+
+    `model` is `student`, the recipe's own, for a trained one; for a frozen one the endpoint whose saved model every training
+    worker loads.
+    """
 
     model: str = "student"
     trained: bool = True
@@ -93,7 +190,7 @@ class Player:
 class Players(Protocol):
     """What an update may ask of the running networks."""
 
-    def forward(self, player: str, terms: tuple[Term, ...]) -> TermSums:
+    def forward(self, player: str, terms: tuple[AnyTerm, ...]) -> TermSums:
         """Loss sums of `terms` on the micro-batch in hand, through the wrapped module of `player`."""
         ...
 
@@ -103,35 +200,32 @@ class Update:
     """One optimizer step of one player, every `every` steps."""
 
     player: str
-    terms: tuple[Term, ...]
+    terms: tuple[AnyTerm, ...]
     loss: Callable[[Players], TermSums]
     every: int = 1
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A method of distillation, as data. `signals` are the column groups that held-out rows carry for evaluation."""
+    """A method of distillation, as data. `signals` say where what the terms read comes from; those that an endpoint scores are
+    measured on held-out rows too."""
 
     players: Mapping[str, Player]
     updates: tuple[Update, ...]
     stages: tuple[Stage, ...] = ()
-    signals: tuple[str, ...] = field(default=())
+    signals: Mapping[str, Source] = field(default_factory=dict)
 
 
-def lm_update(*terms: Term, player: str = "student", every: int = 1) -> Update:
+def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:
     """One forward of `player` with every term computed on it; most strategies need only this."""
     return Update(player=player, terms=terms, loss=lambda players: players.forward(player, terms), every=every)
 
 
-class StrategyConfig(BaseModel):
+class StrategyConfig(Settings):
     """Base of every strategy's typed settings. Class defaults are the vetted setting."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     type: str
 
     def build(self) -> Strategy:
         """The strategy record these settings describe."""
         raise NotImplementedError
-
-
-ScoreKind = Literal["topk"]

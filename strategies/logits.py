@@ -10,6 +10,7 @@ from strategies.core import Player, Strategy, StrategyConfig, Term, lm_update
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
+from strategies.sources import TakeTopK, Taught
 from strategies.stages.score import Score
 
 
@@ -34,11 +35,12 @@ class Logits(StrategyConfig):
     """Weight of the cross-entropy on the dataset's tokens."""
 
     def build(self) -> Strategy:
-        kd = Term("kd", ForwardKL(schedule(self.temperature)), schedule(self.kd_weight), signal=self.teacher)
+        take = TakeTopK(top_k=self.top_k)
+        kd = Term("kd", ForwardKL(temperature=self.temperature), schedule(self.kd_weight), signal=self.teacher)
         ce = Term("ce", CrossEntropy(), schedule(self.ce_weight))
         return Strategy(
             players={"student": Player()},
-            stages=(Score(self.teacher, self.top_k),),
+            stages=(Score(self.teacher, self.teacher, take.request),),
             updates=(lm_update(kd, ce),),
-            signals=(self.teacher,),
+            signals={self.teacher: Taught(take, endpoint=self.teacher)},
         )

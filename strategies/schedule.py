@@ -6,16 +6,12 @@ import math
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
-from strategies.core import Progress, Schedule
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from strategies.core import Progress, Schedule, Settings
 
 
-class Ramp(_Model):
+class Ramp(Settings):
     """Straight line between two values, then constant: `{ramp: [0.1, 0.9], over_steps: 500}`."""
 
     ramp: tuple[float, float]
@@ -28,7 +24,7 @@ class Ramp(_Model):
         return start + (end - start) * _share(progress, self.from_step, self.over_steps)
 
 
-class Cosine(_Model):
+class Cosine(Settings):
     """Half a cosine between two values, then constant: `{cosine: [1.0, 0.0]}`."""
 
     cosine: tuple[float, float]
@@ -48,7 +44,7 @@ def _rising(points: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], .
     return points
 
 
-class Steps(_Model):
+class Steps(Settings):
     """Piecewise constant: `{steps: [[0, 1.0], [100, 0.5]]}` is 1.0 before step 100 and 0.5 from there."""
 
     steps: Annotated[tuple[tuple[NonNegativeInt, float], ...], AfterValidator(_rising)]
@@ -93,7 +89,7 @@ def constant(value: float) -> Schedule:
     return _Constant(value=value)
 
 
-class _Constant(_Model):
+class _Constant(Settings):
     value: float
 
     def __call__(self, progress: Progress) -> float:
@@ -105,7 +101,7 @@ def _share(progress: Progress, start: int, over: int | None) -> float:
     return min(1.0, max(0.0, (progress.step - start) / length))
 
 
-class LearningRate(_Model):
+class LearningRate(Settings):
     """Multiplier of the peak learning rate: linear warm-up, then the named decay, which reaches `final` after the last step."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"

@@ -27,7 +27,8 @@ from orchestrator import checkpoint
 from orchestrator.config import RunConfig, load_job
 from orchestrator.layouts import Layout
 from orchestrator.players import load_players
-from orchestrator.train import train_step
+from orchestrator.teachers import Teachers
+from orchestrator.train import Networks, train_step
 from strategies.core import Columns, Progress
 
 STEPS, HALF, AFTER, POISONED = 50, 25, 12, 9
@@ -223,8 +224,8 @@ class Side:
         to.with_suffix(".moving").rename(to)
 
     def _step(self, run: RunConfig, players: Mapping[str, Layout], step: int) -> dict[str, float]:
-        columns = whole_step(step) if self.world == ALONE else bundle(step, self.rank)
-        _, metrics = train_step(run.strategy.build(), players, columns, Progress(step, STEPS), run, False, CPU)
+        columns, strategy = whole_step(step) if self.world == ALONE else bundle(step, self.rank), run.strategy.build()
+        _, metrics = train_step(strategy, Networks(players, Teachers(strategy.signals), CPU), columns, Progress(step, STEPS), run, False)
         return metrics
 
 

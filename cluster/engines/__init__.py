@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +11,41 @@ Columns = dict[str, NDArray[np.generic]]
 """One bundle, or a part of it: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8."""
 
 
+Kind = Literal["topk", "dense", "sampled", "hidden", "per-token"]
+
+
+class Request(Protocol):
+    """What is asked of every loss token."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def top_k(self) -> int:
+        """`topk`: ids kept."""
+
+    @property
+    def draws(self) -> int:
+        """`sampled`: ids drawn, with replacement."""
+
+    @property
+    def exponent(self) -> float:
+        """`sampled`: they are drawn from the probabilities to this power."""
+
+
 class Engine(Protocol):
     """A model that puts numbers on the tokens of one bundle at a time, never mixing two."""
 
-    def score(self, columns: Columns, top_k: int) -> Columns:
-        """Numbers for the N = loss_mask.sum() loss tokens, in flat order, each given the prefix of its row.
+    def score(self, columns: Columns, request: Request) -> Columns:
+        """Numbers for the N = loss_mask.sum() loss tokens, in flat order, each given the prefix of its row; U ids are usable.
 
-        `ids` (N*K,) int32 sorted by falling probability, `logprobs` (N*K,) float32 natural logarithms at temperature 1,
-        `logprob` (N,) float32 of the token itself (-inf for a token outside the usable vocabulary), `dropped_mass`
-        (1,) float32: the largest probability that fell outside the usable vocabulary before renormalisation.
-        `ValueError` when `top_k` exceeds that vocabulary or the bundle is malformed.
+        Always `dropped_mass` (1,) float32: the largest probability that fell outside the usable ids before renormalisation.
+        Of every kind but `hidden`, `logprob` (N,) float32 of the token itself (-inf for one that is not usable). Besides, in
+        natural logarithms at temperature 1:
+        `topk`: `ids` (N*K,) int32 sorted by falling probability, `logprobs` (N*K,) float32;
+        `dense`: `dense` (N*U,) float32, log-probabilities of the usable ids;
+        `sampled`: `ids` (N*n,) int32, `logprobs` (N*n,) float32, `weights` (N*n,) float32 that make averages over the draws
+        unbiased; a function of seed, row, step and place, whatever bundle the row is in;
+        `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16: what the output head reads.
+        `ValueError` when `top_k` exceeds U or the bundle is malformed.
         """
         ...

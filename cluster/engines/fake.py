@@ -6,9 +6,12 @@ import time
 import zlib
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from cluster.engines import Columns
-from cluster.forwards import bundle_rows
+from cluster.answers import draw, token_keys
+from cluster.engines import Columns, Request
+from cluster.forwards import BundleRows, bundle_rows
 
 
 class FakeEngine:
@@ -21,25 +24,41 @@ class FakeEngine:
         self.vocabulary = vocabulary
         self.seconds_per_bundle = seconds_per_bundle
 
-    def score(self, columns: Columns, top_k: int) -> Columns:
-        """See `cluster.engines.Engine.score`. A token outside the vocabulary gets -inf."""
-        if top_k > self.vocabulary:
-            raise ValueError(f"top_k: got {top_k}; expected at most the fake endpoint's vocabulary of {self.vocabulary}")
+    def score(self, columns: Columns, request: Request) -> Columns:
+        """See `cluster.engines.Engine.score`. A token outside the vocabulary gets -inf; there are no hidden states."""
+        if request.kind == "hidden":
+            raise ValueError("hidden: got a fake endpoint, which has no network; expected an engine that loads one")
+        if request.kind == "topk" and request.top_k > self.vocabulary:
+            raise ValueError(f"top_k: got {request.top_k}; expected at most the fake endpoint's vocabulary of {self.vocabulary}")
         rows = bundle_rows(columns)
+        table = self._table(rows)
+        labels = rows.labels
+        own = np.take_along_axis(table, np.minimum(labels, self.vocabulary - 1)[:, None], axis=-1)[:, 0]
+        time.sleep(self.seconds_per_bundle)
+        found = self._chosen(table, token_keys(columns, rows.loss_at), request)
+        return {
+            **{name: values.ravel() for name, values in found.items()},
+            "logprob": np.where(labels < self.vocabulary, own, -np.inf).astype(np.float32),
+            "dropped_mass": np.zeros(1, dtype=np.float32),
+        }
+
+    def _table(self, rows: BundleRows) -> NDArray[np.float64]:
+        """Log-probabilities `(N, V)`."""
         row_of = np.searchsorted(rows.first_loss, np.arange(len(rows.loss_at)), side="right") - 1
         places = rows.loss_at - rows.starts[row_of]
         before = rows.tokens[rows.loss_at - 1].astype(np.int64)
         seeds = [zlib.crc32(f"{token} {place}".encode()) for token, place in zip(before.tolist(), places.tolist(), strict=True)]
         logits = [np.random.default_rng(seed).standard_normal(self.vocabulary) for seed in seeds]
         table = np.stack(logits) if logits else np.zeros((0, self.vocabulary))
-        table -= np.log(np.exp(table).sum(-1, keepdims=True))
-        ids = np.argsort(-table, axis=-1, kind="stable")[:, :top_k]
-        labels = rows.labels
-        own = np.take_along_axis(table, np.minimum(labels, self.vocabulary - 1)[:, None], axis=-1)[:, 0]
-        time.sleep(self.seconds_per_bundle)
-        return {
-            "ids": ids.astype(np.int32).ravel(),
-            "logprobs": np.take_along_axis(table, ids, axis=-1).astype(np.float32).ravel(),
-            "logprob": np.where(labels < self.vocabulary, own, -np.inf).astype(np.float32),
-            "dropped_mass": np.zeros(1, dtype=np.float32),
-        }
+        return np.asarray(table - np.log(np.exp(table).sum(-1, keepdims=True)))
+
+    def _chosen(self, table: NDArray[np.float64], keys: NDArray[np.int64], request: Request) -> dict[str, NDArray[np.generic]]:
+        if request.kind == "dense":
+            return {"dense": table.astype(np.float32)}
+        if request.kind == "sampled":
+            drawn = draw(torch.from_numpy(table.astype(np.float32)), torch.from_numpy(keys), request)
+            return {name: values.numpy() for name, values in drawn.items()}
+        if request.kind == "per-token":
+            return {}
+        ids = np.argsort(-table, axis=-1, kind="stable")[:, : request.top_k]
+        return {"ids": ids.astype(np.int32), "logprobs": np.take_along_axis(table, ids, axis=-1).astype(np.float32)}

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from cluster.answers import answer, token_keys
 from cluster.causal_lm import (
+    OutputHead,
     attention_argument,
     backbone,
     bound_kernel_cache,
@@ -19,14 +21,8 @@ from cluster.causal_lm import (
     output_head,
 )
 from cluster.config import TransformersEndpoint
-from cluster.engines import Columns
+from cluster.engines import Columns, Request
 from cluster.forwards import bundle_rows, group_by_length, lay_out
-
-LOGITS_AT_ONCE = 1 << 20
-"""Logits that exist at one time on a CPU: 4 MiB of float32 stay near the cores. A GPU gets 64 times as many."""
-
-TOPK_SHARE = 64
-"""torch's `topk` on a CPU sorts partially while k is at most this fraction of a row."""
 
 
 class TransformersEngine:
@@ -55,76 +51,54 @@ class TransformersEngine:
                 "when its output head is applied apart; expected the same. This architecture cannot be an endpoint."
             )
 
+    @property
+    def head(self) -> OutputHead:
+        """What makes logits of its hidden states."""
+        return output_head(self.model)
+
     @torch.inference_mode()
-    def score(self, columns: Columns, top_k: int) -> Columns:
+    def score(self, columns: Columns, request: Request) -> Columns:
         """See `cluster.engines.Engine.score`."""
-        self._refuse_foreign(columns, top_k)
+        self._refuse_foreign(columns, request)
         rows = bundle_rows(columns)
-        tokens = len(rows.loss_at)
-        ids = torch.empty((tokens, top_k), dtype=torch.int32, device=self.device)
-        logprobs = torch.empty((tokens, top_k), dtype=torch.float32, device=self.device)
-        logprob = torch.empty(tokens, dtype=torch.float32, device=self.device)
-        dropped = torch.zeros((), device=self.device)
-        labels = self._moved(rows.labels)
+        labels, keys = self._moved(rows.labels), self._moved(token_keys(columns, rows.loss_at))
+        found: dict[str, Tensor] = {}
         for group in group_by_length(rows.reach, self.forward_tokens):
             laid = lay_out(rows, [[r] for r in group])
             states = backbone(self.model)(input_ids=self._moved(laid.input_ids), use_cache=False).last_hidden_state
             hidden = states.flatten(0, 1).index_select(0, self._moved(laid.index))
             order = self._moved(laid.order)
-            step = self._piece_tokens()
-            for piece, where in zip(hidden.split(step), order.split(step), strict=True):
-                logits, normaliser, lost = self._usable_logits(piece)
-                best, best_ids = largest(logits, top_k)
-                ids[where] = best_ids.int()
-                logprobs[where] = best - normaliser
-                logprob[where] = self._own(logits, normaliser, labels[where])
-                dropped = torch.maximum(dropped, lost)
-        found = {"ids": ids.flatten(), "logprobs": logprobs.flatten(), "logprob": logprob, "dropped_mass": dropped[None]}
-        return {name: values.cpu().numpy() for name, values in found.items()}
+            said = answer(hidden, self.head, labels[order], keys[order], request, self.vocabulary)
+            for name, values in said.items():
+                whole = found.setdefault(name, values.new_empty((len(labels), *values.shape[1:])))
+                whole[order] = values
+        return self._columns(found or self._nothing(request))
 
-    def _usable_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of the usable ids `(n, U)`, their `logsumexp` `(n, 1)`, and the largest share of mass beyond them."""
-        logits = output_head(self.model).logits(hidden)
-        if self.vocabulary == self.predicted:
-            return logits, logits.logsumexp(-1, keepdim=True), logits.new_zeros(())
-        usable = logits[:, : self.vocabulary]
-        normaliser = usable.logsumexp(-1, keepdim=True)
-        return usable, normaliser, -torch.expm1(normaliser - logits.logsumexp(-1, keepdim=True)).min().clamp_max(0.0)
+    def _nothing(self, request: Request) -> dict[str, Tensor]:
+        """The answer about no token."""
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        hidden = torch.zeros((1, self.head.weight.shape[-1]), dtype=self.model.dtype, device=self.device)
+        said = answer(hidden, self.head, none.new_zeros(1), none.new_zeros(1), request, self.vocabulary)
+        return {name: values[:0] for name, values in said.items()}
 
-    def _own(self, logits: Tensor, normaliser: Tensor, labels: Tensor) -> Tensor:
-        inside = labels < self.vocabulary
-        own = (logits.gather(-1, labels.clamp_max(self.vocabulary - 1)[:, None]) - normaliser)[:, 0]
-        return torch.where(inside, own, -torch.inf)
-
-    def _piece_tokens(self) -> int:
-        room = LOGITS_AT_ONCE if self.device.type == "cpu" else 64 * LOGITS_AT_ONCE
-        return max(64, room // self.predicted)
+    def _columns(self, found: dict[str, Tensor]) -> Columns:
+        dropped = found.pop("dropped")
+        flat = {name: values.flatten() for name, values in found.items()}
+        flat["dropped_mass"] = (dropped.max() if len(dropped) else dropped.new_zeros(()))[None].float()
+        return {n: (v.view(torch.int16) if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in flat.items()}
 
     def _moved(self, values: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def _refuse_foreign(self, columns: Columns, top_k: int) -> None:
-        if top_k > self.vocabulary:
-            raise ValueError(f"top_k: got {top_k}; expected at most the {self.vocabulary} usable ids. Lower the strategy's top_k.")
+    def _refuse_foreign(self, columns: Columns, request: Request) -> None:
+        if request.kind == "topk" and request.top_k > self.vocabulary:
+            raise ValueError(f"top_k: got {request.top_k}; expected at most the {self.vocabulary} usable ids. Lower the strategy's top_k.")
         highest = int(columns["tokens"].max()) if len(columns["tokens"]) else 0
         if highest >= self.embedded:
             raise ValueError(
                 f"tokens: got the id {highest}; expected less than the {self.embedded} ids that this endpoint's model embeds. "
                 "Teacher and student must share a tokenizer."
             )
-
-
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of `(n, V)`, falling, and their places, both `(n, k)`.
-
-    On a CPU torch partitions only when k is small against V; elsewhere numpy's partition takes half its time.
-    """
-    if values.device.type != "cpu" or k * TOPK_SHARE <= values.shape[-1]:
-        return torch.topk(values, k)
-    kept = values.shape[-1] - k
-    places = torch.from_numpy(np.argpartition(values.numpy(), min(kept, values.shape[-1] - 1), axis=-1)[:, kept:])
-    found, order = values.gather(-1, places).sort(-1, descending=True)
-    return found, places.gather(-1, order)
 
 
 def load_frozen(config: TransformersEndpoint, device: torch.device) -> PreTrainedModel:

@@ -6,8 +6,8 @@ and what they really add is known before any model loads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,12 +18,18 @@ from orchestrator.bundle import HELD_OUT_STEP
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
-from strategies.core import Columns, Progress, Stage, Strategy, Term
+from strategies.core import AnyTerm, Columns, Progress, ScoreRequest, Stage, StatesTerm, Strategy, Term
+from strategies.sources import Taught, scored_columns
 
 ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
 CONTROL_COLUMNS = frozenset({"step", "bundle", "attempt", "rows_total"})
-SIGNAL_PARTS = ("ids", "logprobs")
 SAMPLED_STEPS = 257
+READS = {
+    "expectation": "averages under the teacher",
+    "pair": "whole distributions",
+    "label": "the teacher's log-probability of the given token",
+}
+"""What an objective reads, in words."""
 
 
 def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]:
@@ -33,16 +39,22 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_columns(where, strategy)
     _check_best_metric(job, strategy)
     warnings = _check_weights(where, strategy, steps or 1000)
-    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages})
+    frozen = {p.model for p in strategy.players.values() if not p.trained}
+    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
-    if job.run.baseline and not strategy.signals:
+    if job.run.baseline and not strategy.signals and not frozen:
         warnings.append("baseline: true trains the same again, because the strategy has no teacher.")
     return warnings
 
 
 def used_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
     """The endpoints that stages name. `Refusal` for one that nothing defines."""
-    wanted = {s.endpoint for s in strategy.stages if s.endpoint}
+    return named_endpoints(job, {s.endpoint for s in strategy.stages if s.endpoint})
+
+
+def named_endpoints(job: Job, wanted: Iterable[str]) -> dict[str, EndpointConfig]:
+    """Endpoints by name. `Refusal` for one that nothing defines."""
+    wanted = set(wanted)
     for name in sorted(wanted - set(job.endpoints)):
         known = sorted(job.endpoints)
         raise Refusal(
@@ -55,17 +67,36 @@ def used_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
 
 
 def _check_parts(where: str, strategy: Strategy) -> None:
+    trained = sorted(name for name, p in strategy.players.items() if p.trained)
+    frozen = sorted(set(strategy.players) - set(trained))
     for update in strategy.updates:
-        if update.player not in strategy.players:
-            known = ", ".join(sorted(strategy.players)) or "none"
-            raise Refusal(where, f"an update of the player {update.player!r}", f"a player of the strategy: {known}", "Mend the strategy.")
+        if update.player not in trained:
+            known = ", ".join(trained) or "none"
+            raise Refusal(where, f"an update of the player {update.player!r}", f"a trained player of it: {known}", "Mend the strategy.")
         names = [t.name for t in update.terms]
         if len(set(names)) < len(names):
             raise Refusal(where, f"terms named {', '.join(names)}", "a name of its own for each", "Mend the strategy.")
         for term in update.terms:
-            if term.signal is not None and term.signal not in strategy.signals:
-                expected = f"one of its signals: {', '.join(strategy.signals) or 'none'}"
+            known_signals = frozen if isinstance(term, StatesTerm) else list(strategy.signals)
+            if term.signal is not None and term.signal not in known_signals:
+                kind = "frozen players" if isinstance(term, StatesTerm) else "signals"
+                expected = f"one of its {kind}: {', '.join(known_signals) or 'none'}"
                 raise Refusal(where, f"the term {term.name!r} reading the signal {term.signal!r}", expected, "Mend the strategy.")
+            if isinstance(term, Term):
+                _check_reads(where, term, strategy)
+
+
+def _check_reads(where: str, term: Term, strategy: Strategy) -> None:
+    """The objective gets what it reads."""
+    reads = term.objective.reads
+    given = strategy.signals[term.signal].gives if term.signal else frozenset({"nothing"})
+    if reads == "nothing" or reads in given:
+        return
+    having = f"with the signal {term.signal!r}" if term.signal else "without a signal"
+    got = f"the term {term.name!r}, which reads {READS[reads]}, {having}"
+    fitting = [name for name, source in strategy.signals.items() if reads in source.gives]
+    expected = f"a signal that gives it: {', '.join(fitting) or 'none of the strategy does'}"
+    raise Refusal(where, got, expected, "Name another signal, or take more of the teacher: `distill strategies terms` lists what.")
 
 
 def _check_columns(where: str, strategy: Strategy) -> None:
@@ -80,15 +111,22 @@ def _check_columns(where: str, strategy: Strategy) -> None:
                 "Put a stage that adds it before this one.",
             )
         there = there | stage.adds
-    for column in (f"{signal}/{part}" for signal in strategy.signals for part in SIGNAL_PARTS):
+    for column in scored_columns(strategy.signals):
         if column not in there:
             do = "Add a stage that scores the rows, or drop the signal."
             raise Refusal(where, f"the signal column {column!r}, which no stage adds", "a stage that adds it", do)
 
 
+def measured(strategy: Strategy) -> dict[str, Taught]:
+    """The signals measured on held-out rows: of each endpoint that a stage asks, the first whole distribution, else the first."""
+    scored = [(name, s) for name, s in strategy.signals.items() if isinstance(s, Taught) and s.endpoint]
+    best = sorted(scored, key=lambda pair: "pair" not in pair[1].gives)
+    return {name: s for i, (name, s) in enumerate(best) if s.endpoint not in {t.endpoint for _, t in best[:i]}}
+
+
 def _check_best_metric(job: Job, strategy: Strategy) -> None:
     given = job.run.checkpoint.best_metric
-    known = [f"eval/{t.name}" for t in evaluate.evaluation_terms(strategy.signals)] + ["eval/perplexity"]
+    known = [f"eval/{t.name}" for t in evaluate.evaluation_terms(measured(strategy))] + ["eval/perplexity"]
     if given not in known:
         do = nearest(given, known) or "Correct the name."
         raise Refusal("checkpoint.best_metric", repr(given), f"one of {', '.join(known)}", do)
@@ -97,7 +135,7 @@ def _check_best_metric(job: Job, strategy: Strategy) -> None:
 def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
     """Some term has a weight at some step. Negative weights are fine: only sums that are always zero teach nothing."""
     points = [Progress(int(s), steps) for s in np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int))]
-    idle: list[Term] = []
+    idle: list[AnyTerm] = []
     for update in strategy.updates:
         never = [t for t in update.terms if not any(t.scale(p) for p in points)]
         if len(never) == len(update.terms):
@@ -108,35 +146,42 @@ def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
     return [f"the term {t.name!r} has weight 0 throughout" + (f"; {t.signal!r} is asked for nothing." if t.signal else ".") for t in idle]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rehearsal:
-    """Stands in for an endpoint: answers any question about two tokens, and remembers how many ids were asked for."""
+    """Stands in for an endpoint: answers any question about two tokens."""
 
     where: str
     vocabulary: int
-    asked: list[int] = field(default_factory=list)
+    width: int
+    """Of its hidden states; 0 for an endpoint without a network."""
 
-    def score(self, columns: Columns, top_k: int) -> Columns:
+    def score(self, columns: Columns, request: ScoreRequest) -> Columns:
         """See `cluster.engines.Engine.score`."""
-        if top_k > self.vocabulary:
-            do = f"Set strategy.top_k to at most {self.vocabulary}; 64 is plenty."
-            raise Refusal(f"{self.where}: top_k", str(top_k), f"at most the {self.vocabulary} ids that student and teacher share", do)
-        self.asked.append(top_k)
-        return FakeEngine(self.vocabulary).score(columns, top_k)
+        if request.kind == "topk" and request.top_k > self.vocabulary:
+            do = f"Set top_k to at most {self.vocabulary}; 64 is plenty."
+            raise Refusal(
+                f"{self.where}: top_k", str(request.top_k), f"at most the {self.vocabulary} ids that student and teacher share", do
+            )
+        if request.kind != "hidden":
+            return FakeEngine(self.vocabulary).score(columns, request)
+        if not self.width:
+            do = "Name an endpoint with a saved model, or take topk or dense."
+            raise Refusal(f"{self.where}: take hidden", "an endpoint without a network", "one whose hidden states can be read", do)
+        tokens = np.count_nonzero(columns["loss_mask"])
+        return {"hidden": np.zeros(tokens * self.width, np.float32), "dropped_mass": np.zeros(1, np.float32)}
 
 
-def rehearse(job: Job, strategy: Strategy, vocabulary: int) -> dict[str, int]:
-    """Most ids per position that each endpoint is asked for. `Refusal` for more than there are, and for a stage that
-    does not add what it says."""
+def rehearse(job: Job, strategy: Strategy, vocabulary: int, widths: Mapping[str, int]) -> int:
+    """Bytes that stages add to every loss token. `widths` are those of the endpoints' hidden states.
+
+    `Refusal` for more ids than there are, and for a stage that does not add what it says.
+    """
     where = f"strategy.{job.run.strategy.type}"
     columns = _smallest_bundle()
-    asked: dict[str, int] = {}
+    before = set(columns)
     for stage in strategy.stages:
-        endpoint = _Rehearsal(where, vocabulary)
-        columns = _play(where, stage, columns, endpoint)
-        if stage.endpoint is not None:
-            asked[stage.endpoint] = max([asked.get(stage.endpoint, 0), *endpoint.asked])
-    return asked
+        columns = _play(where, stage, columns, _Rehearsal(where, vocabulary, widths.get(stage.endpoint or "", 0)))
+    return sum(values.nbytes for name, values in columns.items() if name not in before)
 
 
 def _play(where: str, stage: Stage, columns: Columns, endpoint: _Rehearsal) -> Columns:

@@ -7,23 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strategies.core import Columns, Endpoint
+from strategies.core import Columns, Endpoint, ScoreRequest
 
 
 @dataclass(frozen=True)
 class Score:
-    """Adds `<teacher>/ids`, `<teacher>/logprobs` (both N*K), `<teacher>/logprob` (N,), `<teacher>/seconds` (1,) and
-    `<teacher>/dropped_mass` (1,), the largest share of mass on ids that the student lacks.
+    """Adds a column group: what `endpoint` answers to `request`, as `<signal>/<column>`, besides `<signal>/seconds` (1,) and
+    `<signal>/dropped_mass` (1,), the largest share of mass on ids that the student lacks.
 
     Only loss tokens carry signals. The teacher sees exactly the token ids that the student will see.
     """
 
-    teacher: str
-    top_k: int
-
-    @property
-    def endpoint(self) -> str:
-        return self.teacher
+    signal: str
+    endpoint: str
+    request: ScoreRequest
 
     @property
     def needs(self) -> frozenset[str]:
@@ -31,12 +28,12 @@ class Score:
 
     @property
     def adds(self) -> frozenset[str]:
-        return frozenset(f"{self.teacher}/{c}" for c in ("ids", "logprobs", "logprob", "dropped_mass", "seconds"))
+        return frozenset(f"{self.signal}/{c}" for c in (*self.request.answers, "dropped_mass", "seconds"))
 
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         if endpoint is None:
-            raise ValueError(f"stage Score needs the endpoint {self.teacher!r} and was given none")
+            raise ValueError(f"stage Score needs the endpoint {self.endpoint!r} and was given none")
         began = time.perf_counter()
-        scores = endpoint.score(columns, self.top_k)
+        scores = endpoint.score(columns, self.request)
         seconds = np.asarray([time.perf_counter() - began], dtype=np.float32)
-        return {**columns, **{f"{self.teacher}/{k}": v for k, v in scores.items()}, f"{self.teacher}/seconds": seconds}
+        return {**columns, **{f"{self.signal}/{k}": v for k, v in scores.items()}, f"{self.signal}/seconds": seconds}

@@ -35,4 +35,14 @@ BENCHMARKS: dict[str, Entry] = {
         "seconds from the command to the first optimizer step, with data that was never prepared",
         "<= 25 s with one worker",
     ),
+    "head-memory": Entry(
+        "tests.benchmarks.head_memory",
+        "peak extra memory of the chunked head's forward and backward over whole logits and autograd, V = 131,072",
+        "ratio <= 0.125",
+    ),
+    "head-time": Entry(
+        "tests.benchmarks.head_time",
+        "time of the chunked head's forward and backward over whole logits and autograd, V = 131,072",
+        "ratio <= 1.0",
+    ),
 }

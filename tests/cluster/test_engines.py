@@ -11,16 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from cluster.answers import largest
 from cluster.config import FakeEndpoint, TransformersEndpoint
 from cluster.endpoints import check_scores, make_engine
 from cluster.engines import Columns, Engine
 from cluster.engines.fake import FakeEngine
-from cluster.engines.transformers import TransformersEngine, largest
+from cluster.engines.transformers import TransformersEngine
 from cluster.forwards import bundle_rows, group_by_length, lay_out
+from strategies.core import ScoreRequest
 from tests.tiny import tiny_model
 
 VOCABULARY = 512
 TOP_K = 7
+TOP = ScoreRequest("topk", top_k=TOP_K)
+ALL = ScoreRequest("topk", top_k=VOCABULARY)
 
 
 def bundle(lengths: list[int], seed: int = 0, vocabulary: int = VOCABULARY, keep: float = 0.7) -> Columns:
@@ -78,46 +82,46 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
 
 def test_every_engine_keeps_the_contract(engine: Engine) -> None:
     columns = bundle([9, 30, 1, 0, 17, 2, 12])
-    check_scores(columns, engine.score(columns, TOP_K), TOP_K, VOCABULARY)
+    check_scores(columns, engine.score(columns, TOP), TOP, VOCABULARY)
 
 
 def test_every_engine_may_name_the_whole_vocabulary(engine: Engine) -> None:
     columns = bundle([9, 6])
-    scores = engine.score(columns, VOCABULARY)
-    check_scores(columns, scores, VOCABULARY, VOCABULARY)
+    scores = engine.score(columns, ALL)
+    check_scores(columns, scores, ALL, VOCABULARY)
     np.testing.assert_allclose(np.exp(scores["logprobs"].reshape(-1, VOCABULARY)).sum(-1), 1.0, rtol=1e-5)
 
 
 def test_every_engine_refuses_more_tokens_than_the_vocabulary_has(engine: Engine) -> None:
     with pytest.raises(ValueError, match=f"top_k: got {VOCABULARY + 1}; expected at most"):
-        engine.score(bundle([9, 6]), VOCABULARY + 1)
+        engine.score(bundle([9, 6]), ScoreRequest("topk", top_k=VOCABULARY + 1))
 
 
 def test_every_engine_answers_a_bundle_without_loss_tokens(engine: Engine) -> None:
     columns = bundle([9, 6], keep=0.0)
-    check_scores(columns, engine.score(columns, TOP_K), TOP_K, VOCABULARY)
+    check_scores(columns, engine.score(columns, TOP), TOP, VOCABULARY)
 
 
 def test_every_engine_repeats_itself_bitwise(engine: Engine) -> None:
     columns = bundle([9, 30, 17, 12])
-    first, second = engine.score(columns, TOP_K), engine.score(columns, TOP_K)
+    first, second = engine.score(columns, TOP), engine.score(columns, TOP)
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_fake_scores_of_a_row_do_not_depend_on_its_bundle() -> None:
     engine = FakeEngine(VOCABULARY)
     together = bundle([9, 30, 17, 4])
-    scores = engine.score(together, TOP_K)
+    scores = engine.score(together, TOP)
     alone = {"tokens": together["tokens"][9:39], "lengths": together["lengths"][1:2], "loss_mask": together["loss_mask"][9:39]}
     before, count = int(together["loss_mask"][:9].sum()), int(alone["loss_mask"].sum())
     here = slice(before * TOP_K, (before + count) * TOP_K)
-    np.testing.assert_array_equal(engine.score(alone, TOP_K)["ids"], scores["ids"][here])
+    np.testing.assert_array_equal(engine.score(alone, TOP)["ids"], scores["ids"][here])
 
 
 @pytest.mark.parametrize("forward_tokens", [1, 40, 10_000])
 def test_scores_are_those_of_each_row_alone_whatever_the_padding(folder: Path, forward_tokens: int) -> None:
     columns = bundle([9, 30, 1, 17, 30, 2, 12])
-    scores = TransformersEngine(TransformersEndpoint(model=str(folder), forward_tokens=forward_tokens)).score(columns, TOP_K)
+    scores = TransformersEngine(TransformersEndpoint(model=str(folder), forward_tokens=forward_tokens)).score(columns, TOP)
     agrees(scores, row_logprobs(folder, columns), columns, TOP_K)
     assert scores["dropped_mass"] == 0.0
 
@@ -134,7 +138,7 @@ def test_scores_of_a_soft_capped_model_with_sliding_windows(tmp_path: Path) -> N
     config = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)
     columns = bundle([20, 9, 14, 3])
     where = save(Gemma2ForCausalLM(config), tmp_path)
-    scores = TransformersEngine(TransformersEndpoint(model=str(where))).score(columns, TOP_K)
+    scores = TransformersEngine(TransformersEndpoint(model=str(where))).score(columns, TOP)
     agrees(scores, row_logprobs(where, columns), columns, TOP_K)
 
 
@@ -144,15 +148,15 @@ def test_scores_of_models_with_learned_positions_and_untied_heads(tmp_path: Path
     columns = bundle([20, 9, 14, 3])
     for name, model in {"gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}.items():
         where = save(model, tmp_path / name)
-        scores = TransformersEngine(TransformersEndpoint(model=str(where))).score(columns, TOP_K)
+        scores = TransformersEngine(TransformersEndpoint(model=str(where))).score(columns, TOP)
         agrees(scores, row_logprobs(where, columns), columns, TOP_K)
 
 
 def test_a_padded_teacher_vocabulary_is_dropped_and_the_rest_renormalised(folder: Path) -> None:
     usable = 500
     columns = bundle([20, 9, 14, 3], vocabulary=usable)
-    scores = make_engine(TransformersEndpoint(model=str(folder)), vocabulary=usable).score(columns, usable)
-    check_scores(columns, scores, usable, usable)
+    scores = make_engine(TransformersEndpoint(model=str(folder)), vocabulary=usable).score(columns, ScoreRequest("topk", top_k=usable))
+    check_scores(columns, scores, ScoreRequest("topk", top_k=usable), usable)
     agrees(scores, row_logprobs(folder, columns, usable), columns, usable)
     lost = row_logprobs(folder, columns)[:, usable:].exp().sum(-1).max()
     assert float(scores["dropped_mass"][0]) == pytest.approx(float(lost), rel=1e-4)
@@ -161,7 +165,7 @@ def test_a_padded_teacher_vocabulary_is_dropped_and_the_rest_renormalised(folder
 def test_a_token_beyond_the_usable_vocabulary_has_no_probability(folder: Path) -> None:
     columns = bundle([20, 3], vocabulary=10)
     columns["tokens"][4], columns["loss_mask"][4] = 505, 1
-    scores = make_engine(TransformersEndpoint(model=str(folder)), vocabulary=500).score(columns, TOP_K)
+    scores = make_engine(TransformersEndpoint(model=str(folder)), vocabulary=500).score(columns, TOP)
     assert scores["logprob"][int(columns["loss_mask"][:4].sum())] == -np.inf
     assert np.isfinite(scores["logprobs"]).all()
 
@@ -170,15 +174,15 @@ def test_a_token_that_the_teacher_does_not_embed_is_refused(folder: Path) -> Non
     columns = bundle([20, 3])
     columns["tokens"][4] = VOCABULARY
     with pytest.raises(ValueError, match="tokens: got the id 512; expected less than the 512 ids"):
-        make_engine(TransformersEndpoint(model=str(folder))).score(columns, TOP_K)
+        make_engine(TransformersEndpoint(model=str(folder))).score(columns, TOP)
 
 
 def test_bfloat16_weights_score_close_to_float32(folder: Path) -> None:
     columns = bundle([20, 9, 14, 3])
     engine = TransformersEngine(TransformersEndpoint(model=str(folder), dtype="bfloat16"))
     assert engine.model.dtype == torch.bfloat16
-    scores = engine.score(columns, TOP_K)
-    check_scores(columns, scores, TOP_K, VOCABULARY)
+    scores = engine.score(columns, TOP)
+    check_scores(columns, scores, TOP, VOCABULARY)
     labels = torch.from_numpy(columns["tokens"][columns["loss_mask"].astype(bool)]).long()
     wanted = row_logprobs(folder, columns).gather(-1, labels[:, None])[:, 0]
     torch.testing.assert_close(torch.from_numpy(scores["logprob"]), wanted, atol=0.05, rtol=0)
@@ -210,9 +214,9 @@ def test_quantisation_on_a_cpu_says_what_to_do(folder: Path) -> None:
 )
 def test_a_broken_answer_is_named(name: str, change, message: str) -> None:  # type: ignore[no-untyped-def]
     columns = bundle([9, 6])
-    scores = FakeEngine(VOCABULARY).score(columns, TOP_K)
+    scores = FakeEngine(VOCABULARY).score(columns, TOP)
     with pytest.raises(ValueError, match=message):
-        check_scores(columns, {**scores, name: change(scores[name])}, TOP_K, VOCABULARY)
+        check_scores(columns, {**scores, name: change(scores[name])}, TOP, VOCABULARY)
 
 
 def test_a_first_token_that_is_to_be_predicted_is_refused() -> None:

@@ -24,6 +24,7 @@ from orchestrator.layouts import Numerics, make_layout
 from orchestrator.microbatch import cut
 from orchestrator.models import load_student
 from strategies.core import Columns
+from strategies.sources import scored_columns
 from tests import harness_layouts as harness
 from tests.harness_layouts import AFTER, ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
 from tests.tiny import tiny_model
@@ -247,7 +248,8 @@ def test_the_ranks_had_unequal_work(results: Results) -> None:
 
 
 def _micro_batches(run: RunConfig, columns: Columns) -> int:
-    return len(cut(columns, ["teacher"], run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens))
+    wanted = scored_columns(run.strategy.build().signals)
+    return len(cut(columns, wanted, run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens))
 
 
 def test_one_process_follows_the_curve_of_a_plain_loop(tmp_path: Path) -> None:

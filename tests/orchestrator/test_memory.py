@@ -52,13 +52,15 @@ def worker(recipe, columns):
     from orchestrator import checkpoint, train
     from orchestrator.config import load_job
     from orchestrator.players import load_players
+    from orchestrator.teachers import Teachers
     from strategies.core import Progress
 
     run, cpu = load_job(recipe).run, torch.device("cpu")
     strategy = run.strategy.build()
     players = load_players(run, strategy.players, cpu)
     for step in range(2):
-        train.train_step(strategy, players, columns, Progress(step, 2), run, False, cpu)
+        networks = train.Networks(players, Teachers(strategy.signals), cpu)
+        train.train_step(strategy, networks, columns, Progress(step, 2), run, False)
     saved = checkpoint.save(players, checkpoint.Position(2, 1, {}), 0).path
     size = sum(f.stat().st_size for f in Path(saved).rglob("*") if f.is_file())
     return {**players["student"].held_bytes(), "checkpoint": size}
@@ -68,7 +70,9 @@ def scorer(model, columns):
     from cluster.config import TransformersEndpoint
     from cluster.engines.transformers import TransformersEngine
 
-    TransformersEngine(TransformersEndpoint(model=model), threads=1).score(columns, 64)
+    from strategies.core import ScoreRequest
+
+    TransformersEngine(TransformersEndpoint(model=model), threads=1).score(columns, ScoreRequest("topk", top_k=64))
     return {}
 
 who, given, size = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
@@ -128,7 +132,7 @@ def test_a_worker_holds_what_was_estimated(model: str, train: dict[str, Any], mi
     estimate = worker_memory(run, student, work(micro, micros), WORKER)
     assert near(estimate.total, real["peak"]), (estimate, real)
     assert near(estimate.parts["weights"], real["parameters"]) and near(estimate.parts["optimizer"], real["optimizer"])
-    assert near(disk(run, student, data(), 2, {}).checkpoint, real["checkpoint"])
+    assert near(disk(run, student, data(), 2, 0).checkpoint, real["checkpoint"])
 
 
 def test_a_scorer_holds_what_was_estimated(model: str) -> None:
@@ -216,8 +220,8 @@ def test_disk_counts_every_checkpoint_that_lies_there_at_once(model: str) -> Non
     content["checkpoint"] = {"every_steps": 10, "keep": 3}
     run = run_of(content)
     student = student_network(run.student)
-    assert [disk(run, student, data(), steps, {}).checkpoints for steps in (5, 30, 1000)] == [1, 3, 5]
-    needed = disk(run, student, data(), 5, {"teacher": 10})
+    assert [disk(run, student, data(), steps, 0).checkpoints for steps in (5, 30, 1000)] == [1, 3, 5]
+    needed = disk(run, student, data(), 5, 84)
     assert needed.held_out == 1000 * 5 + 900 * (10 * 8 + 4)
     assert needed.needed == needed.checkpoint + needed.export + needed.held_out
     assert needed.export == 4 * student.parameters

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 from orchestrator.config import Lora, StudentConfig
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy, pack
 from orchestrator.models import StudentModule, check_head, check_packing, load_student
+from orchestrator.teachers import Teachers
 from strategies.core import Columns, Progress, Term
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
+from strategies.sources import TakeTopK, Taught
 from tests.orchestrator.networks import ARCHITECTURES, VOCABULARY, network
 from tests.tiny import tiny_model
 
-TERMS = (Term("kd", ForwardKL(constant(2.0)), constant(1.0), signal="teacher"), Term("ce", CrossEntropy(), constant(1.0)))
+TERMS = (Term("kd", ForwardKL(temperature=2.0), constant(1.0), signal="teacher"), Term("ce", CrossEntropy(), constant(1.0)))
+TEACHER = ("teacher/ids", "teacher/logprobs")
+TEACHERS = Teachers({"teacher": Taught(TakeTopK(top_k=5), endpoint="teacher")})
 SCALES = {"kd": 0.7, "ce": 0.3}
 PROGRESS = Progress(0, 1)
 
@@ -54,7 +58,7 @@ def learned(model: torch.nn.Module, micros: list[MicroBatch]) -> tuple[Tensor, d
     module.zero_grad()
     sums = torch.zeros(len(TERMS))
     for micro in micros:
-        loss, parts = module(micro, TERMS, SCALES, PROGRESS)
+        loss, parts, _ = module(TEACHERS.teach(micro, TERMS), TERMS, SCALES, PROGRESS)
         loss.backward()
         sums += parts
     return sums, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -93,17 +97,17 @@ def test_a_packed_row_never_sees_another(architecture: str) -> None:
     model = network(architecture)
     check_packing(model)
     columns = bundle([9, 14, 2, 5, 20, 3, 11, 1, 8])
-    packed = cut(columns, ["teacher"], "packed", micro_batch_tokens=48, max_length_tokens=24)
+    packed = cut(columns, TEACHER, "packed", micro_batch_tokens=48, max_length_tokens=24)
     assert any(m.position_ids is not None and len(m.input_ids) > 1 for m in packed), "several packed sequences in one forward"
     assert any(m.position_ids is not None and (m.position_ids[:, -1] == 0).any() for m in packed), "padding at the end of a sequence"
-    alone = cut(columns, ["teacher"], "bucketed", micro_batch_tokens=1, max_length_tokens=24)
+    alone = cut(columns, TEACHER, "bucketed", micro_batch_tokens=1, max_length_tokens=24)
     same(learned(model, packed), learned(model, alone))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 30, 10_000])
 def test_gradients_are_those_of_the_full_logits_however_the_bundle_is_cut(micro_batch_tokens: int) -> None:
     model, columns = network("qwen3"), bundle([9, 14, 2, 5, 20, 3])
-    got = learned(model, cut(columns, ["teacher"], "bucketed", micro_batch_tokens, 24))
+    got = learned(model, cut(columns, TEACHER, "bucketed", micro_batch_tokens, 24))
     model.zero_grad()
     kl, ce = naive_sums(model, columns)
     torch.testing.assert_close(got[0], torch.stack([kl, ce]).float().detach(), rtol=1e-5, atol=0)
@@ -122,12 +126,12 @@ def test_cutting_keeps_every_loss_token_with_its_own_columns(
     lengths: list[int], room: int, longest: int, batching: Literal["bucketed", "packed"]
 ) -> None:
     columns = bundle(lengths)
-    micros = cut(columns, ["teacher"], batching, room, longest)
+    micros = cut(columns, TEACHER, batching, room, longest)
     tokens = int(columns["loss_mask"].sum())
     shape = (tokens, -1) if tokens else (0, 1)
     ids, logprobs = (columns[f"teacher/{n}"].reshape(shape) for n in ("ids", "logprobs"))
     wanted = carried(columns["tokens"][columns["loss_mask"].astype(bool)], ids, logprobs, columns["weights/kd"])
-    got = [row for m in micros for row in carried(m.labels, m.signals["teacher/ids"], m.signals["teacher/logprobs"], m.weights["kd"])]
+    got = [row for m in micros for row in carried(m.labels, m.columns["teacher/ids"], m.columns["teacher/logprobs"], m.weights["kd"])]
     assert sorted(got) == sorted(wanted)
     assert all(m.padded_tokens <= room or len(m.input_ids) == 1 for m in micros)
 
@@ -138,10 +142,10 @@ def carried(*columns: Any) -> list[tuple[Any, ...]]:
 
 
 def test_cutting_the_same_bundle_again_is_bitwise_the_same() -> None:
-    first, second = (cut(bundle([9, 9, 9, 14, 2]), ["teacher"], "packed", 30, 20) for _ in range(2))
+    first, second = (cut(bundle([9, 9, 9, 14, 2]), TEACHER, "packed", 30, 20) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.index, b.index)
-        assert torch.equal(a.signals["teacher/ids"], b.signals["teacher/ids"])
+        assert torch.equal(a.columns["teacher/ids"], b.columns["teacher/ids"])
 
 
 def test_packing_fills_sequences_longest_first() -> None:
@@ -149,7 +153,7 @@ def test_packing_fills_sequences_longest_first() -> None:
 
 
 def test_packing_into_one_micro_batch_of_room_makes_single_sequences() -> None:
-    micros = cut(bundle([9, 14, 2, 5, 20, 3, 11, 1, 8]), ["teacher"], "packed", micro_batch_tokens=24, max_length_tokens=24)
+    micros = cut(bundle([9, 14, 2, 5, 20, 3, 11, 1, 8]), TEACHER, "packed", micro_batch_tokens=24, max_length_tokens=24)
     assert [len(m.input_ids) for m in micros] == [1] * len(micros)
 
 
@@ -162,14 +166,14 @@ def test_counts_are_loss_tokens_that_a_term_weighs() -> None:
 
 def test_a_missing_signal_is_named() -> None:
     with pytest.raises(ValueError, match="signal column 'other/ids': got a bundle with"):
-        cut(bundle([9]), ["other"], "bucketed", 30, 20)
+        cut(bundle([9]), ["other/ids"], "bucketed", 30, 20)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
 def test_a_micro_batch_without_loss_tokens_gives_zero_gradients_everywhere(tmp_path: Path, lora: Lora | None) -> None:
     tiny_model(tmp_path, vocab_size=VOCABULARY)
     model = load_student(StudentConfig(model=str(tmp_path), lora=lora), gradient_checkpointing=False, seed=0)
-    (real, *_) = cut(bundle([9]), ["teacher"], "bucketed", 30, 20)
+    (real, *_) = cut(bundle([9]), TEACHER, "bucketed", 30, 20)
     for empty in (dummy(), real.dummy()):
         sums, gradients = learned(model, [empty])
         assert not sums.any()
@@ -179,16 +183,16 @@ def test_a_micro_batch_without_loss_tokens_gives_zero_gradients_everywhere(tmp_p
 
 def test_nothing_is_differentiated_when_only_measuring() -> None:
     module = StudentModule(network("llama"))
-    (micro,) = cut(bundle([9, 5]), ["teacher"], "bucketed", 100, 20)
+    (micro,) = cut(bundle([9, 5]), TEACHER, "bucketed", 100, 20)
     with torch.no_grad():
-        loss, sums = module(micro, TERMS, SCALES, PROGRESS)
+        loss, sums, _ = module(TEACHERS.teach(micro, TERMS), TERMS, SCALES, PROGRESS)
     assert not loss.requires_grad and all(p.grad is None for p in module.parameters())
     torch.testing.assert_close(loss, 0.7 * sums[0] + 0.3 * sums[1])
 
 
 def test_bfloat16_compute_stays_close_to_float32() -> None:
     model, columns = network("qwen3"), bundle([9, 14, 20])
-    micros = cut(columns, ["teacher"], "bucketed", 100, 20)
+    micros = cut(columns, TEACHER, "bucketed", 100, 20)
     wanted, _ = learned(model, micros)
     with torch.autocast("cpu", torch.bfloat16):
         got, gradients = learned(model, micros)
@@ -198,7 +202,7 @@ def test_bfloat16_compute_stays_close_to_float32() -> None:
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     tiny_model(tmp_path, vocab_size=VOCABULARY)
-    micros = cut(bundle([9, 14, 20]), ["teacher"], "packed", 100, 40)
+    micros = cut(bundle([9, 14, 20]), TEACHER, "packed", 100, 40)
     models = [load_student(StudentConfig(model=str(tmp_path)), checkpointing, seed=0).train() for checkpointing in (True, False)]
     same(learned(models[0], micros), learned(models[1], micros))
 
@@ -210,7 +214,7 @@ def test_a_lora_student_trains_its_adapter_and_not_the_head(tmp_path: Path) -> N
     check_packing(model)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n and "lm_head" not in n for n in trained)
-    micros = cut(bundle([9, 14]), ["teacher"], "bucketed", 100, 20)
+    micros = cut(bundle([9, 14]), TEACHER, "bucketed", 100, 20)
     sums, gradients = learned(model.train(), micros)
     assert {n.removeprefix("model.") for n in gradients} and all(torch.isfinite(g).all() for g in gradients.values())
     torch.testing.assert_close(sums, learned(plain, micros)[0], rtol=1e-4, atol=1e-4)  # a fresh adapter adds nothing

@@ -83,12 +83,12 @@ def test_a_stream_can_start_at_any_step_and_is_the_same_from_there(folder: str) 
     assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(whole[26:], rest, strict=True))
 
 
-def test_held_out_bundles_come_first_and_divide_evenly_among_ranks(folder: str) -> None:
-    order = Order(folder, seed=5, steps=1, bundles_per_step=2, batch_rows=6)
+def test_held_out_bundles_follow_the_first_step_and_divide_evenly_among_ranks(folder: str) -> None:
+    order = Order(folder, seed=5, steps=2, bundles_per_step=2, batch_rows=6)
     bundles = [from_table(t) for t in read_bundles(order, 0, 1, with_held_out=True)]
     held_out = [b for b in bundles if scalar(b, "step") == 0]
     assert len(held_out) % 2 == 0
-    assert [scalar(b, "step") for b in bundles] == [0] * len(held_out) + [1, 1]
+    assert [scalar(b, "step") for b in bundles] == [1, 1] + [0] * len(held_out) + [2, 2]
     assert [scalar(b, "bundle") for b in bundles] == list(range(len(bundles)))
     assert sorted(np.concatenate([b["row_id"] for b in held_out])) == list(range(7))
 

@@ -14,7 +14,7 @@ from cluster.resources import Share
 from orchestrator.bundle import from_table, scalar
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec, open_stream, stage_groups
-from strategies.core import Columns, Endpoint
+from strategies.core import Columns, Endpoint, ScoreRequest
 from strategies.stages.score import Score
 from tests.prepared import write_split
 
@@ -49,7 +49,7 @@ def test_worker_r_gets_bundles_r_modulo_workers_in_order(folder: str, ray_sessio
     order = Order(folder, seed=3, steps=STEPS, bundles_per_step=workers, batch_rows=6)
     shares = {"reader": Share(0.1, 0, 1), "teacher": Share(0.5, 0, 1)}
     endpoints = {"teacher": FakeEndpoint(engine="fake", vocabulary=512, actors=2)}
-    stages = (Score("teacher", 4), Dawdle())
+    stages = (Score("teacher", "teacher", ScoreRequest("topk", top_k=4)), Dawdle())
     stream = open_stream(StreamSpec(order, stages, endpoints, shares, 512), start_step=0, attempt=4, with_held_out=True)
     stream.context.execution_options = ExecutionOptions(preserve_order=True)
     seen = ray.get([consume.remote(shard) for shard in stream.streaming_split(workers, equal=True)])
@@ -74,6 +74,7 @@ def consume(shard: Any) -> list[dict[str, Any]]:
 
 
 def test_stages_share_a_process_with_the_endpoint_before_them() -> None:
-    first, second, plain = Score("a", 4), Score("b", 4), Dawdle()
+    first, second, plain = Score("a", "a", ScoreRequest("topk", top_k=4)), Score("b", "b", ScoreRequest("topk", top_k=4)), Dawdle()
     assert stage_groups((plain, first, plain, plain, second)) == [(plain,), (first, plain, plain), (second,)]
+    assert stage_groups((first, plain, first, second)) == [(first, plain, first), (second,)]
     assert stage_groups(()) == []

@@ -20,6 +20,7 @@ from strategies import StrategyConfig
 from strategies.core import Columns, Endpoint, Player, Strategy, Term, lm_update
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
+from strategies.sources import TakeTopK, Taught
 from tests.orchestrator.bench import WORKERS_2, Bench, both, cluster, machine_of, other_template, own_model, put, spoilt
 
 
@@ -101,7 +102,7 @@ GOOD = Strategy(players={"student": Player()}, updates=(lm_update(CE),))
     [
         (replace(GOOD, stages=(Halfway(needs=frozenset({"grade"})),)), ["stage Halfway", "no column 'grade'", "tokens"]),
         (replace(GOOD, stages=(Halfway(adds=frozenset({"grade"})),)), ["stage Halfway", "no column 'grade' after it ran"]),
-        (replace(GOOD, signals=("ghost",)), ["'ghost/ids'", "no stage adds"]),
+        (replace(GOOD, signals={"ghost": Taught(TakeTopK(), endpoint="ghost")}), ["'ghost/ids'", "no stage adds"]),
         (replace(GOOD, updates=(lm_update(replace(CE, signal="ghost")),)), ["'ce'", "signal 'ghost'"]),
         (replace(GOOD, updates=(lm_update(CE, CE),)), ["terms named ce, ce"]),
         (replace(GOOD, updates=(lm_update(CE, player="critic"),)), ["player 'critic'", "student"]),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from strategies import cut
 from strategies.core import Progress, Term
-from strategies.head import CHUNK_TOKENS, Head, TermSums, TokenBatch, TokenLogits, chunked_terms
+from strategies.head import Head, TermSums, TokenBatch, TokenLogits, chunked_terms
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
@@ -22,7 +23,7 @@ NOW = Progress(step=0, steps=10)
 TEMPERATURE, CE_SCALE, KD_SCALE = 2.0, 0.03, 0.2
 SCALES = {"ce": CE_SCALE, "kd": KD_SCALE}
 CE = Term("ce", CrossEntropy(), constant(1.0))
-KD = Term("kd", ForwardKL(constant(TEMPERATURE)), constant(1.0), signal="teacher")
+KD = Term("kd", ForwardKL(temperature=TEMPERATURE), constant(1.0), signal="teacher")
 TERMS = (KD, CE)
 WIDTH, VOCABULARY, KEPT = 8, 31, 6
 CHUNKS = [1, 3, 10, 11, 1000]
@@ -96,8 +97,11 @@ def test_any_chunking_gives_the_sums_and_gradients_of_the_whole(seed: int, chunk
     close(on.bias.grad, want.bias)
 
 
-def test_the_default_chunk_gives_the_same_over_its_edge() -> None:
-    case = make_case(tokens=CHUNK_TOKENS + 1)
+def test_the_default_cut_gives_the_same_over_its_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 4 * VOCABULARY * 64)
+    monkeypatch.setattr(cut, "PIECE_BYTES", 4 * VOCABULARY * 5)
+    case = make_case(tokens=64 + 6)
+    assert cut.cut_for(VOCABULARY, "cpu") == cut.Cut(block_tokens=64, piece_tokens=5)
     on, want = leaves(case), expected(case)
     got = chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW)
     got.loss.backward()

@@ -1,0 +1,159 @@
+"""Sources: where a term's signal comes from, and what is taken of a teacher.
+
+A take is what is asked about every loss token. A stage of the stream answers it, or a frozen player inside the training
+worker; both arrive as the same columns and make the same signal. `Blended` makes one signal of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from strategies.blend import Blend
+from strategies.core import Reads, ScoreRequest, Settings
+from strategies.head import Head
+from strategies.signals import Dense, Hidden, PerToken, Sampled, Signal, Tail, TopK
+
+DISTRIBUTION: frozenset[Reads] = frozenset({"pair", "expectation", "label"})
+
+
+class TakeTopK(Settings):
+    """The teacher's most likely tokens and what becomes of the rest: the usual choice, about 8 bytes a token kept."""
+
+    columns: ClassVar[tuple[str, ...]] = ("ids", "logprobs")
+    gives: ClassVar[frozenset[Reads]] = DISTRIBUTION - {"label"}
+    type: Literal["topk"] = "topk"
+    top_k: PositiveInt = 64
+    """Teacher tokens kept per position."""
+    tail: Tail = "bucket"
+    """`bucket` keeps all others as one outcome; `renormalise` forgets them; `drop` keeps the rest at their own mass."""
+
+    @property
+    def request(self) -> ScoreRequest:
+        return ScoreRequest("topk", top_k=self.top_k)
+
+    def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
+        return TopK(columns["ids"].long(), columns["logprobs"], self.tail)
+
+
+class TakeDense(Settings):
+    """The teacher's whole distribution, 4 bytes times the vocabulary a token: for small vocabularies and as a reference."""
+
+    columns: ClassVar[tuple[str, ...]] = ("dense",)
+    gives: ClassVar[frozenset[Reads]] = DISTRIBUTION
+    type: Literal["dense"] = "dense"
+
+    @property
+    def request(self) -> ScoreRequest:
+        return ScoreRequest("dense")
+
+    def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
+        return Dense(columns["dense"])
+
+
+class TakeSampled(Settings):
+    """Tokens drawn from the teacher with replacement, for unbiased forward losses (arXiv:2503.16870)."""
+
+    columns: ClassVar[tuple[str, ...]] = ("ids", "logprobs", "weights")
+    gives: ClassVar[frozenset[Reads]] = frozenset({"expectation"})
+    type: Literal["sampled"] = "sampled"
+    draws: PositiveInt = 64
+    """Tokens drawn per position."""
+    exponent: PositiveFloat = 1.0
+    """They are drawn from the probabilities to this power, and weighed so that averages stay unbiased."""
+
+    @property
+    def request(self) -> ScoreRequest:
+        return ScoreRequest("sampled", draws=self.draws, exponent=self.exponent)
+
+    def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
+        return Sampled(columns["ids"].long(), columns["logprobs"], columns["weights"])
+
+
+class TakeHidden(Settings):
+    """The teacher's last hidden states; the training worker applies the teacher's output head. Exact for every objective."""
+
+    columns: ClassVar[tuple[str, ...]] = ("hidden",)
+    gives: ClassVar[frozenset[Reads]] = DISTRIBUTION
+    type: Literal["hidden"] = "hidden"
+
+    @property
+    def request(self) -> ScoreRequest:
+        return ScoreRequest("hidden")
+
+    def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
+        if head is None:
+            raise ValueError("hidden states teach through the teacher's output head, and there is none")
+        states = columns["hidden"]
+        states = states.view(torch.bfloat16) if states.dtype == torch.int16 else states
+        return Hidden(states, head.cast(states.dtype))
+
+
+class TakePerToken(Settings):
+    """The teacher's log-probability of each given token and nothing else, 4 bytes: for estimators on sampled tokens."""
+
+    columns: ClassVar[tuple[str, ...]] = ("logprob",)
+    gives: ClassVar[frozenset[Reads]] = frozenset({"label"})
+    type: Literal["per-token"] = "per-token"
+
+    @property
+    def request(self) -> ScoreRequest:
+        return ScoreRequest("per-token")
+
+    def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
+        return PerToken(columns["logprob"].flatten())
+
+
+Take = TakeTopK | TakeDense | TakeSampled | TakeHidden | TakePerToken
+TakeConfig = Annotated[Take, Field(discriminator="type")]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; one of the two."""
+
+    take: Take
+    endpoint: str | None = None
+    player: str | None = None
+
+    @property
+    def gives(self) -> frozenset[Reads]:
+        return self.take.gives
+
+    @property
+    def head_of(self) -> str | None:
+        """The endpoint whose output head training workers must load."""
+        return self.endpoint if isinstance(self.take, TakeHidden) else None
+
+    def columns(self, name: str) -> tuple[str, ...]:
+        """Columns of a bundle that the signal `name` is made of."""
+        return tuple(f"{name}/{c}" for c in self.take.columns) if self.endpoint else ()
+
+
+@dataclass(frozen=True)
+class Blended:
+    """One signal made of others of the same strategy, by name and weight (`strategies.blend.Blend`)."""
+
+    members: Mapping[str, float]
+    kind: Literal["mixture", "product"] = "mixture"
+    gives: frozenset[Reads] = DISTRIBUTION
+
+    def of(self, signals: Mapping[str, Signal]) -> Signal:
+        found = tuple(signals[m] for m in self.members)
+        known = tuple(s for s in found if isinstance(s, Dense | Hidden | TopK))
+        if len(known) < len(found):
+            raise ValueError(f"a blend of {', '.join(self.members)}: expected distributions (dense, hidden, or all topk)")
+        return Blend(known, tuple(self.members.values()), self.kind)
+
+
+Source = Taught | Blended
+
+
+def scored_columns(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """Columns of a bundle that all `sources` together are made of."""
+    return tuple(c for name, source in sources.items() if isinstance(source, Taught) for c in source.columns(name))
