@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,7 +39,7 @@ def drive(plan: Plan, display: Display) -> RunResult:
         disable_progress_bar()
     plan.folder.write(FACTS, plan.facts.to_json())
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=_give_way) as pool:
         tracking = pool.submit(_start_tracking, plan, None)
         tracker, ledger = _train(plan, display, tracking)
         try:
@@ -47,6 +49,13 @@ def drive(plan: Plan, display: Display) -> RunResult:
             raise
     tracker.finish("FINISHED")
     return result
+
+
+def _give_way() -> None:
+    """Lets this thread run when nobody else wants the processor: Ray's workers are nicer than a driver, and MLflow's import,
+    which takes seconds, would hold up the first step on a small machine."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
