@@ -45,4 +45,29 @@ BENCHMARKS: dict[str, Entry] = {
         "time of the chunked head's forward and backward over whole logits and autograd, V = 131,072",
         "ratio <= 1.0",
     ),
+    "head-time-small": Entry(
+        "tests.benchmarks.head_time_small",
+        "the same at the quickstart's size: V = 4,096, 2,032 tokens, top 256",
+        "ratio <= 1.0",
+    ),
+    "head-memory-vs-liger": Entry(
+        "tests.benchmarks.head_memory_vs_liger",
+        "peak extra memory of the chunked head over Liger's chunked JSD, from hidden states and heads of both models",
+        "ratio <= 1.0",
+    ),
+    "head-time-vs-liger": Entry(
+        "tests.benchmarks.head_time_vs_liger",
+        "time of the chunked head over Liger's chunked JSD, the better of compiled and uncompiled",
+        "ratio <= 1.0",
+    ),
+    "three-terms": Entry(
+        "tests.benchmarks.three_terms",
+        "time of three terms in one pass of the head over one of them",
+        "ratio <= 1.5",
+    ),
+    "memory-vs-trl": Entry(
+        "tests.benchmarks.memory_vs_trl",
+        "peak resident memory of a training worker over that of TRL's GKDTrainer process, V = 131,072, the same rows",
+        "ratio <= 0.6",
+    ),
 }

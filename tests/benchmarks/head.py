@@ -68,9 +68,18 @@ class Ratio:
     under: Sequence[str]
 
 
-def large(what: Literal["seconds", "bytes"], smoke: bool) -> HeadSpec:
+What = Literal["seconds", "bytes"]
+
+
+def large(what: What, smoke: bool) -> HeadSpec:
     """The case that targets are about, its side left open."""
     return HeadSpec("", what, vocabulary=640, tokens=48, width=16, kept=8, repeats=1) if smoke else HeadSpec("", what)
+
+
+def small(what: What, smoke: bool) -> HeadSpec:
+    """One micro-batch of the quickstart's student."""
+    sizes = {"vocabulary": 4_096, "tokens": 2_032, "width": 88, "kept": 256}
+    return large(what, smoke) if smoke else HeadSpec("", what, **sizes, repeats=40)
 
 
 def answers(settings: Settings, case: HeadSpec, sides: Sequence[str]) -> dict[str, list[Answer]]:

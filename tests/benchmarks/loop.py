@@ -41,6 +41,8 @@ class LoopSpec:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    """Only TRL's loop reads it."""
 
     @classmethod
     def load(cls, path: Path) -> LoopSpec:

@@ -34,8 +34,13 @@ def standard_library(folder: Path, smoke: bool) -> Material:
     return make(folder, [{"text": text} for text in texts], texts, smoke)
 
 
-def make(folder: Path, rows: Iterable[Mapping[str, str]], texts: Iterable[str], smoke: bool) -> Material:
-    """Writes `rows` as they are, and a teacher and a student with a tokenizer trained on `texts`."""
+def make(
+    folder: Path, rows: Iterable[Mapping[str, str]], texts: Iterable[str], smoke: bool, vocabulary: int = quickstart.VOCABULARY
+) -> Material:
+    """Writes `rows` as they are, and a teacher and a student with a tokenizer trained on `texts`.
+
+    Of a larger `vocabulary` only the quickstart's ids occur in texts; the networks compute all of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -44,6 +49,9 @@ def make(folder: Path, rows: Iterable[Mapping[str, str]], texts: Iterable[str], 
     parameters = {}
     for name, shape in shapes.items():
         quickstart.write_shape(folder / name, tokenizer, shape)
+        config = AutoConfig.from_pretrained(folder / name)
+        config.vocab_size = vocabulary
+        config.save_pretrained(folder / name)
         parameters[name] = _save_weights(folder / name)
     return Material(data, folder / "student", folder / "teacher", parameters)
 

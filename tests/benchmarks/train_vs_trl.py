@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
+from jobs.quickstart import VOCABULARY
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
 from tests.benchmarks.loop import LoopSpec, prepare_rows, run_loop
@@ -32,10 +33,9 @@ TRL_THREADS = (2, 1)
 
 def measure(settings: Settings) -> Figure:
     """Ratio of medians over the rounds: the better of two product setups over TRL with its better number of threads."""
-    if importlib.util.find_spec("trl") is None:
-        raise SystemExit(f"{NAME}: got no trl; expected it to be installed. {_how_to_install()}")
+    check_installed(NAME)
     window = Window(2, 3, 1) if settings.smoke else Window(20, 60, 20)
-    material = questions(settings)
+    material = questions(NAME, settings)
     data = {"held_out_rows": 8 if settings.smoke else 64, "max_length_tokens": ROW_TOKENS, "overlong": "quarantine"}
     setups = SETUPS[:1] if settings.smoke else SETUPS
     recipes = {s: recipe(material, s, {**TRAIN, "steps": window.steps}, data, STRATEGY) for s in setups}
@@ -63,20 +63,22 @@ def measure(settings: Settings) -> Figure:
     return _figure(settings, window, raw, {**sizes, "longest_row_tokens": ROW_TOKENS})
 
 
-def questions(settings: Settings) -> Material:
+def questions(name: str, settings: Settings, vocabulary: int = VOCABULARY) -> Material:
     """GSM8K's rows as prompt and completion, and models of the quickstart's shapes with a tokenizer made for them."""
     path = settings.data or DATA
     if not path.exists():
-        raise SystemExit(f"{NAME}: got no file {path}; expected JSONL with question and answer. Give GSM8K's train.jsonl as --data.")
+        raise SystemExit(f"{name}: got no file {path}; expected JSONL with question and answer. Give GSM8K's train.jsonl as --data.")
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in found]
     rows = rows[:400] if settings.smoke else rows
-    return make(settings.folder / "material", rows, (row["prompt"] + row["completion"] for row in rows), settings.smoke)
+    return make(settings.folder / "material", rows, (row["prompt"] + row["completion"] for row in rows), settings.smoke, vocabulary)
 
 
-def _how_to_install() -> str:
-    paragraph = (__doc__ or "").split("\n\n")[1]
-    return " ".join(paragraph.split())
+def check_installed(name: str) -> None:
+    """`SystemExit` with what to do when TRL cannot be imported."""
+    if importlib.util.find_spec("trl") is None:
+        how = " ".join((__doc__ or "").split("\n\n")[1].split())
+        raise SystemExit(f"{name}: got no trl; expected it to be installed. {how}")
 
 
 def _note(raw: dict[str, list[float]], side: str, speed: float) -> None:

@@ -61,7 +61,7 @@ def train(spec: LoopSpec, folder: str) -> Trace:
 
 def arguments(spec: LoopSpec, folder: str) -> GKDConfig:
     """TRL's defaults but for what both sides share. Without gradient checkpointing, which TRL turns on and the product
-    does not, it is faster."""
+    does not, it is faster and larger."""
     return GKDConfig(
         output_dir=folder,
         lmbda=0.0,
@@ -76,7 +76,7 @@ def arguments(spec: LoopSpec, folder: str) -> GKDConfig:
         adam_beta2=spec.betas[1],
         max_grad_norm=spec.clip_norm,
         optim="adamw_torch_fused",
-        gradient_checkpointing=False,
+        gradient_checkpointing=spec.gradient_checkpointing,
         lr_scheduler_type="constant",
         use_cpu=True,
         bf16=False,
