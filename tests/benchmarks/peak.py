@@ -27,9 +27,12 @@ class Peak:
         while not self._over.wait(EVERY_SECONDS):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess, OSError, StopIteration):  # it has ended since it was listed
-                    if self.title in " ".join(process.cmdline()):
-                        self.bytes = max(self.bytes, high_water(process.pid))
-                        self.pids.add(process.pid)
+                    self._look_at(process)
+
+    def _look_at(self, process: psutil.Process) -> None:
+        if self.title in " ".join(process.cmdline()):
+            self.bytes = max(self.bytes, high_water(process.pid))
+            self.pids.add(process.pid)
 
     def stop(self) -> None:
         self._over.set()
