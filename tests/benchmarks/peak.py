@@ -20,16 +20,17 @@ class Peak:
     def __init__(self, title: str):
         self.title = title
         self.bytes = 0
-        self.pids: set[int] = set()
         self._over = threading.Event()
 
     def watch(self) -> None:
         while not self._over.wait(EVERY_SECONDS):
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess, OSError, StopIteration):  # it has ended since it was listed
-                    if self.title in " ".join(process.cmdline()):
-                        self.bytes = max(self.bytes, high_water(process.pid))
-                        self.pids.add(process.pid)
+                    self._look_at(process)
+
+    def _look_at(self, process: psutil.Process) -> None:
+        if self.title in " ".join(process.cmdline()):
+            self.bytes = max(self.bytes, high_water(process.pid))
 
     def stop(self) -> None:
         self._over.set()
