@@ -32,8 +32,8 @@ TITLES = {OURS.name: "RayTrainWorker"} | dict.fromkeys(THEIRS, "tests.benchmarks
 def measure(settings: Settings) -> Figure:
     """Ratio of medians over the rounds: the product's worker over TRL's smaller process."""
     check_installed(NAME)
-    steps = 3 if settings.smoke else 10
-    material = questions(NAME, settings, 4_096 if settings.smoke else VOCABULARY)
+    steps, vocabulary = (3, 4_096) if settings.smoke else (10, VOCABULARY)
+    material = questions(NAME, settings, vocabulary)
     data = {"held_out_rows": 8, "max_length_tokens": ROW_TOKENS, "overlong": "quarantine"}
     content = recipe(material, OURS, {**TRAIN, "steps": steps}, data, STRATEGY)
     storage = settings.folder / "runs"
@@ -57,7 +57,7 @@ def measure(settings: Settings) -> Figure:
         if ours.tokens != theirs.tokens:
             raise SystemExit(f"{NAME}: the sides read different rows; ours {ours.tokens[:3]}, TRL {theirs.tokens[:3]} ...")
         _note(raw, OURS.name, peak.bytes)
-    sizes = {"parameters": material.parameters, "tokens_of_a_step": ours.tokens, "batch_rows": BATCH_ROWS, "vocabulary": VOCABULARY}
+    sizes = {"parameters": material.parameters, "tokens_of_a_step": ours.tokens, "batch_rows": BATCH_ROWS, "vocabulary": vocabulary}
     return _figure(settings, raw, sizes)
 
 

@@ -20,7 +20,6 @@ class Peak:
     def __init__(self, title: str):
         self.title = title
         self.bytes = 0
-        self.pids: set[int] = set()
         self._over = threading.Event()
 
     def watch(self) -> None:

@@ -72,7 +72,7 @@ class Mutant:
     path: str
     """From the root of the repository."""
     scope: str
-    """Qualified name of the innermost function around it; empty at the level of the module or of a class."""
+    """Qualified name of the outermost function around it; empty at the level of the module or of a class."""
     start: int
     stop: int
     """UTF-8 bytes of the source that are replaced."""
@@ -118,16 +118,16 @@ def _compiles(source: str) -> bool:
 
 
 def _nodes(tree: ast.AST, scope: str, named: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Every node that runs, with the function it is in; annotations, imports and doc strings do not count."""
+    """Every node that runs, with the function it is in; annotations, decorators, imports and doc strings do not count."""
     for field, value in ast.iter_fields(tree):
-        if field in ("annotation", "returns", "type_comment"):
+        if field in ("annotation", "returns", "decorator_list"):
             continue
         for node in value if isinstance(value, list) else [value]:
             if not isinstance(node, ast.AST) or isinstance(node, (ast.Import, ast.ImportFrom)) or _is_text(node):
                 continue
             yield scope, node
             inner = f"{named}.{node.name}".lstrip(".") if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else named
-            yield from _nodes(node, inner if isinstance(node, ast.FunctionDef) else scope, inner)
+            yield from _nodes(node, inner if isinstance(node, ast.FunctionDef) and not scope else scope, inner)
 
 
 def _is_text(node: ast.AST) -> bool:

@@ -40,9 +40,12 @@ class Reach:
     failed: list[str] = field(default_factory=list)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Tests that could notice a mutant, quick ones first. Outside functions, those of every function of the file."""
+        """Tests that could notice a mutant, quick ones first. Outside functions, all of every test file that reaches its file."""
         scopes = [s for path, s in self.tests if path == mutant.path and mutant.scope in ("", s)]
         found = {test for s in scopes for test in self.tests[mutant.path, s]}
+        if not mutant.scope:
+            files = {_file(test) for test in found}
+            found = {test for test in self.seconds if _file(test) in files}
         return sorted(found, key=lambda test: (self.seconds.get(test, 0.0), test))
 
 
@@ -78,6 +81,10 @@ class _Recorder:
             self.known[code] = (path.relative_to(ROOT).as_posix(), _outer(code.co_qualname)) if inside else None
         if (place := self.known[code]) is not None:
             self.reach.tests[place].add(self.test)
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def _outer(name: str) -> str:
@@ -119,11 +126,15 @@ def judge(mutant: Mutant, tests: Sequence[str]) -> Verdict:
 
     def run(write: Callable[[bytes], object]) -> int:
         sys.meta_path.insert(0, _Mutated(mutant))
-        files = sorted({test.partition("::")[0] for test in tests})
+        files = sorted({_file(test) for test in tests})
         return int(pytest.main([*PYTEST, *(str(ROOT / f) for f in files)], plugins=[_Only(tests)]))
 
     code, _ = _forked(run, SECONDS)
-    return "survived" if code == pytest.ExitCode.OK else "killed"
+    if code == pytest.ExitCode.OK:
+        return "survived"
+    if code in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED) or code < 0:  # a test, an import, a signal
+        return "killed"
+    raise SystemExit(f"{mutant}: pytest ended with {code}; expected it to run {len(tests)} tests")
 
 
 def _forked(work: Callable[[Callable[[bytes], object]], int], seconds: float) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -249,13 +250,18 @@ def test_bfloat16_chunks_accumulate_the_weight_gradient_in_float32() -> None:
     assert on.weight.grad[3, 0].item() == pytest.approx(257 * pull, rel=1e-4)
 
 
-def test_soft_capped_logits_match_plain_autograd() -> None:
+def _soft_cap(logits: Tensor) -> Tensor:
+    return 3.0 * torch.tanh(logits / 3.0)
+
+
+@pytest.mark.parametrize("transform", [_soft_cap, torch.tanh], ids=["soft cap", "a function that keeps its output for backward"])
+def test_transformed_logits_match_plain_autograd(transform: Callable[[Tensor], Tensor]) -> None:
     case = make_case()
     on, plain = leaves(case), leaves(case)
-    head = Head(on.weight, on.bias, transform=_soft_cap)
+    head = Head(on.weight, on.bias, transform=transform)
     got = chunked_terms(on.hidden, head, batch_of(case), TERMS, SCALES, NOW, 4)
     got.loss.backward()
-    logits = _soft_cap(plain.hidden @ plain.weight.T + plain.bias)
+    logits = transform(plain.hidden @ plain.weight.T + plain.bias)
     outputs, batch = TokenLogits(logits, batch_of(case).labels), batch_of(case)
     kd = KD.objective(outputs, batch.signals["teacher"], batch.weights["kd"], NOW)
     ce = CE.objective(outputs, None, batch.weights["ce"], NOW)
@@ -263,10 +269,6 @@ def test_soft_capped_logits_match_plain_autograd() -> None:
     for leaf, want in ((on.hidden, plain.hidden), (on.weight, plain.weight), (on.bias, plain.bias)):
         assert want.grad is not None
         close(leaf.grad, want.grad.double().numpy())
-
-
-def _soft_cap(logits: Tensor) -> Tensor:
-    return 3.0 * torch.tanh(logits / 3.0)
 
 
 def test_nothing_is_computed_for_a_gradient_that_nobody_wants() -> None:

@@ -120,6 +120,31 @@ def test_hidden_states_of_a_teacher_teach_its_whole_distribution(seed: int, chun
     np.testing.assert_allclose(on.weight.grad.numpy(), by_logits.T @ hidden, atol=3e-5)
 
 
+def test_a_teachers_logits_are_transformed_like_its_own() -> None:
+    on = case()
+    capped, plain = (Head(on.teacher_weight, transform=f) for f in (torch.tanh, None))
+    q = TokenLogits(on.hidden.detach() @ on.weight.detach().T, on.batch.labels)
+    signal, want = Hidden(on.teacher_hidden, capped), plain.logits(on.teacher_hidden).tanh().log_softmax(-1)
+    for found in (signal, signal.ready()):
+        np.testing.assert_allclose(found.pair(q, 1.0)[1].numpy(), want.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_transformed_student_is_measured_as_it_is_taught() -> None:
+    on = case()
+    head = Head(on.weight, transform=torch.tanh)
+    want = chunked_terms(on.hidden, head, on.batch, (KD,), {"kd": 1.0}, NOW, BLOCK)
+    with torch.no_grad():
+        got = chunked_terms(on.hidden, head, on.batch, (KD,), {"kd": 1.0}, NOW, BLOCK)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
+
+
+def test_whole_logits_of_a_head_can_be_differentiated() -> None:
+    on = case()
+    Head(on.weight).logits(on.hidden).sum().backward()
+    assert on.hidden.grad is not None and on.weight.grad is not None
+    assert Head(on.weight).logits(on.hidden.bfloat16()).dtype == torch.float32
+
+
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch, home: type, name: str) -> Iterator[list[object]]:
     calls: list[object] = []
@@ -147,6 +172,24 @@ def test_no_gradient_is_made_where_gradients_are_disabled(monkeypatch: pytest.Mo
         got = run(on, KD, CE)
     assert not calls and not got.loss.requires_grad
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
+
+
+def test_measuring_in_bfloat16_is_done_on_float32_logits() -> None:
+    on = case(dtype=torch.bfloat16)
+    want = run(on, KD, CE)
+    with torch.no_grad():
+        got = run(on, KD, CE)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
+    assert not (want.sums["kd"].requires_grad or want.sums["ce"].requires_grad)
+
+
+def test_gradients_come_in_the_dtype_of_what_they_are_of() -> None:
+    on = case(dtype=torch.bfloat16)
+    weight, bias = (on.weight.detach().to(dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float32))
+    head = Head(weight, bias[:, 0].detach().requires_grad_())
+    chunked_terms(on.hidden, head, on.batch, (CE,), {"ce": 1.0}, NOW, BLOCK).loss.backward()
+    assert head.bias is not None and on.hidden.grad is not None and weight.grad is not None and head.bias.grad is not None
+    assert (on.hidden.grad.dtype, weight.grad.dtype, head.bias.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)

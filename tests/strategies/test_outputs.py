@@ -150,8 +150,12 @@ def test_a_tail_of_impossible_tokens_is_nothing(temperature: float) -> None:
     inside, outside = outputs.partition(torch.arange(4).expand(TOKENS, 4), temperature, want_tail=True)
     assert outside is not None and torch.isneginf(outside).all()
     np.testing.assert_allclose(inside.exp().sum(-1).detach().numpy(), 1.0, rtol=1e-5)
-    gradient = outputs.gradient(inside.square().sum() + outside.exp().sum())
+    gradient = outputs.gradient(inside.square().sum() - outside.sum())  # as the forward KL to a teacher that has a tail
     assert gradient.isfinite().all() and not gradient[:, 4:].any()
+    same(
+        (0.0, gradient[:, :4]),
+        (0.0, exact(z[:, :4], labels % 4, lambda o: o.logprobs(temperature).square().sum() + o.normaliser(temperature).sum())[1]),
+    )
 
 
 def test_no_tokens_are_enough() -> None:

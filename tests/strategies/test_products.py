@@ -44,6 +44,30 @@ def test_gradients_of_states_go_where_they_are_told(library: None, rows: int) ->
     np.testing.assert_allclose(out.numpy(), (by_logits.double() @ weight.double()).numpy(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "faster", "tiles"), [(torch.float32, True, 3), (torch.float32, False, 0), (torch.bfloat16, True, 0)])
+def test_onednn_makes_float32_products_tile_by_tile_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, faster: bool, tiles: int
+) -> None:
+    monkeypatch.setattr(products, "TILE_BYTES", 4 * ROWS * 8)
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: faster)
+    made: list[int] = []
+
+    def note(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        made.append(len(weight))
+        return torch.nn.functional.linear(states, weight, bias)
+
+    monkeypatch.setattr(products, "_linear", note)
+    states, weight, _, by_logits = (t.to(dtype) for t in operands())
+    products.times_transposed(states, weight, None, torch.empty(ROWS, VOCABULARY, dtype=dtype))
+    assert made == [8, 8, 7][:tiles]
+    products.times(by_logits, weight, torch.empty(ROWS, WIDTH, dtype=dtype))
+    assert len(made) == tiles + bool(tiles)
+
+
+def test_tiles_stay_below_what_malloc_maps_anew() -> None:
+    assert 1 << 20 < products.TILE_BYTES < 32 << 20
+
+
 def test_weight_gradients_add_up_in_float32(library: None) -> None:
     states, weight, _, by_logits = operands()
     into = torch.ones_like(weight)
