@@ -142,6 +142,8 @@ class ObjectiveSettings(Settings):
     """Base of the objectives: their settings are their fields, so that a recipe's term is the objective itself."""
 
     reads: ClassVar[Reads] = "pair"
+    pairs: ClassVar[bool] = False
+    """Whether it compares rows 2i and 2i + 1, so that they must come together, with the weight column that says so."""
     type: str
 
 

@@ -66,6 +66,16 @@ def _each_positive(value: ScheduleConfig) -> ScheduleConfig:
 PositiveSchedule = Annotated[ScheduleConfig, AfterValidator(_each_positive)]
 
 
+def _each_a_share(value: ScheduleConfig) -> ScheduleConfig:
+    if any(not 0 <= v <= 1 for v in values_of(value)):
+        raise ValueError("expected values from 0 to 1 throughout the schedule")
+    return value
+
+
+Share = Annotated[ScheduleConfig, AfterValidator(_each_a_share)]
+"""A number from 0 to 1, or a schedule of such numbers."""
+
+
 def values_of(value: ScheduleConfig) -> tuple[float, ...]:
     """The extreme values a schedule visits."""
     if isinstance(value, Ramp):

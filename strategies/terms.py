@@ -82,6 +82,14 @@ class Terms(StrategyConfig):
                     raise ValueError(f"expected signals.{name} to blend others of {', '.join(plain) or 'none'}, and got {member!r}")
         return self
 
+    @model_validator(mode="after")
+    def _chosen(self) -> Terms:
+        for term in self.terms:
+            if term.objective.reads not in ("nothing", "states") and self._signal(term) is None:
+                names = ", ".join(self.signals)
+                raise ValueError(f"expected the term {term.name or term.objective.type!r} to name its signal, one of {names}, and got none")
+        return self
+
     def build(self) -> Strategy:
         frozen = {s.player for s in self.signals.values() if s.player}
         terms = tuple(self._term(t) for t in self.terms)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from strategies.core import ObjectiveSettings, Progress, Reads, Settings
 from strategies.head import TokenBatch, TokenLogits
-from strategies.objectives.divergence import ForwardKL
-from strategies.objectives.parts import Share
-from strategies.objectives.token_weighting import Inner, apply, given, single_tokens
-from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
-from strategies.signals import Distribution, Signal
+from strategies.objectives.divergence import ReverseKL
+from strategies.objectives.token_weighting import Inner, apply, single_tokens
+from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule
+from strategies.signals import Distribution, Signal, given
 
 
 class LATF(Settings):
@@ -151,14 +150,14 @@ class AdaKD(ObjectiveSettings):
     """Sum whose mean over the mask is `mean over kept tokens of T_t^2 D(p_T, q_T)`, T_t each token's own.
 
     Which tokens are kept, the median that has temperature `temperature`, and the mean are those of the micro-batch, over
-    tokens with a weight: all three depend on how a step is cut into micro-batches. `AdaKDAbsolute` does not. The paper's
-    divergence is the reverse KL. On a top-k signal difficulty is that of its K + 1 outcomes.
+    tokens with a weight: all three depend on how a step is cut into micro-batches. `AdaKDAbsolute` does not. On a top-k signal
+    difficulty is that of its K + 1 outcomes.
     """
 
     reads: ClassVar[Reads] = "pair"
     type: Literal["adakd"] = "adakd"
-    divergence: Untempered = ForwardKL()
-    """D, at no temperature of its own."""
+    divergence: Untempered = ReverseKL()
+    """D, at no temperature of its own; the paper's is the reverse KL."""
     keep_share: Share = 1.0
     """Share of the tokens that are kept, the hardest; what `latf_update` moves."""
     temperature: PositiveSchedule = 1.0
@@ -167,7 +166,7 @@ class AdaKD(ObjectiveSettings):
     """c: temperatures lie within `tau exp(-c)` and `tau exp(c)`; 0 gives every token tau."""
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
-        return _difficulty(outputs, given(signal, self.type))[:, None]
+        return _difficulty(outputs, given(signal, self.reads, self.type))[:, None]
 
     def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
         difficulty, live = surveyed[:, 0], weights != 0
@@ -177,7 +176,7 @@ class AdaKD(ObjectiveSettings):
         return torch.stack([kept * live.sum() / kept.sum().clamp_min(1), temperatures], -1)
 
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
-        teacher = given(signal, self.type)
+        teacher = given(signal, self.reads, self.type)
         return tempered_sum(self.divergence, outputs, teacher, weights * numbers[:, 0], numbers[:, 1], progress)
 
 
@@ -189,8 +188,8 @@ class AdaKDAbsolute(ObjectiveSettings):
 
     reads: ClassVar[Reads] = "pair"
     type: Literal["adakd-absolute"] = "adakd-absolute"
-    divergence: Untempered = ForwardKL()
-    """D, at no temperature of its own."""
+    divergence: Untempered = ReverseKL()
+    """D, at no temperature of its own; the paper's is the reverse KL."""
     threshold: Share = 0.0
     """Smallest difficulty, a Hellinger distance, that is kept."""
     centre: PositiveSchedule = 0.3
@@ -201,7 +200,7 @@ class AdaKDAbsolute(ObjectiveSettings):
     """c: temperatures lie within `tau exp(-c)` and `tau exp(c)`; 0 gives every token tau."""
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
-        teacher = given(signal, self.type)
+        teacher = given(signal, self.reads, self.type)
         difficulty = _difficulty(outputs, teacher)
         centre = torch.full_like(difficulty, schedule(self.centre)(progress))
         temperatures = idts_temperatures(difficulty, centre, schedule(self.temperature)(progress), schedule(self.strength)(progress))

@@ -18,10 +18,9 @@ from torch import Tensor
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
 from strategies.objectives.divergence import forward_kl, reverse_kl
-from strategies.objectives.parts import Share
-from strategies.objectives.token_weighting import given, quantile_of, single_tokens
-from strategies.schedule import schedule
-from strategies.signals import Signal
+from strategies.objectives.token_weighting import quantile_of, single_tokens
+from strategies.schedule import Share, schedule
+from strategies.signals import Signal, given
 
 Direction = Literal["forward", "reverse"]
 DIRECTIONS: dict[Direction, Callable[[Tensor, Tensor], Tensor]] = {"forward": forward_kl, "reverse": reverse_kl}
@@ -106,7 +105,7 @@ class ATKD(ObjectiveSettings):
     """KL(p || q), or KL(q || p) with the roles of teacher and student swapped, also in u."""
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
-        return uncertainty(outputs, given(signal, self.type), self.direction)[:, None]
+        return uncertainty(outputs, given(signal, self.reads, self.type), self.direction)[:, None]
 
     def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
         u, live = surveyed[:, 0], weights != 0
@@ -116,7 +115,7 @@ class ATKD(ObjectiveSettings):
         return torch.stack([by_easy + by_hard, by_hard], -1)
 
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
-        return _sum(outputs, given(signal, self.type), weights, numbers, self.direction)
+        return _sum(outputs, given(signal, self.reads, self.type), weights, numbers, self.direction)
 
 
 class ATKDAbsolute(ObjectiveSettings):
@@ -135,7 +134,7 @@ class ATKDAbsolute(ObjectiveSettings):
     """KL(p || q), or KL(q || p) with the roles of teacher and student swapped, also in u."""
 
     def __call__(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress) -> Tensor:
-        teacher, share = given(signal, self.type), schedule(self.easy_weight)(progress)
+        teacher, share = given(signal, self.reads, self.type), schedule(self.easy_weight)(progress)
         easy = uncertainty(outputs, teacher, self.direction) < schedule(self.threshold)(progress)
         by_hard = torch.where(easy, 0.0, 2.0 * (1.0 - share))
         return _sum(outputs, teacher, weights, torch.stack([torch.where(easy, 2.0 * share, by_hard), by_hard], -1), self.direction)

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, ClassVar, Concatenate, Literal, ParamSpec
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec
 
 import torch
-from pydantic import AfterValidator
 from torch import Tensor
 
 from strategies.core import ObjectiveSettings, Progress
 from strategies.head import TokenLogits
-from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule, values_of
+from strategies.schedule import PositiveSchedule, schedule
 from strategies.signals import Signal, given
 
 P = ParamSpec("P")
 RATIO_LIMIT = 80.0
 """Where log-ratios of probabilities are cut, in nats, by divergences that have reached their bound long before."""
-
-
-def _each_share(value: ScheduleConfig) -> ScheduleConfig:
-    if any(not 0 <= v <= 1 for v in values_of(value)):
-        raise ValueError("expected values from 0 to 1 throughout the schedule")
-    return value
-
-
-Share = Annotated[ScheduleConfig, AfterValidator(_each_share)]
-"""A number from 0 to 1, or a schedule of such numbers."""
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

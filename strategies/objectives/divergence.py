@@ -14,8 +14,8 @@ from torch import Tensor
 
 from strategies.core import Progress, Reads
 from strategies.head import TokenLogits
-from strategies.objectives.base import Divergence, Share, analytic
-from strategies.schedule import schedule
+from strategies.objectives.base import Divergence, analytic
+from strategies.schedule import Share, schedule
 from strategies.signals import Signal
 
 

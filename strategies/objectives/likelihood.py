@@ -8,8 +8,8 @@ from torch import Tensor
 
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenLogits
-from strategies.objectives.base import Share, weighted_sum
-from strategies.schedule import schedule
+from strategies.objectives.base import weighted_sum
+from strategies.schedule import Share, schedule
 from strategies.signals import Signal
 
 

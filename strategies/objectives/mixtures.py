@@ -13,9 +13,9 @@ from pydantic import AfterValidator, model_validator
 from torch import Tensor
 
 from strategies.core import Progress
-from strategies.objectives.base import RATIO_LIMIT, Divergence, Share, analytic, log_ratio
+from strategies.objectives.base import RATIO_LIMIT, Divergence, analytic, log_ratio
 from strategies.objectives.divergence import forward_kl, reverse_kl
-from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule, values_of
+from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule, values_of
 
 NEGLIGIBLE = 1e-30
 """A share below this is 0: float32 could not divide by it."""

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import AfterValidator
 from torch import Tensor
 
 from strategies.head import TokenLogits
-from strategies.schedule import ScheduleConfig, values_of
 from strategies.signals import Signal
-
-
-def _each_a_share(value: ScheduleConfig) -> ScheduleConfig:
-    if any(not 0 <= v <= 1 for v in values_of(value)):
-        raise ValueError("expected values from 0 to 1 throughout the schedule")
-    return value
-
-
-Share = Annotated[ScheduleConfig, AfterValidator(_each_a_share)]
-"""A scalar, or a schedule of one, between 0 and 1."""
 
 
 def student_label_logprobs(outputs: TokenLogits, temperature: float = 1.0) -> Tensor:

@@ -25,8 +25,8 @@ from torch.nn.functional import softplus
 
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
-from strategies.objectives.parts import Share, advantage, surrogate, teacher_label_logprobs, token_rows
-from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
+from strategies.objectives.parts import advantage, surrogate, teacher_label_logprobs, token_rows
+from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule
 from strategies.signals import Signal
 
 CHOSEN, REJECTED = 0, 1
@@ -112,6 +112,7 @@ class DPO(ObjectiveSettings):
     """
 
     reads: ClassVar[Reads] = "label"
+    pairs: ClassVar[bool] = True
     type: Literal["dpo"] = "dpo"
     beta: PositiveSchedule = 0.1
     """Inverse temperature of the preference, per nat."""
@@ -138,6 +139,7 @@ class SimPO(ObjectiveSettings):
     """
 
     reads: ClassVar[Reads] = "nothing"
+    pairs: ClassVar[bool] = True
     type: Literal["simpo"] = "simpo"
     beta: PositiveSchedule = 2.0
     """Scale of the mean log-probabilities, per nat."""
@@ -166,6 +168,7 @@ class REDI(ObjectiveSettings):
     """
 
     reads: ClassVar[Reads] = "nothing"
+    pairs: ClassVar[bool] = True
     type: Literal["redi"] = "redi"
     alpha: Share = 0.8
     """Weight of the rejected text; 0 is length-normalised SFT on the chosen one."""

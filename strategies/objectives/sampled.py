@@ -27,8 +27,8 @@ from torch import Tensor
 
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
-from strategies.objectives.parts import Share, advantage, student_label_logprobs, surrogate, teacher_label_logprobs, token_rows
-from strategies.schedule import PositiveSchedule, schedule
+from strategies.objectives.parts import advantage, student_label_logprobs, surrogate, teacher_label_logprobs, token_rows
+from strategies.schedule import PositiveSchedule, Share, schedule
 from strategies.signals import Signal
 
 Temperature = Annotated[float, Field(gt=0)]

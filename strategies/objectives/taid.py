@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from strategies.core import Progress, Settings
-from strategies.objectives.base import Divergence, Share, analytic
-from strategies.schedule import Ramp, schedule
+from strategies.objectives.base import Divergence, analytic
+from strategies.schedule import Ramp, Share, schedule
 
 
 def interpolated(log_q: Tensor, log_p: Tensor, share: float) -> Tensor:

@@ -13,7 +13,7 @@ size; `average: kept` makes it the mean over the kept ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -22,10 +22,9 @@ from torch import Tensor
 
 from strategies.core import Objective, ObjectiveSettings, Progress, Reads, TwoPass
 from strategies.head import TokenBatch, TokenLogits
-from strategies.objectives.divergence import ForwardKL
-from strategies.objectives.parts import Share
-from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
-from strategies.signals import Signal
+from strategies.objectives.divergence import ForwardKL, total_variation
+from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule
+from strategies.signals import Signal, given
 
 Score = Literal["student-entropy", "teacher-entropy", "student-confidence", "teacher-confidence", "entropy-gap", "distance"]
 """What is measured of a token, at temperature 1: entropies in nats; confidence, the largest probability of one token;
@@ -33,21 +32,15 @@ Score = Literal["student-entropy", "teacher-entropy", "student-confidence", "tea
 Side = Literal["above", "below"]
 
 
-def _each_kind(base: type[ObjectiveSettings]) -> Iterator[type[ObjectiveSettings]]:
-    for kind in base.__subclasses__():
-        yield kind
-        yield from _each_kind(kind)
-
-
 def _as_objective(value: Any) -> Any:
     """Settings given as a mapping become the objective that their `type` names; others pass through."""
     if not isinstance(value, Mapping):
         return value
-    known = {kind.model_fields["type"].default: kind for kind in _each_kind(ObjectiveSettings)}
-    if value.get("type") not in known:
-        names = ", ".join(sorted(name for name in known if isinstance(name, str)))
-        raise ValueError(f"got the type {value.get('type')!r}; expected one of {names}")
-    return known[value["type"]].model_validate(value)
+    from strategies.objectives import OBJECTIVES  # which imports this file
+
+    if value.get("type") not in OBJECTIVES:
+        raise ValueError(f"got the type {value.get('type')!r}; expected one of {', '.join(sorted(OBJECTIVES))}")
+    return OBJECTIVES[value["type"]].model_validate(value)
 
 
 def _of_single_tokens(value: ObjectiveSettings) -> ObjectiveSettings:
@@ -65,22 +58,10 @@ def apply(divergence: ObjectiveSettings, outputs: TokenLogits, signal: Signal | 
     return cast(Objective, divergence)(outputs, signal, weights, progress)
 
 
-def given(signal: Signal | None, reader: str) -> Signal:
-    """The signal; `ValueError` when there is none."""
-    if signal is None:
-        raise ValueError(f"{reader} compares with a teacher, and its term names no signal")
-    return signal
-
-
 def entropy(logprobs: Tensor) -> Tensor:
     """`-sum p log p` in nats of log-probabilities `(N, M)`, `(N,)`, with 0 log 0 = 0."""
     p = logprobs.exp()
     return -torch.where(p > 0, p * logprobs, 0.0).sum(-1)
-
-
-def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """`sum |p - q| / 2` of log-probabilities `(N, M)`, `(N,)` from 0 to 1."""
-    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 def single_tokens(signal: Signal, outcomes: int) -> int:
@@ -99,7 +80,7 @@ def score(kind: Score, outputs: TokenLogits, signal: Signal | None, reader: str)
         return entropy(outputs.logprobs()).detach()
     if kind == "student-confidence":
         return outputs.logprobs().amax(-1).exp().detach()
-    signal = given(signal, reader)
+    signal = given(signal, "pair", reader)
     log_q, log_p = signal.pair(outputs, 1.0)
     if kind == "teacher-entropy":
         return entropy(log_p).detach()

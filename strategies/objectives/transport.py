@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenLogits
 from strategies.schedule import PositiveSchedule, schedule
-from strategies.signals import Signal
+from strategies.signals import Signal, given
 
 ROUNDING = 64
 """Differences below this many units in the last place are none: |p - q| has a slope of size 1 right beside equality."""
@@ -123,6 +123,4 @@ class Sinkhorn(ObjectiveSettings):
 
 
 def _pair(signal: Signal | None, outputs: TokenLogits, temperature: float, reader: str) -> tuple[Tensor, Tensor]:
-    if signal is None:
-        raise ValueError(f"{reader} compares with a teacher, and its term names no signal")
-    return signal.pair(outputs, temperature)
+    return given(signal, "pair", reader).pair(outputs, temperature)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from strategies.core import Progress, TwoPass
 from strategies.objectives.adakd import LATF, AdaKD, AdaKDAbsolute, LATFState, hardest, hellinger, idts_temperatures, latf_update
-from strategies.objectives.divergence import ForwardKL
+from strategies.objectives.divergence import ForwardKL, ReverseKL
 from strategies.schedule import Ramp
 from strategies.signals import TopK
 from tests.strategies import reference
@@ -92,7 +92,7 @@ def test_value_and_gradient_by_the_formula_under_any_chunking(
     warm = tau * np.exp(-strength * np.tanh(np.log(hard / middle(hard[kept > 0]))))
     value, gradient = exact.adakd(z_q.astype(np.float64), z_p.astype(np.float64), weights, kept, warm)
     scale = len(live) / count
-    objective = AdaKD(keep_share=share, temperature=tau, strength=strength)
+    objective = AdaKD(keep_share=share, temperature=tau, strength=strength, divergence=ForwardKL())
     got = run(objective, z_q, Tokens(signal=dense(z_p), weights=weights), chunk_tokens)
     same(got, (scale * value, scale * gradient), rtol=1e-4)
     assert not got[1][kept == 0].any()
@@ -106,7 +106,7 @@ def test_all_tokens_at_one_temperature_are_the_plain_divergence(seed: int, kind:
     for signal in (dense(z_p), TopK(torch.from_numpy(ids), floats(logprobs)), TopK(torch.from_numpy(ids), floats(logprobs), "renormalise")):
         tokens = Tokens(signal=signal, weights=weights)
         for tau in (1.0, 2.5):
-            same(run(kind(strength=0.0, temperature=tau), z_q, tokens), run(ForwardKL(temperature=tau), z_q, tokens), rtol=1e-4)
+            same(run(kind(strength=0.0, temperature=tau), z_q, tokens), run(ReverseKL(temperature=tau), z_q, tokens), rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -116,7 +116,7 @@ def test_fixed_borders_add_up_over_any_split(seed: int) -> None:
     border = float(np.median(hard)) + 1e-3
     kept = hard >= border
     warm = np.exp(-0.5 * np.tanh(np.log(hard / 0.4)))
-    objective = AdaKDAbsolute(threshold=border, centre=0.4)
+    objective = AdaKDAbsolute(threshold=border, centre=0.4, divergence=ForwardKL())
     assert not isinstance(objective, TwoPass)
     want = exact.adakd(z_q.astype(np.float64), z_p.astype(np.float64), weights, kept, warm)
     same(run(objective, z_q, Tokens(signal=dense(z_p), weights=weights)), want, rtol=1e-4)
@@ -139,7 +139,7 @@ def test_temperatures_and_divergence_are_settings_that_do_not_meet() -> None:
                 kind.model_validate({"divergence": divergence})
         with pytest.raises(ValidationError, match="looks at whole micro-batches itself"):
             kind(divergence=AdaKD())
-        assert kind.model_validate({"divergence": {"type": "forward-kl"}}) == kind()
+        assert kind.model_validate({"divergence": {"type": "reverse-kl"}}) == kind()
 
 
 def test_what_cannot_be_tempered_is_named() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from strategies.core import Progress
+from strategies.core import Progress, Reads
 from strategies.head import TokenLogits
 from strategies.objectives.transport import ULD, Sinkhorn, transport_cost, uld
 from strategies.schedule import Ramp
@@ -38,6 +38,7 @@ class OtherTokenizer:
     """A teacher of another vocabulary, whose positions are the student's."""
 
     logits: Tensor
+    gives: ClassVar[frozenset[Reads]] = frozenset({"pair"})
 
     def chunk(self, start: int, stop: int) -> OtherTokenizer:
         return OtherTokenizer(self.logits[start:stop])
