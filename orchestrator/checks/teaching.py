@@ -115,6 +115,11 @@ def _check_columns(where: str, strategy: Strategy) -> None:
         if column not in there:
             do = "Add a stage that scores the rows, or drop the signal."
             raise Refusal(where, f"the signal column {column!r}, which no stage adds", "a stage that adds it", do)
+    for term in (t for u in strategy.updates for t in u.terms):
+        if getattr(term.objective, "pairs", False) and f"weights/{term.name}" not in there:
+            got = f"the term {term.name!r}, which compares rows in pairs, and rows that come one by one"
+            expected = f"a stage that adds the column 'weights/{term.name}' to chosen and rejected rows in turn"
+            raise Refusal(where, got, expected, "Write such a stage in Python; a recipe's data has no preferences yet.")
 
 
 def measured(strategy: Strategy) -> dict[str, Taught]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -40,6 +41,13 @@ from tests.orchestrator.bench import (
 )
 
 LORA = "student.lora.target_modules"
+
+
+def terms(term: Any, **signals: Any) -> Callable[[Bench], None]:
+    """A loss of one term on the teacher's `signals`, or on its top-k."""
+    given = {"signals": {name: {"endpoint": "teacher", "take": take} for name, take in signals.items()}} if signals else {}
+    return put("strategy", {"type": "terms", "terms": [term], **given})
+
 
 CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
     # the recipe's own words
@@ -114,6 +122,23 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
         both(put("strategy.kd_weight", 0), put("strategy.ce_weight", 0.0)),
         ["strategy.logits", "0 at every step"],
     ),
+    # terms
+    (
+        "draws for a distribution",
+        terms({"objective": "jsd"}, drawn="sampled"),
+        ["'jsd'", "whole distributions", "'drawn'", "distill strategies terms"],
+    ),
+    (
+        "a distribution for a token",
+        terms({"objective": "reverse-kl-squared"}, near="topk"),
+        ["log-probability of the given token", "'near'"],
+    ),
+    ("no signal named", terms({"objective": "jsd"}, one="topk", two="dense"), ["'jsd' to name its signal", "one of one, two", "got none"]),
+    ("unknown signal", terms({"objective": "jsd", "signal": "techer"}), ["the signal 'techer'", "one of its signals"]),
+    ("pairs of rows that come alone", terms({"objective": "simpo"}), ["'simpo'", "rows in pairs", "weights/simpo", "no preferences yet"]),
+    ("k1", terms({"objective": "reverse-kl-k1"}), ["reverse-kl-k1 teaches nothing", "reverse-kl-policy-gradient"]),
+    ("unknown objective", terms({"objective": "jds"}), ["strategy", "jds", "jsd"]),
+    ("unscaled ends", terms({"objective": {"type": "jsd", "beta": {"ramp": [0, 1]}, "rescale": False}}), ["strategy", "rescale"]),
     ("float16 student", put("student.dtype", "float16"), ["student.dtype", "'float16'", "bfloat16"]),
     ("float16 as saved", both(spoilt("student", edit(dtype="float16")), put("student.dtype", "auto")), ["student.dtype", "'auto'"]),
     ("quantised on a CPU", put("endpoints.teacher.quantization", "int8"), ["endpoints.teacher.quantization", "without a GPU"]),
