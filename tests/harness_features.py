@@ -6,19 +6,13 @@ writes what it measured to `FOLDER/<world>_<rank>.json`.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from ray.train import Checkpoint
 
 from cluster.config import TransformersEndpoint
@@ -174,16 +168,5 @@ class Side:
         to.with_suffix(".moving").rename(to)
 
 
-def main(folder: Path, rank: int, world: int, only: Sequence[str] = ()) -> None:
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    store = dist.FileStore(str(folder / f"store_{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    side = Side(folder, rank, world)
-    found = {c.name: side.measure(c) for c in CASES if world in c.worlds and (not only or c.name in only)}
-    (folder / f"{world}_{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    plain.main(Side(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])), CASES, sys.argv[4:])

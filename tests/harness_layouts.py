@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class Case:
     precision: Literal["float32", "bfloat16"] = "float32"
     recompute: bool = False
     batching: Literal["bucketed", "packed"] = "bucketed"
+    micro_batch_tokens: int = 90
     steps: int = 14
     checkpoints: bool = False
     """Saves half-way and goes on from the other side's checkpoint."""
@@ -112,7 +113,7 @@ def run_config(models: Path, case: Case) -> RunConfig:
         "eps": 1e-5,
         "clip_norm": CLIP_NORM,
         "weight_decay": 0.1,
-        "micro_batch_tokens": 90,
+        "micro_batch_tokens": case.micro_batch_tokens,
         "batching": case.batching,
         "precision": case.precision,
         "gradient_checkpointing": case.recompute,
@@ -170,16 +171,30 @@ def whole_step(step: int) -> Columns:
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-def main(folder: Path, rank: int, world: int, only: Sequence[str] = ()) -> None:
+class Measures(Protocol):
+    """What a process does with a case."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    def measure(self, case: Case) -> dict[str, Any]: ...
+
+
+def main(side: Measures, all_cases: Sequence[Case], only: Sequence[str] = ()) -> None:
+    """One process: measures the cases of its world and writes what it found."""
+    folder, rank, world = side.folder, side.rank, side.world
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     store = dist.FileStore(str(folder / f"store_{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    side = Side(folder, rank, world)
-    cases = [c for c in CASES if world in c.worlds and (not only or c.name in only)]
+    cases = [c for c in all_cases if world in c.worlds and (not only or c.name in only)]
     found = {case.name: side.measure(case) for case in cases}
-    for case in (c for c in cases if c.checkpoints):
-        found[case.name] |= side.go_on(case)
+    if isinstance(side, Side):
+        for case in (c for c in cases if c.checkpoints):
+            found[case.name] |= side.go_on(case)
     (folder / f"{world}_{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
@@ -270,4 +285,4 @@ def whole_bytes(folder: Path, case: Case) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Side(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])), CASES, sys.argv[4:])

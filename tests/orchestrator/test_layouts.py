@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ from strategies.core import Columns
 from strategies.sources import scored_columns
 from tests import harness_layouts as harness
 from tests.harness_layouts import AFTER, ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
+from tests.orchestrator.sides import Measured, run_sides
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.timeout(600)  # the first test starts the processes
@@ -35,14 +31,12 @@ EXACT = 1e-5
 """Largest relative difference of a step's loss or gradient norm in float32."""
 ROUNDED = {"loss": 0.01, "grad_norm": 0.05}
 """The same where forwards and backwards run in bfloat16, whose own precision is 0.004."""
-SIDES = ((PAIR, 0), (PAIR, 1), (ALONE, 0))
 
 
 @dataclass(frozen=True)
 class Results:
     folder: Path
-    measured: dict[tuple[int, int], dict[str, Any]]
-    """By world size and rank, then by name of the case."""
+    measured: Measured
     curves: dict[str, list[dict[str, float]]]
     """Of the independent loop, by name of the student."""
     half: dict[str, dict[str, torch.Tensor]]
@@ -63,47 +57,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     folder = tmp_path_factory.mktemp("layouts")
     for name in ("tied", "untied"):
         tiny_model(folder / name, vocab_size=harness.VOCABULARY, width=16, tied=name == "tied")
-    processes = {(world, rank): _start(folder, rank, world) for world, rank in SIDES}
-    try:
-        yield _collect(folder, processes)
-    finally:
-        for process in processes.values():
-            process.kill()
+    with run_sides("tests.harness_layouts", folder) as measured:
+        curves, half = {}, {}
+        for case in {c.reference: c for c in CASES if c.precision == "float32"}.values():
+            curves[case.reference], half[case.reference] = reference(folder, case)
+        yield Results(folder, measured(), curves, half)
 
 
-def _collect(folder: Path, processes: dict[tuple[int, int], subprocess.Popen[bytes]]) -> Results:
-    curves, half = {}, {}
-    for case in {c.reference: c for c in CASES if c.precision == "float32"}.values():
-        curves[case.reference], half[case.reference] = reference(folder, case)
-    while any(process.poll() is None for process in processes.values()):
-        _check(folder, processes)
-        time.sleep(0.2)
-    _check(folder, processes)
-    measured = {}
-    for world, rank in processes:
-        measured[world, rank] = json.loads((folder / f"{world}_{rank}.json").read_text(encoding="utf-8"))
-    return Results(folder, measured, curves, half)
-
-
-def _check(folder: Path, processes: dict[tuple[int, int], subprocess.Popen[bytes]]) -> None:
-    """Fails with the log of the first process that failed: its peers would only wait for it."""
-    for (world, rank), process in processes.items():
-        assert not process.poll(), f"rank {rank} of {world}:\n{_log(folder, rank, world).read_text(encoding='utf-8')[-6000:]}"
-
-
-def _start(folder: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.harness_layouts", str(folder), str(rank), str(world)]
-    environment = os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    with _log(folder, rank, world).open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _log(folder: Path, rank: int, world: int) -> Path:
-    return folder / f"{world}_{rank}.log"
-
-
-def reference(folder: Path, case: Case, count: int = STEPS) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def reference(
+    folder: Path, case: Case, count: int = STEPS, loss_of: Callable[[torch.nn.Module, int], torch.Tensor] | None = None
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Plain training of one network on all rows of a step, row by row, with dense logits and torch's AdamW."""
+    loss_of = loss_of or plain_loss
     run = harness.run_config(folder, case)
     model = load_student(run.student, gradient_checkpointing=False, seed=run.seed)
     trained = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -118,7 +83,7 @@ def reference(folder: Path, case: Case, count: int = STEPS) -> tuple[list[dict[s
         if step == HALF:
             half = {f"model.{n}": p.detach().clone() for n, p in trained.items()}
         adamw.zero_grad()
-        loss = plain_loss(model, step)
+        loss = loss_of(model, step)
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in unique if p.grad is not None]).norm()
         for group in adamw.param_groups:
@@ -137,12 +102,7 @@ def plain_loss(model: torch.nn.Module, step: int) -> torch.Tensor:
     count = int(columns["loss_mask"].sum())
     ids = torch.from_numpy(columns["teacher/ids"].reshape(count, -1)).long()
     teacher = torch.from_numpy(columns["teacher/logprobs"].reshape(count, -1))
-    ends = np.cumsum(columns["lengths"])
-    logits = []
-    for start, end in zip(ends - columns["lengths"], ends, strict=True):
-        row = model(input_ids=torch.from_numpy(columns["tokens"][start:end]).long()[None], use_cache=False).logits[0].float()
-        logits.append(row[:-1][torch.from_numpy(columns["loss_mask"][start + 1 : end].astype(bool))])
-    log_q = torch.cat(logits).log_softmax(-1)
+    log_q = plain_logprobs(model, columns)
     inside = torch.cat([teacher, torch.log1p(-teacher.exp().sum(-1, keepdim=True))], -1)
     rest = torch.log((log_q.exp() * torch.ones_like(log_q).scatter(-1, ids, 0.0)).sum(-1, keepdim=True))
     student = torch.cat([log_q.gather(-1, ids), rest], -1)
@@ -150,6 +110,16 @@ def plain_loss(model: torch.nn.Module, step: int) -> torch.Tensor:
     labels = torch.from_numpy(columns["tokens"][columns["loss_mask"].astype(bool)]).long()
     ce = -(torch.from_numpy(columns["weights/ce"]) * log_q.gather(-1, labels[:, None])[:, 0]).sum()
     return (0.9 * kl + 0.1 * ce) / count
+
+
+def plain_logprobs(model: torch.nn.Module, columns: Columns) -> torch.Tensor:
+    """`(N, V)` log-probabilities of all loss tokens of a step, from forwards of single rows."""
+    ends = np.cumsum(columns["lengths"])
+    logits = []
+    for start, end in zip(ends - columns["lengths"], ends, strict=True):
+        row = model(input_ids=torch.from_numpy(columns["tokens"][start:end]).long()[None], use_cache=False).logits[0].float()
+        logits.append(row[:-1][torch.from_numpy(columns["loss_mask"][start + 1 : end].astype(bool))])
+    return torch.cat(logits).log_softmax(-1)
 
 
 def plain_rate(step: int, peak: float, warmup: int) -> float:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +19,17 @@ from tests import harness_features as harness
 from tests import harness_layouts as plain
 from tests.harness_features import AFTER, CASES, SAVED, SCALES, STEPS, only_states
 from tests.harness_layouts import ALONE, PAIR, Case, merged
+from tests.orchestrator.sides import Measured, run_sides
 from tests.orchestrator.test_layouts import assert_same_curve, plain_rate
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.timeout(600)  # the first test starts the processes
 
-SIDES = ((PAIR, 0), (PAIR, 1), (ALONE, 0))
-
 
 @dataclass(frozen=True)
 class Results:
     folder: Path
-    measured: dict[tuple[int, int], dict[str, Any]]
+    measured: Measured
     curves: dict[str, list[dict[str, float]]]
 
 
@@ -57,35 +51,14 @@ def one_thread() -> Iterator[None]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     folder = tmp_path_factory.mktemp("features")
     save_models(folder)
-    processes = {(world, rank): _start(folder, rank, world) for world, rank in SIDES}
-    try:
+    with run_sides("tests.harness_features", folder) as measured:
         curves = {kind(c): reference(folder, c) for c in reversed(CASES) if c.precision == "float32"}
-        while any(process.poll() is None for process in processes.values()):
-            _check(folder, processes)
-            time.sleep(0.2)
-        _check(folder, processes)
-        measured = {(w, r): json.loads((folder / f"{w}_{r}.json").read_text(encoding="utf-8")) for w, r in processes}
-        yield Results(folder, measured, curves)
-    finally:
-        for process in processes.values():
-            process.kill()
+        yield Results(folder, measured(), curves)
 
 
 def kind(case: Case) -> str:
     """Which independent curve a case must follow."""
     return "lora" if case.lora else "states" if only_states(case) else "whole"
-
-
-def _start(folder: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.harness_features", str(folder), str(rank), str(world)]
-    environment = os.environ | {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    with (folder / f"{world}_{rank}.log").open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _check(folder: Path, processes: dict[tuple[int, int], subprocess.Popen[bytes]]) -> None:
-    for (world, rank), process in processes.items():
-        assert not process.poll(), f"rank {rank} of {world}:\n{(folder / f'{world}_{rank}.log').read_text(encoding='utf-8')[-6000:]}"
 
 
 def reference(folder: Path, case: Case, count: int = STEPS) -> list[dict[str, float]]:
