@@ -22,17 +22,43 @@ TOPK_SHARE = 64
 
 
 def answer(hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, request: Request, usable: int) -> dict[str, Tensor]:
-    """The columns of `request` for n loss tokens, `(n, ...)` each; `dropped` `(n,)` is the mass outside `usable` ids.
+    """The columns of `request` for n loss tokens, `(n, ...)` each; `dropped` `(n,)` is the mass outside `usable` ids, of hidden
+    states that of the first tokens alone, for which the head is applied.
 
     `hidden` `(n, D)` are the states that predict `labels` `(n,)`; `keys` `(n,)` int64 seed the draws of each token.
     """
     if request.kind == "hidden":
-        return {"hidden": hidden, "dropped": torch.zeros(len(hidden), device=hidden.device)}
+        return {"hidden": hidden, "dropped": _dropped_first(hidden, head, usable)}
     pieces = [
         _piece(h, head, own, key, request, usable)
         for h, own, key in zip(*(t.split(piece_tokens(hidden.device, len(head.weight))) for t in (hidden, labels, keys)), strict=True)
     ]
     return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if pieces else {}
+
+
+def _dropped_first(hidden: Tensor, head: OutputHead, usable: int) -> Tensor:
+    """`(n,)`: the mass outside `usable` ids of as many tokens as make one piece, and 0 for the others."""
+    dropped = torch.zeros(len(hidden), device=hidden.device)
+    if usable < len(head.weight):
+        first = slice(piece_tokens(hidden.device, len(head.weight)))
+        logits = head.logits(hidden[first])
+        dropped[first] = _mass_beyond(logits, usable, logits[:, :usable].logsumexp(-1))
+    return dropped
+
+
+def _mass_beyond(logits: Tensor, usable: int, normaliser: Tensor) -> Tensor:
+    """Share of the ids from `usable` on, `(n,)`, beside ids whose `logsumexp` is `normaliser` `(n,)`."""
+    return torch.sigmoid(logits[:, usable:].logsumexp(-1) - normaliser)
+
+
+def refuse_dropped(dropped: Tensor, most: float, model: str) -> None:
+    """`ValueError` when a token of `dropped` `(n,)` lost more than `most`."""
+    worst = float(dropped.max()) if len(dropped) else 0.0
+    if worst > most:
+        raise ValueError(
+            f"endpoint model {model!r}: got {worst:.3g} of a token's probability on ids that the student lacks; expected at most "
+            f"{most:g}. Take a student with the teacher's vocabulary, or raise the endpoint's max_dropped_mass to renormalise."
+        )
 
 
 def piece_tokens(device: torch.device, predicted: int) -> int:
@@ -45,9 +71,7 @@ def _piece(hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, reque
     whole = head.logits(hidden)
     logits = whole[:, :usable]
     normaliser = logits.logsumexp(-1, keepdim=True)
-    lost = whole.new_zeros(len(whole))
-    if usable < whole.shape[-1]:
-        lost = -torch.expm1(normaliser - whole.logsumexp(-1, keepdim=True))[:, 0].clamp_max(0.0)
+    lost = _mass_beyond(whole, usable, normaliser[:, 0])
     own = (logits.gather(-1, labels.clamp_max(usable - 1)[:, None]) - normaliser)[:, 0]
     found = {"logprob": torch.where(labels < usable, own, -torch.inf), "dropped": lost}
     if request.kind == "topk":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, NonNegativeFloat, PositiveInt, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveInt, Tag
 
 
 class ClusterModel(BaseModel):
@@ -62,6 +62,8 @@ class TransformersEndpoint(ClusterModel):
     """Padded tokens in one forward."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Most probability of one token that may lie on ids which the student lacks; it is dropped and the rest renormalised."""
 
     @property
     def saved_model(self) -> SavedModel | None:

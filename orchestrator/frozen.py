@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from cluster.answers import answer
+from cluster.answers import answer, refuse_dropped
 from cluster.causal_lm import backbone, output_head
 from cluster.config import EndpointConfig, TransformersEndpoint
 from cluster.engines.transformers import load_frozen
@@ -33,6 +33,7 @@ class FrozenPlayer:
         `Refusal` when the head is not understood, or with `packed` when rows of one sequence would see each other;
         `ValueError` when quantisation is asked of a CPU.
         """
+        self.config = config
         self.model = load_frozen(config, device)
         self.vocabulary = vocabulary
         check_head(self.model)
@@ -62,7 +63,9 @@ class FrozenPlayer:
         """What a stage would score of a micro-batch: columns `(N, ...)`, of the states `(N, D)` that `taps` gave for `OUTPUT`."""
         head = output_head(self.model)
         with torch.autocast(hidden.device.type, enabled=False):
-            return answer(hidden, head, micro.labels, micro.keys, request, self.vocabulary or len(head.weight))
+            found = answer(hidden, head, micro.labels, micro.keys, request, self.vocabulary or len(head.weight))
+        refuse_dropped(found["dropped"], self.config.max_dropped_mass, self.config.model)
+        return found
 
 
 def load_frozen_players(

@@ -137,12 +137,14 @@ class Trainer:
 
     def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
         """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
-        a rank wait; `row_id_sum` shows which rows the step had."""
+        a rank wait; `row_id_sum` shows which rows the step had, `dropped_mass` the most that a token of a teacher lost."""
         scored = [(s.endpoint, name) for name, s in self._strategy.signals.items() if isinstance(s, Taught) and s.endpoint]
         teachers = sorted({endpoint for endpoint, _ in scored})
         worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-        mine = [len(bundle["tokens"]), bundle["row_id"].sum(), waited_seconds, *worked]
-        tokens, row_ids, waited, *scored = total(torch.tensor(mine, dtype=torch.float64)).tolist()
+        lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+        ranks = gather([len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *lost])
+        tokens, row_ids, waited, *seconds_scored = ranks.sum(0).tolist()
+        dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
         seconds = time.perf_counter() - began + waited_seconds
         timing = {
             "tokens": tokens,
@@ -153,7 +155,8 @@ class Trainer:
             "step_seconds": seconds,
             "age_steps": 0.0,
         }
-        return timing | {f"score_seconds/{t}": s for t, s in zip(teachers, scored, strict=True)}
+        timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, seconds_scored, strict=False)}
+        return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
 
     def _count_skipped(self, metrics: dict[str, float]) -> None:
         self._skipped = self._skipped + 1 if metrics["skipped"] else 0

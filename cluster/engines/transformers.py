@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from cluster.answers import answer, token_keys
+from cluster.answers import answer, refuse_dropped, token_keys
 from cluster.causal_lm import (
     OutputHead,
     attention_argument,
@@ -38,7 +38,7 @@ class TransformersEngine:
             torch.set_num_threads(threads)
         bound_kernel_cache()
         self.device = compute_device()
-        self.forward_tokens = config.forward_tokens
+        self.config = config
         self.model = load_frozen(config, self.device)
         embedding: Any = self.model.get_input_embeddings()
         self.embedded = int(embedding.weight.shape[0])
@@ -63,7 +63,7 @@ class TransformersEngine:
         rows = bundle_rows(columns)
         labels, keys = self._moved(rows.labels), self._moved(token_keys(columns, rows.loss_at))
         found: dict[str, Tensor] = {}
-        for group in group_by_length(rows.reach, self.forward_tokens):
+        for group in group_by_length(rows.reach, self.config.forward_tokens):
             laid = lay_out(rows, [[r] for r in group])
             states = backbone(self.model)(input_ids=self._moved(laid.input_ids), use_cache=False).last_hidden_state
             hidden = states.flatten(0, 1).index_select(0, self._moved(laid.index))
@@ -83,6 +83,7 @@ class TransformersEngine:
 
     def _columns(self, found: dict[str, Tensor]) -> Columns:
         dropped = found.pop("dropped")
+        refuse_dropped(dropped, self.config.max_dropped_mass, self.config.model)
         flat = {name: values.flatten() for name, values in found.items()}
         flat["dropped_mass"] = (dropped.max() if len(dropped) else dropped.new_zeros(()))[None].float()
         return {n: (v.view(torch.int16) if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in flat.items()}

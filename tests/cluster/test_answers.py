@@ -26,7 +26,7 @@ REQUESTS = [
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> TransformersEndpoint:
     folder = tmp_path_factory.mktemp("teacher")
     tiny_model(folder, vocab_size=VOCABULARY)
-    return TransformersEndpoint(model=str(folder), forward_tokens=32)
+    return TransformersEndpoint(model=str(folder), forward_tokens=32, max_dropped_mass=1.0)
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: r.kind)
@@ -38,6 +38,15 @@ def test_every_kind_keeps_its_promise(teacher: TransformersEndpoint, request_: S
     if request_.kind != "hidden":
         fake = make_engine(FakeEndpoint(engine="fake", vocabulary=usable))
         check_scores(columns, fake.score(columns, request_), request_, usable)
+
+
+@pytest.mark.parametrize("request_", [*REQUESTS, ScoreRequest("topk", top_k=3)], ids=lambda r: r.kind)
+def test_more_mass_on_ids_that_the_student_lacks_than_allowed_is_an_error(teacher: TransformersEndpoint, request_: ScoreRequest) -> None:
+    engine = make_engine(teacher.model_copy(update={"max_dropped_mass": 1e-3}), vocabulary=300)
+    with pytest.raises(ValueError, match=r"ids that the student lacks; expected at most 0\.001\. .*max_dropped_mass"):
+        engine.score(bundle([9, 6, 3], vocabulary=300), request_)
+    lost = make_engine(teacher, vocabulary=300).score(bundle([9, 6, 3], vocabulary=300), request_)["dropped_mass"]
+    assert 0.1 < lost.item() < 1
 
 
 def test_a_fake_has_no_hidden_states() -> None:

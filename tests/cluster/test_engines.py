@@ -155,7 +155,9 @@ def test_scores_of_models_with_learned_positions_and_untied_heads(tmp_path: Path
 def test_a_padded_teacher_vocabulary_is_dropped_and_the_rest_renormalised(folder: Path) -> None:
     usable = 500
     columns = bundle([20, 9, 14, 3], vocabulary=usable)
-    scores = make_engine(TransformersEndpoint(model=str(folder)), vocabulary=usable).score(columns, ScoreRequest("topk", top_k=usable))
+    scores = make_engine(TransformersEndpoint(model=str(folder), max_dropped_mass=1.0), vocabulary=usable).score(
+        columns, ScoreRequest("topk", top_k=usable)
+    )
     check_scores(columns, scores, ScoreRequest("topk", top_k=usable), usable)
     agrees(scores, row_logprobs(folder, columns, usable), columns, usable)
     lost = row_logprobs(folder, columns)[:, usable:].exp().sum(-1).max()
@@ -165,7 +167,7 @@ def test_a_padded_teacher_vocabulary_is_dropped_and_the_rest_renormalised(folder
 def test_a_token_beyond_the_usable_vocabulary_has_no_probability(folder: Path) -> None:
     columns = bundle([20, 3], vocabulary=10)
     columns["tokens"][4], columns["loss_mask"][4] = 505, 1
-    scores = make_engine(TransformersEndpoint(model=str(folder)), vocabulary=500).score(columns, TOP)
+    scores = make_engine(TransformersEndpoint(model=str(folder), max_dropped_mass=1.0), vocabulary=500).score(columns, TOP)
     assert scores["logprob"][int(columns["loss_mask"][:4].sum())] == -np.inf
     assert np.isfinite(scores["logprobs"]).all()
 

@@ -222,7 +222,7 @@ TAKES = [TakeTopK(top_k=5), TakeDense(), TakeSampled(draws=4, exponent=0.8), Tak
 @pytest.mark.parametrize("vocabulary", [None, VOCABULARY - 6])
 @pytest.mark.parametrize("take", TAKES, ids=lambda t: t.type)
 def test_a_frozen_player_says_what_a_stage_scores(guide: Path, take: Any, batching: Any, vocabulary: int | None) -> None:
-    config = TransformersEndpoint(model=str(guide))
+    config = TransformersEndpoint(model=str(guide), max_dropped_mass=1.0)
     columns = {**bundle(), "tokens": bundle()["tokens"] % (VOCABULARY - 6)}
     scored = TransformersEngine(config, vocabulary).score(columns, take.request)
     columns |= {f"far/{name}": values for name, values in scored.items()}
@@ -238,6 +238,13 @@ def test_a_frozen_player_says_what_a_stage_scores(guide: Path, take: Any, batchi
             torch.testing.assert_close(near[name], far[name], rtol=1e-4, atol=1e-5)
         if take.type == "hidden":
             assert len(far["head"].weight) == len(near["head"].weight) == (vocabulary or VOCABULARY)
+
+
+def test_a_frozen_player_may_not_lose_mass_on_ids_that_the_student_lacks(guide: Path) -> None:
+    sources, endpoints = {"near": Taught(TakeDense(), player="guide")}, {"guide": TransformersEndpoint(model=str(guide))}
+    teachers = Teachers.load({"guide": Player(model="guide", trained=False)}, sources, endpoints, VOCABULARY - 6, False, CPU)
+    with pytest.raises(ValueError, match=r"ids that the student lacks.*max_dropped_mass"):
+        teachers.teach(micros_of(bundle())[0], (Term("near", CrossEntropy(), constant(1.0), "near"),))
 
 
 def test_a_frozen_player_keeps_its_own_dtype_and_makes_no_gradient(guide: Path) -> None:
