@@ -31,7 +31,6 @@ class Peak:
     def _look_at(self, process: psutil.Process) -> None:
         if self.title in " ".join(process.cmdline()):
             self.bytes = max(self.bytes, high_water(process.pid))
-            self.pids.add(process.pid)
 
     def stop(self) -> None:
         self._over.set()
