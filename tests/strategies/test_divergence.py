@@ -261,3 +261,11 @@ def test_cross_entropy_is_minus_log_q_of_the_label_whatever_the_temperature_of_o
     expected = -np.log(reference.softmax(z_q)[np.arange(TOKENS), labels]).sum()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(gradient.numpy(), reference.cross_entropy_gradient(z_q, labels), atol=1e-6)
+
+
+def test_without_its_tail_reverse_kl_is_finite_where_the_student_rules_a_kept_token_out() -> None:
+    z_q, z_p = logits(0), logits(100)
+    ids, logprobs = reference.top(z_p, 3)
+    np.put_along_axis(z_q, ids[:, :1], -np.inf, -1)
+    signal = TopK(torch.from_numpy(ids), torch.from_numpy(logprobs).float(), "drop")
+    assert ReverseKL().values(student(z_q), signal, 1.0, NOW).isfinite().all()

@@ -222,3 +222,12 @@ def test_settings_move_with_progress_and_stay_in_range() -> None:
     for objective, wrong in ((DPO, {"beta": 0.0}), (SimPO, {"beta": -1.0}), (REDI, {"alpha": 1.5})):
         with pytest.raises(ValidationError):
             objective(**wrong)
+
+
+@pytest.mark.parametrize("objective", EVERY)
+def test_two_weights_on_a_chosen_row_are_one_too_many(objective: Any) -> None:
+    z, tokens = case(0)
+    twice = tokens.weights.copy()
+    twice[1] = 1.0
+    with pytest.raises(ValueError, match="rows 0 and 1 have 2 and 0 non-zero weights"):
+        run(objective(), z, replace(tokens, weights=twice))

@@ -13,7 +13,7 @@ from strategies.core import Progress, TwoPass
 from strategies.head import TokenLogits
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
-from strategies.objectives.token_weighting import Score, SelectedTokens, SelectedTokensAbsolute, score
+from strategies.objectives.token_weighting import Score, SelectedTokens, SelectedTokensAbsolute, entropy, score
 from strategies.schedule import Ramp
 from strategies.signals import TopK
 from tests.strategies import reference
@@ -228,3 +228,7 @@ def test_cuts_move_with_progress() -> None:
     for wrong in ({"quantile": 1.2}, {"softness": 0.0}, {"by": "loudness"}):
         with pytest.raises(ValidationError):
             SelectedTokens.model_validate(wrong)
+
+
+def test_a_token_that_cannot_be_said_adds_no_entropy() -> None:
+    assert entropy(torch.tensor([[0.5, 0.5, 0.0]]).log()).item() == pytest.approx(np.log(2))

@@ -226,3 +226,9 @@ def test_settings_move_with_progress_and_stay_in_range() -> None:
     for wrong in ({"regularisation": 0.0}, {"iterations": 0}, {"temperature": -1.0}):
         with pytest.raises(ValidationError):
             Sinkhorn(**wrong)
+
+
+def test_the_sinkhorn_term_is_multiplied_by_the_temperature_unless_told_not_to() -> None:
+    tokens = Tokens(signal=dense(logits(50)), weights=ONES)
+    scaled, plain = (run(Sinkhorn(t_scale=how), logits(0), tokens, chunk_tokens=TOKENS)[0] for how in ("auto", "none"))
+    assert scaled == pytest.approx(2.0 * plain, rel=1e-5)
