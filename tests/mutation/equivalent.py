@@ -101,5 +101,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "log_p = self.teacher(outputs.logits.shape[-1], 1.0)",
         "log_p = self.teacher(outputs.logits.shape[-1], 2.0)",
     ): "a temperature keeps the order",
+    (
+        "strategies/objectives/atkd.py",
+        'average = binary_p if direction == "forward" else binary_q',
+        "average = binary_p if True else binary_q",
+    ): "where one side has no other outcomes, the reverse divergence of the others is 0 by itself",
+    (
+        "strategies/objectives/taid.py",
+        "change = (state.loss - loss) / (state.loss + 1e-15)",
+        "change = (state.loss - loss) / (state.loss - 1e-15)",
+    ): "a guard against division by 0, below the rounding of any loss",
 }
-"""(path, line before, line after), both stripped -> the reason."""

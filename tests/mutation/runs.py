@@ -40,12 +40,13 @@ class Reach:
     failed: list[str] = field(default_factory=list)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Tests that could notice a mutant, quick ones first. Outside functions, all of every test file that reaches its file."""
+        """Tests that could notice a mutant, quick ones first. Outside functions, all of every test file that reaches its
+        file, and the tests that call no function at all: they look at classes and their defaults."""
         scopes = [s for path, s in self.tests if path == mutant.path and mutant.scope in ("", s)]
         found = {test for s in scopes for test in self.tests[mutant.path, s]}
         if not mutant.scope:
-            files = {_file(test) for test in found}
-            found = {test for test in self.seconds if _file(test) in files}
+            files, calling = {_file(test) for test in found}, set().union(*self.tests.values())
+            found = {test for test in self.seconds if _file(test) in files or test not in calling}
         return sorted(found, key=lambda test: (self.seconds.get(test, 0.0), test))
 
 

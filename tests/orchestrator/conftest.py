@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.orchestrator.bench import ROWS, TEXT, Bench
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -35,3 +37,12 @@ def bench(bench_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "endpoints": {"teacher": {"model": str(bench_models / "teacher")}},
     }
     return Bench(bench_models, recipe, {"storage": str(tmp_path / "runs"), "resources": {"worker": {"cpus": 0.1}}}, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks are slower on several threads, and other processes of a test want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

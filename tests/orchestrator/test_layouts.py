@@ -25,7 +25,8 @@ from tests.harness_layouts import AFTER, ALONE, CASES, HALF, PAIR, POISONED, STE
 from tests.orchestrator.sides import Measured, run_sides
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.timeout(600)  # the first test starts the processes
+# the first test starts the processes
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 EXACT = 1e-5
 """Largest relative difference of a step's loss or gradient norm in float32."""
@@ -41,15 +42,6 @@ class Results:
     """Of the independent loop, by name of the student."""
     half: dict[str, dict[str, torch.Tensor]]
     """Weights of the independent loop after the first half."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks are slower on several threads, and the other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from tests.orchestrator.sides import Measured, run_sides
 from tests.orchestrator.test_layouts import assert_same_curve, plain_rate
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.timeout(600)  # the first test starts the processes
+# the first test starts the processes
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,6 @@ def save_models(folder: Path) -> None:
     for name in ("tied", "untied"):
         tiny_model(folder / name, vocab_size=plain.VOCABULARY, width=16, tied=name == "tied")
     tiny_model(folder / "guide", vocab_size=plain.VOCABULARY, width=harness.GUIDE_WIDTH, layers=harness.GUIDE_LAYERS, seed=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,10 @@ from tests.orchestrator.sides import Measured, run_sides
 from tests.orchestrator.test_layouts import assert_same_curve, plain_logprobs, reference
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.timeout(600)  # the first test starts the processes
+# the first test starts the processes
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 STEPS = CASES[0].steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def save_models(folder: Path) -> None:

@@ -230,3 +230,30 @@ def test_settings_move_with_progress_and_stay_in_range() -> None:
     )
     with pytest.raises(ValidationError, match="from 0 to 1"):
         ATKD(easy_weight=1.2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_fixed_border_with_roles_swapped_reads_the_students_own_doubt(seed: int) -> None:
+    z_q, z_p, labels, _ = case(seed)
+    q, p = reference.softmax(z_q), reference.softmax(z_p)
+    tckd, nckd = exact.dkd(q, p, labels)
+    u = 1 - q[np.arange(TOKENS), labels]
+    border = float(np.quantile(u, 0.4))
+    easy = u < border
+    want = (2 * np.where(easy, 0.2 * nckd, 0.8 * (tckd + nckd))).sum()
+    got = run(ATKDAbsolute(direction="reverse", threshold=border), z_q, Tokens(labels, dense(z_p)))
+    assert got[0] == pytest.approx(want, rel=5e-5)
+
+
+def test_a_label_outside_a_renormalised_list_is_as_uncertain_as_can_be() -> None:
+    ids = torch.tensor([[4], [4]])
+    only = TopK(ids, torch.zeros(2, 1), "renormalise")
+    outputs = TokenLogits(floats(logits(0, 2)), torch.tensor([4, 5]))
+    assert uncertainty(outputs, only, "forward").tolist() == [0.0, 1.0]
+
+
+def test_groups_of_one_token_each_are_means_over_one() -> None:
+    z_q, z_p, labels = logits(3, 2), logits(53, 2), np.asarray([1, 2])
+    u = 1 - reference.softmax(z_p)[np.arange(2), labels]
+    want = exact.atkd(z_q, z_p, labels, np.ones(2), u == u.min(), 0.2)
+    assert run(ATKD(), z_q, Tokens(labels, dense(z_p)))[0] == pytest.approx(want, rel=5e-5)

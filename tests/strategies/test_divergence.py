@@ -269,3 +269,8 @@ def test_without_its_tail_reverse_kl_is_finite_where_the_student_rules_a_kept_to
     np.put_along_axis(z_q, ids[:, :1], -np.inf, -1)
     signal = TopK(torch.from_numpy(ids), torch.from_numpy(logprobs).float(), "drop")
     assert ReverseKL().values(student(z_q), signal, 1.0, NOW).isfinite().all()
+
+
+def test_a_token_at_which_the_mass_is_reached_exactly_is_of_the_head() -> None:
+    p, q = (torch.tensor([shares], dtype=torch.float64) for shares in ([0.5, 0.25, 0.125, 0.125], [0.25, 0.5, 0.125, 0.125]))
+    assert head_share(q.log(), p.log(), 0.75).item() == pytest.approx(1.0)

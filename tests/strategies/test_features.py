@@ -314,3 +314,14 @@ def test_widths_that_cannot_be_compared_are_refused() -> None:
         filters_for(Relations(heads=3), on)
     with pytest.raises(ValidationError):
         HiddenStates(layers=())
+
+
+def test_one_layer_is_enough() -> None:
+    assert [str(t) for t in HiddenStates.model_validate({"layers": [{"depth": 0.5}]}).taps.student]
+
+
+def test_gram_matrices_of_bfloat16_states_are_made_in_float32() -> None:
+    on = sides()
+    with torch.no_grad():
+        narrow = Sides(*(replace(s, outputs={t: o.bfloat16() for t, o in s.outputs.items()}) for s in (on.student, on.teacher)))
+    assert total("gram", narrow).item() == pytest.approx(by_formula("gram", narrow), rel=1e-5)

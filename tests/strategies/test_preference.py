@@ -231,3 +231,11 @@ def test_two_weights_on_a_chosen_row_are_one_too_many(objective: Any) -> None:
     twice[1] = 1.0
     with pytest.raises(ValueError, match="rows 0 and 1 have 2 and 0 non-zero weights"):
         run(objective(), z, replace(tokens, weights=twice))
+
+
+@pytest.mark.parametrize("objective", EVERY)
+def test_what_is_settled_takes_four_bytes_a_number(objective: Any) -> None:
+    _, tokens = case(0)
+    batch = tokens.batch(COUNT)
+    surveyed = torch.zeros(COUNT, 1)
+    assert objective().settle(surveyed, batch, floats(tokens.weights), Progress(0, 10)).dtype == torch.float32

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from strategies.core import Progress, TwoPass
 from strategies.head import TokenLogits
+from strategies.objectives.parts import token_rows
 from strategies.objectives.sampled import (
     ForwardKLK3,
     RefusedK1,
@@ -324,3 +325,13 @@ def test_the_first_update_of_the_clipped_surrogate_is_the_policy_gradient() -> N
     (gradient,) = torch.autograd.grad(value, z)
     _, want = run(ReverseKLPolicyGradient(), z_q, tokens)
     np.testing.assert_allclose(want, gradient.numpy(), atol=2e-5)
+
+
+def test_advantages_carry_no_gradient_into_the_clipped_surrogate() -> None:
+    log_q, gains = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    clipped_surrogate(log_q, torch.zeros(3), gains).sum().backward()
+    assert gains.grad is None and log_q.grad is not None
+
+
+def test_a_micro_batch_without_tokens_has_no_rows() -> None:
+    assert token_rows(None, 0, torch.device("cpu"), "x").shape == (0,)
