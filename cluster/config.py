@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveInt, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveInt, Tag
 
 
 class ClusterModel(BaseModel):
@@ -17,6 +17,14 @@ class ClusterModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
+def _located(model: str) -> str:
+    """A folder that is there becomes absolute: processes of a cluster work in other directories. A hub name stays one."""
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else model
+
+
+ModelName = Annotated[str, AfterValidator(_located)]
+"""Folder of a saved model, or a hub name."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -48,7 +56,7 @@ class TransformersEndpoint(ClusterModel):
     """A Hugging Face causal language model inside the stage's own actors; works on CPUs and GPUs."""
 
     engine: Literal["transformers"] = "transformers"
-    model: str
+    model: ModelName
     """Folder of a saved model, or a hub name."""
     revision: str | None = None
     dtype: Dtype = "auto"

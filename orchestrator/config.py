@@ -21,7 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
-from cluster.config import ClusterConfig, Dtype, EndpointConfig
+from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from strategies import StrategyConfig, known_strategies
@@ -54,12 +54,12 @@ class Lora(Model):
 class StudentConfig(Model):
     """The network that learns."""
 
-    model: str
+    model: ModelName
     """Folder of a saved model or configuration, or a hub name."""
     revision: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` starts from fresh weights of the same configuration."""
-    tokenizer: str | None = None
+    tokenizer: ModelName | None = None
     """Folder or hub name; the model's own when absent."""
     dtype: Dtype = "float32"
     """Dtype of the trained weights. Keep float32; `train.precision` sets the compute dtype."""

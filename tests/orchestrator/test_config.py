@@ -244,3 +244,19 @@ def test_a_plain_name_changes_the_student_and_keeps_what_stands_beside_it() -> N
     run = load_job(content, ["student=b", "train.layout=fsdp2", "student.lora.r=3"]).run
     assert (run.student.model, run.student.init, run.student.lora and run.student.lora.r) == ("b", "random", 3)
     assert run.train.layout.type == "fsdp2"
+
+
+def test_models_are_found_from_any_directory_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a cluster do not work in the directory of the command."""
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "student": {"model": "models/small", "tokenizer": "./models/small"},
+        "strategy": "logits",
+        "data": "none",
+        "train": {"steps": 1},
+    }
+    job = load_job({**recipe, "endpoints": {"teacher": {"model": "models/small"}, "hub": {"model": "Qwen/Qwen3-8B"}}})
+    here = str(tmp_path / "models" / "small")
+    assert (job.run.student.model, job.run.student.tokenizer) == (here, here)
+    assert [getattr(job.endpoints[name], "model", None) for name in ("teacher", "hub")] == [here, "Qwen/Qwen3-8B"]
