@@ -52,6 +52,6 @@ def test_a_worker_with_a_frozen_player_holds_what_was_estimated(
     assert saved is not None
     work = plain.work(micro, micros)
     alone = worker_memory(run, student_network(run.student), work, plain.WORKER)
-    estimate = with_frozen(alone, [(teacher_network("teacher", guide, None, False, "auto"), saved, 768)], 256 * 768, work)
+    estimate = with_frozen(alone, [(teacher_network("teacher", guide, None, False, "auto"), saved, 768)], [], 256 * 768, work)
     assert plain.near(estimate.total, real["peak"]), (json.dumps(dict(estimate.parts)), real)
     assert alone.total < 0.8 * real["peak"]
