@@ -31,7 +31,7 @@ from orchestrator.saved_models import config_folder, fingerprint, load_config
 from orchestrator.taps import recorded, tap_widths, tapped
 from strategies.core import AnyTerm, Progress, StatesTerm, Term
 from strategies.head import Head, chunked_terms
-from strategies.pulls import term_pulls
+from strategies.pulls import logits_pulls, states_pull
 from strategies.taps import Filter, Tap
 
 if TYPE_CHECKING:
@@ -230,8 +230,8 @@ class StudentModule(nn.Module):
     def forward(
         self, micro: MicroBatch, terms: tuple[AnyTerm, ...], scales: Mapping[str, float], progress: Progress
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The scaled loss, a scalar that carries the gradient; the unscaled sums of the terms, `(len(terms),)` detached; and the
-        squared norms of their own gradients on the logits of a few tokens, 0 for terms on inner states.
+        """The scaled loss, a scalar that carries the gradient; the unscaled sums of the terms, `(len(terms),)` detached; and their
+        squared pulls on a few tokens (`strategies.pulls`), 0 for a single term.
 
         Under `torch.no_grad` the same path measures: no gradient is made.
         """
@@ -245,16 +245,19 @@ class StudentModule(nn.Module):
         if torch.is_autocast_enabled(device):  # norms leave float32, and the head would cast chunk by chunk
             hidden = hidden.to(torch.get_autocast_dtype(device))
         found = chunked_terms(hidden, head_of(self.model), micro.batch, on_logits, scales, progress, self.chunk_tokens)
+        probing = torch.is_grad_enabled() and len(terms) > 1
+        pulls = logits_pulls(hidden, head_of(self.model), micro.batch, on_logits, scales, progress) if probing else {}
         loss, sums = found.loss, dict(found.sums)
         for term in on_states:
             weights = micro.batch.weight(term.name, 0, micro.loss_tokens)
-            mine, theirs = tapped(micro, outputs), micro.taught[term.signal]
+            mine, theirs = tapped(micro, outputs).apart(), micro.taught[term.signal]
             value = term.objective.compare(mine, theirs, self._filters_of(term.filters_name), weights, progress)
-            loss, sums[term.name] = loss + scales[term.name] * value, value.detach()
+            scaled = scales[term.name] * value
+            loss, sums[term.name] = loss + scaled, value.detach()
+            pulls |= {term.name: states_pull(scaled, mine)} if probing else {}
         nothing = loss.new_zeros(())
-        measured = term_pulls(hidden, head_of(self.model), micro.batch, on_logits, scales, progress)
-        pulls = torch.stack([measured.get(t.name, nothing) for t in terms])
-        return loss + self._nothing(states), torch.stack([sums[t.name] for t in terms]), pulls
+        by_term = [torch.stack([kind.get(t.name, nothing).float() for t in terms]) for kind in (sums, pulls)]
+        return loss + self._nothing(states), by_term[0], by_term[1]
 
     def _filters_of(self, name: str) -> dict[str, Filter]:
         return {key.removeprefix(f"{name}/"): module for key, module in self._filters() if key.startswith(f"{name}/")}

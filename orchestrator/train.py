@@ -29,7 +29,7 @@ from orchestrator.players import BoundPlayers, load_players
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers
 from orchestrator.worker import WorkerJob
-from strategies.core import Columns, Progress, Strategy, Term, Update
+from strategies.core import Columns, Progress, Strategy, Update
 from strategies.sources import Source, Taught, scored_columns
 
 MOST_SKIPPED_STEPS = 10
@@ -213,7 +213,7 @@ def train_step(
             continue
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
         scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
-        sums = torch.zeros(2, len(update.terms), dtype=torch.float64)  # of the terms, and of their squared gradients
+        sums = torch.zeros(2, len(update.terms), dtype=torch.float64)  # of the terms, and of their squared pulls
         layout = networks.players[update.player]
         for micro, last in _rounds(micros, rounds):
             with layout.micro(last):
@@ -257,8 +257,8 @@ def _loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, fl
 
 
 def _gradient_shares(update: Update, squares: Iterable[float]) -> dict[str, float]:
-    """Share of each term on logits in the sum of their gradients' norms, as measured on a few tokens of every micro-batch."""
-    norms = {t.name: square**0.5 for t, square in zip(update.terms, squares, strict=True) if isinstance(t, Term)}
+    """Share of each term in the sum of their pulls, as measured on a few tokens of every micro-batch (`strategies.pulls`)."""
+    norms = {t.name: square**0.5 for t, square in zip(update.terms, squares, strict=True)}
     if len(norms) == 1:
         return {f"gradient_share/{name}": 1.0 for name in norms}
     size = sum(norms.values())

@@ -57,7 +57,7 @@ class TermSums:
     loss: Tensor
     sums: Mapping[str, Tensor]
     pulls: Mapping[str, Tensor] = field(default_factory=dict)
-    """Squared norm of each scaled term's own gradient on the logits of a few tokens (`strategies.pulls`), where measured."""
+    """Squared pull of each scaled term on a few tokens (`strategies.pulls`), where measured."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Shape letters: B sequences of L places each, N of all places predict loss tokens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -97,6 +97,10 @@ class Tapped:
     def token_rows(self) -> Tensor:
         """`(N,)` the row of each of them."""
         return self.rows.flatten().index_select(0, self.index)
+
+    def apart(self) -> Tapped:
+        """The same numbers as tensors of their own, through which gradients pass on to the network."""
+        return replace(self, outputs={tap: values.view_as(values) for tap, values in self.outputs.items()})
 
 
 class Filter(nn.Module):

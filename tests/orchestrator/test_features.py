@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.relations import PARTS, Relations
 from strategies.schedule import constant
 from strategies.sources import TakeDense, TakeHidden, TakePerToken, TakeSampled, TakeTopK, Taught, scored_columns
-from strategies.taps import OUTPUT, Layer, Tap
+from strategies.taps import OUTPUT, Layer, Tap, Tapped, Taps
 from tests.checkpoints import recipe, save_models
 from tests.orchestrator.networks import ARCHITECTURES, VOCABULARY, network
 from tests.tiny import tiny_model
@@ -210,6 +211,57 @@ def test_filters_are_drawn_from_the_seed_and_take_the_students_dtype(frozen: dic
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert [n for n in first if torch.equal(first[n], other[n])] == ["ted/teacher0.weight"]  # the identity
     assert {p.dtype for p in module_of(model.bfloat16(), frozen).filters.parameters()} == {torch.bfloat16}
+
+
+# How hard terms pull
+
+
+@dataclass(frozen=True)
+class CrossEntropyFromStates:
+    """The cross-entropy, told as a term on inner states with an output head of its own."""
+
+    head: Tensor
+
+    @property
+    def taps(self) -> Taps:
+        return Taps((OUTPUT,), (OUTPUT,))
+
+    def filters(self, student: Any, teacher: Any) -> dict[str, Any]:
+        return {}
+
+    def compare(self, student: Tapped, teacher: Tapped, filters: Any, weights: Tensor, progress: Progress) -> Tensor:
+        assert student.labels is not None
+        logits = student.tokens(OUTPUT) @ self.head.T
+        return (torch.nn.functional.cross_entropy(logits, student.labels, reduction="none") * weights).sum()
+
+
+def test_terms_on_states_and_on_logits_pull_in_one_currency(frozen: dict[str, FrozenPlayer]) -> None:
+    model = network("qwen3")
+    told = StatesTerm("told", CrossEntropyFromStates(model.lm_head.weight.detach()), constant(1.0), "guide")
+    terms: tuple[AnyTerm, ...] = (told, TERMS[1])
+    micro = Teachers(frozen=frozen).teach(micros_of(bundle())[0], terms)
+    _, _, pulls = StudentModule(model)(micro, terms, {"told": 0.3, "ce": 0.3}, NOW)
+    torch.testing.assert_close(pulls[0], pulls[1], rtol=1e-4, atol=0)
+    assert pulls[0] > 0
+
+
+def test_every_term_pulls_in_its_measure_and_changes_no_gradient(frozen: dict[str, FrozenPlayer], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, micro = module_of(network("qwen3"), frozen), Teachers(frozen=frozen).teach(micros_of(bundle())[0], TERMS)
+    pulls = module(micro, TERMS, SCALES, NOW)[2]
+    assert ((pulls > 0) == torch.tensor([t.name != "task" for t in TERMS])).all()  # that one moves its filters alone
+    doubled = module(micro, TERMS, SCALES | {"relations": 10.0}, NOW)[2]
+    torch.testing.assert_close(doubled, pulls * torch.tensor([1, 1, 1, 4, 1, 1]))
+    measured = learned(module_of(network("qwen3"), frozen), micros_of(bundle()), frozen)
+    monkeypatch.setattr("orchestrator.models.states_pull", lambda scaled, student: torch.zeros(()))
+    plain = learned(module_of(network("qwen3"), frozen), micros_of(bundle()), frozen)
+    assert all(torch.equal(measured[1][n], g) for n, g in plain[1].items())
+
+
+def test_nobody_pulls_alone_or_without_gradients(frozen: dict[str, FrozenPlayer]) -> None:
+    module, micro = module_of(network("qwen3"), frozen), Teachers(frozen=frozen).teach(micros_of(bundle())[0], TERMS)
+    assert not module(micro, TERMS[:1], SCALES, NOW)[2].any()
+    with torch.no_grad():
+        assert not module(micro, TERMS, SCALES, NOW)[2].any()
 
 
 # What a frozen player says
