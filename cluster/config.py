@@ -85,6 +85,11 @@ class TransformersEndpoint(ClusterModel):
         """Ids it answers with when no saved model says; None when one does."""
         return None
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What its answers depend on besides the weights and their dtype."""
+        return {"engine": self.engine, "quantization": self.quantization, "attention": self.attention}
+
 
 class FakeEndpoint(ClusterModel):
     """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model."""
@@ -104,6 +109,36 @@ class FakeEndpoint(ClusterModel):
     def own_vocabulary(self) -> int | None:
         return self.vocabulary
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        return {"engine": self.engine, "vocabulary": self.vocabulary}
+
+
+class StoreEndpoint(ClusterModel):
+    """What a teacher said before, read from finished signal stores. Loads no model."""
+
+    engine: Literal["store"]
+    folders: tuple[str, ...]
+    """Stores, one for each question that is asked of it."""
+    actors: PositiveInt = 1
+    resources: Resources = Resources(cpus=0.1, threads=1)
+    cache: str = "runs/signals-cache"
+    """Where parts of stores on other filesystems are kept after they were fetched."""
+
+    @property
+    def saved_model(self) -> SavedModel | None:
+        return None
+
+    @property
+    def own_vocabulary(self) -> int | None:
+        from cluster.stores.files import vocabulary_of
+
+        return vocabulary_of(self.folders)
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        return {"engine": self.engine, "folders": " ".join(self.folders)}
+
 
 def _engine_of(value: object) -> str:
     engine = value.get("engine") if isinstance(value, dict) else getattr(value, "engine", None)
@@ -111,7 +146,7 @@ def _engine_of(value: object) -> str:
 
 
 EndpointConfig = Annotated[
-    Annotated[TransformersEndpoint, Tag("transformers")] | Annotated[FakeEndpoint, Tag("fake")],
+    Annotated[TransformersEndpoint, Tag("transformers")] | Annotated[FakeEndpoint, Tag("fake")] | Annotated[StoreEndpoint, Tag("store")],
     Discriminator(_engine_of),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.config import EndpointConfig, FakeEndpoint
+from cluster.config import EndpointConfig, FakeEndpoint, StoreEndpoint
 from cluster.engines import Columns, Engine, Request
 
 
@@ -18,6 +18,10 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
         from cluster.engines.fake import FakeEngine
 
         return FakeEngine(min(config.vocabulary, vocabulary or config.vocabulary), config.seconds_per_bundle)
+    if isinstance(config, StoreEndpoint):
+        from cluster.engines.store import StoreEngine
+
+        return StoreEngine(config)
     from cluster.engines.transformers import TransformersEngine
 
     return TransformersEngine(config, vocabulary, threads)

@@ -38,7 +38,7 @@ def machine_cpus() -> int:
 
 def demands(config: ClusterConfig, endpoints: Mapping[str, EndpointConfig], workers: int, cpus: float) -> list[Demand]:
     """Every long-lived process of a run on a machine or cluster of `cpus` logical CPUs."""
-    busy = workers + sum(e.actors for e in endpoints.values())
+    busy = max(1, workers + sum(e.actors for e in endpoints.values()))
     threads = max(1, int(cpus) // busy)
     wanted = [Demand("worker", workers, _share(config.resources.worker, cpus, threads))]
     wanted += [Demand(name, e.actors, _share(e.resources, cpus, threads)) for name, e in endpoints.items()]

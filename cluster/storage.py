@@ -7,6 +7,7 @@ import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from pyarrow import fs
 
 
@@ -42,7 +43,7 @@ class Folder:
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Writes a file whole: a reader sees the old content or the new one, never a part."""
         filesystem, path = self._at(name)
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
@@ -57,6 +58,18 @@ class Folder:
         filesystem, path = self._at("")
         found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return sorted(info.base_name for info in found)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that lie in the folder, by base name."""
+        filesystem, path = self._at("")
+        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return {info.base_name: int(info.size) for info in found if info.type == fs.FileType.File}
+
+    def remove(self, name: str) -> None:
+        """Removes a file; none is fine."""
+        filesystem, path = self._at(name)
+        if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+            filesystem.delete_file(path)
 
     def _at(self, name: str) -> tuple[fs.FileSystem, str]:
         full = posixpath.join(self.root, name) if name else self.root

@@ -42,7 +42,7 @@ def rows_of_recipe(recipe: Path, overrides: Sequence[str], cluster: Path | Mappi
     job = load_job(recipe, overrides, cluster)
     storage = recipe.absolute().parents[1] if (recipe.parent / SNAPSHOT).is_file() else Folder.of(job.cluster.storage).local
     cache = storage / "data" if storage else Path(CACHE)
-    data = prepare(job.run.data, load_tokenizer(job.run.student), job.run.seed, cache)
+    data = prepare(job.run.data, load_tokenizer(job.run.student), job.run.data.split_seed, cache)
     rows = Rows(data.folder, "held_out")
     return ChosenRows(rows, np.arange(len(rows)), f"the held-out rows of {recipe}")
 

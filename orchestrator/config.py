@@ -11,7 +11,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -24,16 +23,11 @@ from pydantic import (
 from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
+from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
 
 M = TypeVar("M", bound=BaseModel)
-
-
-class Model(BaseModel):
-    """Base of every setting: unknown keys are errors, values are frozen, the text under a field is its doc."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def _short(key: str) -> BeforeValidator:
@@ -74,15 +68,17 @@ class DataConfig(Model):
     train: str
     """JSONL, Parquet or text file, a folder or glob of them, a saved Hugging Face dataset, or a hub dataset name."""
     held_out: str | None = None
-    """The same kinds of source. Absent: `held_out_rows` rows are set aside from `train`, chosen by the seed."""
+    """The same kinds of source. Absent: `held_out_rows` rows are set aside from `train`, chosen by `split_seed`."""
     held_out_rows: NonNegativeInt = 64
     """Rows scored once and used by every evaluation."""
+    split_seed: NonNegativeInt = 0
+    """Chooses the held-out rows. The run's own seed leaves them alone, so that runs of several seeds share data and signals."""
     split: str = "train"
     """Split of a hub or saved dataset for `train`; a `held_out` source uses its `held_out_split`."""
     held_out_split: str = "test"
     subset: str | None = None
     """Configuration name of a hub dataset."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Renames the source's columns: `{question: prompt, answer: completion}`."""
     max_length_tokens: PositiveInt = 1024
     """Longest row, in tokens of the student's tokenizer."""
@@ -145,24 +141,6 @@ class TrainConfig(Model):
         return LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)
 
 
-class EvaluateConfig(Model):
-    """Held-out evaluation during and after training."""
-
-    every_steps: PositiveInt | None = None
-    """Also evaluate every so many steps; the last step always is."""
-
-
-class CheckpointConfig(Model):
-    """What is kept to go on from."""
-
-    every_steps: PositiveInt | None = None
-    """Also write a checkpoint every so many steps; the last step always is."""
-    keep: PositiveInt = 2
-    """Checkpoints kept: the best by held-out metric, and always the last."""
-    best_metric: str = "eval/cross_entropy"
-    """Held-out metric, smaller is better, that ranks checkpoints and the student's LoggedModel."""
-
-
 class RunConfig(Model):
     """One recipe."""
 
@@ -175,11 +153,12 @@ class RunConfig(Model):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    endpoints: dict[str, EndpointConfig] = {}
+    signals: Annotated[SignalsConfig, _short("mode")] = SignalsConfig()
+    endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name: new ones, or fields that differ from those in `ray_config.yaml`."""
     baseline: bool = False
     """Also train the same student without a teacher, on the same rows and steps, and compare."""
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the MLflow run."""
 
 
@@ -263,7 +242,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 _KEEPS_SIBLINGS = {"student", "data"}
 """`student=other/model` changes the model of a student and keeps its LoRA; another strategy or layout starts afresh."""
-_SHORT_KEYS = {"student": "model", "data": "train", "layout": "type", "strategy": "type"}
+_SHORT_KEYS = {"student": "model", "data": "train", "layout": "type", "strategy": "type", "signals": "mode"}
 
 
 def _value(text: str) -> Any:

@@ -26,7 +26,7 @@ from orchestrator.config import DataConfig
 from orchestrator.errors import Refusal
 from orchestrator.fingerprint import data_fingerprint, template_digest, tokenizer_digest
 from orchestrator.held_out import choose_held_out
-from orchestrator.rows import Rows, RowWriter
+from orchestrator.rows import Rows, RowWriter, rows_digest
 from orchestrator.sources import Source, open_source
 from orchestrator.staging import SplitInfo, Staged, check_staged, split_info, stage
 
@@ -65,6 +65,8 @@ class PreparedData:
     """Records read from all sources."""
     quarantined: Mapping[str, int]
     """Bad records by reason."""
+    content: str
+    """sha256 of the rows of both splits: ids, masks and order, whatever they were made from."""
     quarantine_file: str
     """JSONL of the bad records: source, row (from 1), reason, excerpt."""
     first_row: FirstRow
@@ -136,6 +138,7 @@ def _make(
         dropped_rows=dropped,
         records=sum(each.records for each in staged),
         quarantined=dict(bad.most_common()),
+        content=rows_digest(work),
         quarantine_file=str(quarantine),
         first_row=_first_row(work, tokenizer),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,36 @@ class Display:
             self.say("Starting Ray, teachers and workers ...")
             yield
             return
+        with self._progress_bar() as self._bar:
+            self._task = self._bar.add_task("starting", total=steps, numbers="", start=False)
+            yield
+        self._bar = None
+
+    @contextmanager
+    def scoring(self, teacher: str, parts: int, done: int) -> Iterator[Callable[[int, float], None]]:
+        """Around the filling of a store; what it yields is told the tokens and the teacher's seconds of every part that is kept."""
+        self.say(f"Asking {teacher!r} for {parts - done} of {parts} parts of its signals ...")
+        began, tokens, kept = time.monotonic(), 0, done
+
+        def tell(more: int, seconds: float) -> None:
+            nonlocal tokens, kept
+            tokens, kept = tokens + more, kept + 1
+            speed = tokens / max(1e-9, time.monotonic() - began)
+            if bar is not None:
+                bar.update(task, completed=kept, numbers=f"{tokens:,} tokens, {speed:,.0f} tokens/s")
+            elif time.monotonic() - self._last_line > LINE_SECONDS or kept == parts:
+                self._last_line = time.monotonic()
+                self.say(f"part {kept}/{parts}  {tokens:,} tokens  {speed:,.0f} tokens/s")
+
+        if not self._console.is_terminal:
+            bar, task = None, TaskID(0)
+            yield tell
+            return
+        with self._progress_bar() as bar:
+            task = bar.add_task("scoring", total=parts, completed=done, numbers="")
+            yield tell
+
+    def _progress_bar(self) -> Progress:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -58,10 +88,7 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console, transient=False) as self._bar:
-            self._task = self._bar.add_task("starting", total=steps, numbers="", start=False)
-            yield
-        self._bar = None
+        return Progress(*columns, console=self._console, transient=False)
 
     def progress(self, entries: Iterable[Entry]) -> None:
         """Shows what the journal brought."""

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
+from orchestrator.capture import capture, captured_text
 from orchestrator.comparison import student_row, teacher_rows
 from orchestrator.config import Job, to_yaml
 from orchestrator.display import Display
@@ -28,6 +29,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
+from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
 from strategies import baseline
 
@@ -41,6 +43,7 @@ def drive(plan: Plan, display: Display) -> RunResult:
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
     with ThreadPoolExecutor(1, initializer=_give_way) as pool:
         tracking = pool.submit(_start_tracking, plan, None)
+        _capture(plan, display)
         tracker, ledger = _train(plan, display, tracking)
         try:
             result = _conclude(plan, ledger, tracker, display)
@@ -76,6 +79,13 @@ def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
     tracker.log_text(to_yaml(plan.job.run), RECIPE)
     tracker.log_text(plan_text(plan), "plan.txt")
     return tracker
+
+
+def _capture(plan: Plan, display: Display) -> None:
+    """Fills the stores that the run reads; what fails here leaves the parts that are complete."""
+    for each in plan.captures():
+        captured = capture(each, display)
+        display.say(captured_text(each, captured))
 
 
 def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tracker, Ledger]:
@@ -168,6 +178,7 @@ def control_plan(plan: Plan) -> Plan:
         folder=Folder(plan.folder.root + BASELINE),
         strategy=strategy.build(),
         endpoints={},
+        sources=NOBODY,
         demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),
     )
 

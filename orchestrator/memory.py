@@ -102,6 +102,12 @@ def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointC
     )
 
 
+def part_work(work: Work, endpoints: Mapping[str, EndpointConfig], part_tokens: int, signal_bytes: int) -> Work:
+    """The same while stores are filled: whole forwards, and bundles of one part each."""
+    forwards = {name: saved.forward_tokens for name, config in endpoints.items() if (saved := config.saved_model)}
+    return replace(work, forward_tokens=forwards, bundle_bytes=part_tokens * (ROW_TOKEN_BYTES + signal_bytes))
+
+
 def _groups(lengths: NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
     return [(len(g), int(lengths[g].max())) for g in group_by_length(lengths, limit)]
 

@@ -45,7 +45,7 @@ def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: 
     stream = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=reader.cpus)
     for group in stage_groups(spec.stages):
         name = next((s.endpoint for s in group if s.endpoint), None)
-        stream = _add_group(stream, group, name, spec)
+        stream = add_group(stream, group, spec.endpoints[name] if name else None, spec.shares[name or "reader"], spec.vocabulary)
     return stream
 
 
@@ -60,12 +60,13 @@ def stage_groups(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
     return [tuple(g) for g in groups]
 
 
-def _add_group(stream: ray.data.Dataset, group: tuple[Stage, ...], endpoint: str | None, spec: StreamSpec) -> ray.data.Dataset:
-    share = spec.shares[endpoint or "reader"]
-    config = spec.endpoints[endpoint] if endpoint else None
+def add_group(
+    stream: ray.data.Dataset, group: tuple[Stage, ...], config: EndpointConfig | None, share: Share, vocabulary: int
+) -> ray.data.Dataset:
+    """The stream through stages of one endpoint, whose engine lives in an actor pool of its own."""
     return stream.map_batches(
         StageGroup,
-        fn_constructor_args=(group, config, share.threads, spec.vocabulary),
+        fn_constructor_args=(group, config, share.threads, vocabulary),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.actors if config else 1, max_tasks_in_flight_per_actor=2),

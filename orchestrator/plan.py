@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.config import EndpointConfig
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import checkpoint
+from orchestrator import checkpoint, stores
+from orchestrator.capture import Capture
 from orchestrator.checks import machine, networks, recipe, resumed, states, teaching
 from orchestrator.checks.networks import Cast
-from orchestrator.checks.resumed import FACTS, Facts
-from orchestrator.config import Job, RunConfig
+from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
+from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.memory import (
     Disk,
@@ -23,6 +24,7 @@ from orchestrator.memory import (
     Work,
     disk,
     largest_work,
+    part_work,
     scorer_memory,
     small_process,
     stream_bytes,
@@ -34,6 +36,7 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
 from orchestrator.result import RECIPE, RESULT
+from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from strategies.core import Strategy
 from strategies.sources import Taught
@@ -57,7 +60,9 @@ class Plan:
     vocabulary: int
     """Token ids, from 0, that student and teachers share."""
     endpoints: Mapping[str, EndpointConfig]
-    """Those that stages ask."""
+    """Those that stages name."""
+    sources: Sources
+    """Who answers for them: teachers or signal stores."""
     frozen: Mapping[str, EndpointConfig]
     """Those whose models every training worker loads for its frozen players."""
     loaded: Mapping[str, EndpointConfig]
@@ -101,7 +106,14 @@ class Plan:
 
     def stream(self) -> StreamSpec:
         """The run's stream of bundles."""
-        return StreamSpec(self.order, self.strategy.stages, self.endpoints, self.shares, self.vocabulary)
+        return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary)
+
+    def captures(self) -> list[Capture]:
+        """What fills the stores that the run reads and that are not there whole."""
+        wanted = [(w, self.endpoints[w.stage.endpoint]) for w in self.sources.captures]
+        shares = {d.role: d.share for d in demands(self.job.cluster, self.endpoints, 0, machine_cpus())}
+        codec = self.job.run.signals.codec
+        return [Capture(w.files, w.spec, w.stage, config, codec, self.data.folder, shares) for w, config in wanted]
 
 
 def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
@@ -116,21 +128,21 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     warnings += teaching.check_strategy(job, strategy, train.steps)
     endpoints = teaching.used_endpoints(job, strategy)
     folder = _folder(job, recipe_name, resume)
-    wanted = tuple(demands(job.cluster, endpoints, train.workers, machine_cpus()))
+    stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
-    machine.check_processors(job, wanted)
     frozen = states.frozen_endpoints(job, strategy)
     people, found = networks.cast(job, {**frozen, **endpoints})
     inner = states.check_states(job, strategy, people, frozen)
     added = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
-    data = prepare(run.data, people.tokenizer, run.seed, _data_cache(job))
+    data = prepare(run.data, people.tokenizer, run.data.split_seed, _data_cache(job))
+    found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
     order = make_order(job, data)
+    wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + networks.check_rows(run, people, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    memory, stream = _memory(run, people, largest_work(run, order, endpoints, added), endpoints, wanted, inner)
+    memory, heavy = _fits(job, people, order, found_sources, wanted, inner, added)
     written = disk(run, people.student, data, order.steps, added)
     machine.check_disk(job.cluster.storage, written)
-    warnings += machine.check_memory(job, memory, stream)
     plan = Plan(
         job=job,
         name=folder.root.rpartition("/")[2],
@@ -140,6 +152,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         order=order,
         vocabulary=people.vocabulary,
         endpoints=endpoints,
+        sources=found_sources,
         frozen=frozen,
         loaded={**{name: endpoints[name] for name in sorted(heads_of(strategy.signals))}, **frozen},
         measured=teaching.measured(strategy),
@@ -148,11 +161,10 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         cast=people,
         disk=written,
         memory=memory,
-        fingerprints=_fingerprints(people, data),
-        warnings=tuple(warnings),
+        fingerprints={**_fingerprints(people, data), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
+        warnings=(*warnings, *heavy),
     )
-    if resume is not None:
-        resumed.check_same_facts(folder, job, plan.facts)
+    resumed.check_same_facts(folder, job, plan.facts)
     return plan
 
 
@@ -193,20 +205,35 @@ def make_order(job: Job, data: PreparedData) -> Order:
     return replace(order, steps=order.count_steps(train.epochs), last_row=last)
 
 
-def _memory(
-    run: RunConfig,
-    people: Cast,
-    work: Work,
-    endpoints: Mapping[str, EndpointConfig],
-    wanted: tuple[Demand, ...],
-    inner: states.Inner,
-) -> tuple[tuple[Memory, ...], int]:
-    """Peak of every role's process, and bytes of bundles under way."""
-    found = [with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)]
-    for demand in wanted[1:]:
-        model = endpoints[demand.role].saved_model if demand.role in endpoints else None
+def _fits(
+    job: Job, people: Cast, order: Order, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
+) -> tuple[tuple[Memory, ...], list[str]]:
+    """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
+    run = job.run
+    machine.check_processors(job, wanted)
+    work = largest_work(run, order, found.answering, added)
+    memory = (
+        with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work),
+        *_scorers(people, found.answering, work, wanted[1:]),
+        surroundings(),
+    )
+    heavy = machine.check_memory(job, memory, stream_bytes(run, work, wanted))
+    asked = {w.spec.name: job.endpoints[w.spec.name] for w in found.captures}
+    before = demands(job.cluster, asked, 0, machine_cpus())[1:]
+    parts = part_work(work, asked, run.signals.part_tokens, added)
+    machine.check_processors(job, before)
+    machine.check_memory(job, [*_scorers(people, asked, parts, before), surroundings()], 0)
+    return memory, heavy
+
+
+def _scorers(people: Cast, endpoints: Mapping[str, EndpointConfig], work: Work, wanted: Sequence[Demand]) -> list[Memory]:
+    """Peaks of the processes that answer, and of the reader."""
+    models = {name: config.saved_model for name, config in endpoints.items()}
+    found = []
+    for demand in wanted:
+        model = models.get(demand.role)
         found.append(scorer_memory(people.teachers[demand.role], model, work, demand) if model else small_process(demand))
-    return (*found, surroundings()), stream_bytes(run, work, wanted)
+    return found
 
 
 def _fingerprints(people: Cast, data: PreparedData) -> dict[str, str]:

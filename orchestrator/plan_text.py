@@ -17,6 +17,7 @@ from strategies.core import AnyTerm, Progress
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
+    from orchestrator.stores import Wanted
 
 COLUMNS = 100
 LABEL = 10
@@ -98,10 +99,24 @@ def _teachers(plan: Plan) -> Iterator[str]:
         yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'})" + (
             f" {_network(network, plan)}" if network else ""
         )
+    yield from (_stored(w) for w in plan.sources.read)
+    yield from plan.sources.notes
     for name in plan.frozen:
         yield f"{name} (frozen in every training worker) {_network(plan.cast.teachers[name], plan)}"
     if plan.endpoints or plan.frozen:
         yield f"{plan.vocabulary:,} token ids are shared by all"
+
+
+def _stored(wanted: Wanted) -> str:
+    """Whose answers are read, and how much of the store is there."""
+    parts = wanted.spec.parts
+    if wanted.state == "finished":
+        how = "is there whole: the teacher is not asked"
+    elif wanted.state == "partial":
+        how = f"has {len(wanted.files.complete_parts())} of {parts} parts: it is finished first"
+    else:
+        how = f"is filled first, in {parts} parts"
+    return f"signals of {wanted.spec.name} from {wanted.files.folder.root}, which {how}"
 
 
 def _data(plan: Plan) -> Iterator[str]:

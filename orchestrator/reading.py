@@ -62,9 +62,17 @@ def _train_bundles(order: Order, start_step: int) -> Iterator[tuple[int, Columns
 
 
 def _held_out_bundles(order: Order) -> Iterator[tuple[int, Columns, int]]:
-    held_out = Rows(order.folder, "held_out")
-    for part in held_out_parts(held_out, order):
-        yield HELD_OUT_STEP, held_out.read(part), len(part)
+    first = len(Rows(order.folder, "train"))
+    for part in held_out_parts(Rows(order.folder, "held_out"), order):
+        yield HELD_OUT_STEP, prepared_rows(order.folder, part + first), len(part)
+
+
+def prepared_rows(folder: str, row_ids: NDArray[np.int64]) -> Columns:
+    """Rows of one split of prepared data by their ids: held-out rows are numbered on from those to train on."""
+    train = Rows(folder, "train")
+    if not len(row_ids) or row_ids[0] < len(train):
+        return train.read(row_ids)
+    return {**Rows(folder, "held_out").read(row_ids - len(train)), "row_id": row_ids}
 
 
 def held_out_parts(held_out: Rows, order: Order) -> list[NDArray[np.int64]]:

@@ -14,6 +14,8 @@ from orchestrator.layouts import layout_facts
 
 FACTS = "plan.json"
 """What a run rests on, in its folder."""
+SIGNALS = "signals."
+"""Before an endpoint's name among fingerprints: `live`, or the digests of the stores that answer for it."""
 FREE = (
     "name",
     "tags",
@@ -21,6 +23,8 @@ FREE = (
     "train.layout.offload_optimizer",
     "train.max_failures",
     "train.read_ahead_bundles",
+    "signals.folder",
+    "signals.part_tokens",
     "endpoints.*.actors",
     "endpoints.*.resources",
 )
@@ -83,6 +87,15 @@ def check_same_facts(folder: Folder, job: Job, now: Facts) -> None:
     if before.workers != now.workers and not layout_facts(job.run.train.layout).resumes_any_world:
         do = f"Set train.workers={before.workers}."
         raise Refusal(where, f"{now.workers} workers", f"the {before.workers} that this layout's checkpoint is of", do)
+
+
+def signals_before(folder: Folder | None) -> dict[str, str]:
+    """By endpoint, whether a run that goes on began with live answers or with which stores."""
+    content = None if folder is None else folder.read(FACTS)
+    if content is None:
+        return {}
+    known: Mapping[str, str] = json.loads(content)["fingerprints"]
+    return {name.removeprefix(SIGNALS): digest for name, digest in known.items() if name.startswith(SIGNALS)}
 
 
 def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -74,7 +74,7 @@ class Batch:
 def prepare_rows(recipe: dict[str, object], folder: Path) -> str:
     """Folder of the rows that the product makes of this recipe's data."""
     run = load_job(recipe).run
-    return prepare(run.data, load_tokenizer(run.student), run.seed, folder).folder
+    return prepare(run.data, load_tokenizer(run.student), run.data.split_seed, folder).folder
 
 
 def batches(spec: LoopSpec) -> Iterator[Batch]:

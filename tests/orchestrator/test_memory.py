@@ -151,7 +151,7 @@ def test_a_scorer_holds_what_was_estimated(model: str) -> None:
 
 def data() -> PreparedData:
     split = SplitInfo(rows=10, tokens=1000, loss_tokens=900, longest_tokens=100)
-    return PreparedData("folder", "0", split, split, "documents", 0, 20, {}, "file", None)  # type: ignore[arg-type]
+    return PreparedData("folder", "0", split, split, "documents", 0, 20, {}, "0", "file", None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)])
