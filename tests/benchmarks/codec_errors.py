@@ -1,0 +1,52 @@
+"""KL and gradient error of k stored log-probabilities against the whole distribution, in closed form and float64.
+
+Both sides of a comparison are treated alike: what the stored ids leave of the mass, at least `TAIL_FLOOR`, is the tail, and
+everything is normalised to 1. KL is of p to that, the tail spread evenly over the other ids. The gradient is that of forward KL
+with one bucket for the tail (`strategies.signals.TopK`) by the student's logits, against `q - p` of the whole distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.signals import TAIL_FLOOR
+from tests.benchmarks.codec_material import Distributions
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Errors:
+    kl: float
+    """Mean over tokens of KL(p || p_hat), nats."""
+    gradient: float
+    """`||g - g*|| / ||g*||` over all tokens and logits together."""
+
+
+def errors(of: Distributions, ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> Errors:
+    """Of `(N, k)` decoded answers that name the first k ids of `of`, in any order."""
+    kept = ids.shape[1]
+    true, decoded = of.ids[:, :kept].argsort(1), ids.argsort(1)
+    if not np.array_equal(np.take_along_axis(of.ids[:, :kept], true, 1), np.take_along_axis(ids, decoded, 1)):
+        raise ValueError("decoded ids are not the encoded ones")
+    log_p, log_q = (np.take_along_axis(a[:, :kept], true, 1).astype(np.float64) for a in (of.logprobs, of.student))
+    log_hat, tail_hat = normalised(np.take_along_axis(logprobs, decoded, 1).astype(np.float64))
+    p, q, hat = np.exp(log_p), np.exp(log_q), np.exp(log_hat)
+    tail = np.maximum(1.0 - p.sum(1), 0.0)
+    kl = of.sums["plogp"] - (p * log_hat).sum(1) - tail * np.log(tail_hat / (of.vocabulary - kept))
+    scale = tail_hat / np.maximum(1.0 - q.sum(1), 1e-30)
+    pp, pq, qq = (np.maximum(of.sums[n] - (a * b).sum(1), 0.0) for n, a, b in (("pp", p, p), ("pq", p, q), ("qq", q, q)))
+    beyond = np.maximum(pp - 2 * scale * pq + scale**2 * qq, 0.0)
+    wrong = ((p - hat) ** 2).sum(1) + beyond
+    right = of.sums["qq"] - 2 * of.sums["pq"] + of.sums["pp"]
+    return Errors(float(kl.mean()), float(np.sqrt(wrong.sum() / right.sum())))
+
+
+def normalised(logprobs: Floats) -> tuple[Floats, Floats]:
+    """Log-probabilities `(N, k)` and the tail's mass `(N,)` that add up to 1."""
+    mass = np.exp(logprobs).sum(1)
+    tail = np.maximum(1.0 - mass, TAIL_FLOOR)
+    return logprobs - np.log(mass + tail)[:, None], tail / (mass + tail)

@@ -1,0 +1,116 @@
+"""What codecs are measured on: a trained teacher's distributions over 32,000 ids, and fitted ones over 151,936.
+
+Kept of every token are the `DEEPEST` most likely ids and a few sums over the whole vocabulary; from these, KL and gradient
+errors of any top-k codec follow exactly (`tests.benchmarks.codec_errors`), without a `(N, V)` array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.benchmarks.codec_teacher import Trained, train
+
+DEEPEST = 512
+"""Ids of which log-probabilities are kept: more than any measured codec stores."""
+TOKENS = 6_144
+FITTED_VOCABULARY, FITTED_ENTROPY, FITTED_TOP20 = 151_936, (0.8, 1.5), 0.97
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """A teacher's p and a student's q of N tokens over V ids, both at temperature 1."""
+
+    name: str
+    vocabulary: int
+    ids: NDArray[np.int32]
+    """`(N, K)` the teacher's most likely, falling."""
+    logprobs: NDArray[np.float32]
+    """`(N, K)` log p of them."""
+    student: NDArray[np.float32]
+    """`(N, K)` log q of them."""
+    sums: dict[str, NDArray[np.float64]]
+    """Over all V ids, `(N,)` each: `plogp`, `pp`, `pq`, `qq`."""
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def reduced(name: str, pieces: Iterator[tuple[Tensor, Tensor]], about: dict[str, Any]) -> Distributions:
+    """From `(n, V)` log p and log q, a piece at a time."""
+    kept: dict[str, list[NDArray[Any]]] = {}
+    vocabulary = 0
+    for log_p, log_q in pieces:
+        vocabulary = log_p.shape[-1]
+        best, ids = log_p.topk(min(DEEPEST, vocabulary), -1)
+        p, q = log_p.double().exp(), log_q.double().exp()
+        found = {"ids": ids.int(), "logprobs": best.float(), "student": log_q.gather(-1, ids).float()}
+        found |= {"plogp": (p * log_p.double()).sum(-1), "pp": (p * p).sum(-1), "pq": (p * q).sum(-1), "qq": (q * q).sum(-1)}
+        for key, value in found.items():
+            kept.setdefault(key, []).append(value.numpy())
+    whole = {key: np.concatenate(parts) for key, parts in kept.items()}
+    sums = {key: whole[key] for key in ("plogp", "pp", "pq", "qq")}
+    mass = np.exp(whole["logprobs"][:, :20].astype(np.float64)).sum(-1)
+    about = {**about, "tokens": len(whole["ids"]), "mean_entropy": float(-sums["plogp"].mean()), "top20_mass": float(mass.mean())}
+    return Distributions(name, vocabulary, whole["ids"], whole["logprobs"], whole["student"], sums, about)
+
+
+def trained(folder: Path, data: Path | None, smoke: bool) -> Distributions:
+    """What a teacher says about held-out text, beside a smaller student; both are trained once per `folder`."""
+    models = train(folder, data, smoke)
+    pieces = _held_out(models, 64 if smoke else TOKENS)
+    return reduced("trained", pieces, models.about)
+
+
+def _held_out(models: Trained, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    teacher, student = (AutoModelForCausalLM.from_pretrained(models.folder / name).eval() for name in ("teacher", "student"))
+    for row in models.held_out[: -(-tokens // models.held_out.shape[1])]:
+        with torch.no_grad():
+            yield tuple(m(input_ids=row[None]).logits[0].float().log_softmax(-1) for m in (teacher, student))  # type: ignore[misc]
+
+
+def fitted(smoke: bool, seed: int = 0) -> Distributions:
+    """Power laws of rank with noise, of uneven exponents, so that mean entropy and top-20 mass are those of large models.
+
+    Ids are in no order: no codec gains by frequent ids being small ones. The student's logits are the teacher's with noise.
+    """
+    vocabulary, tokens = (2_000, 64) if smoke else (FITTED_VOCABULARY, TOKENS)
+    generator = torch.Generator().manual_seed(seed)
+    scale = _fit(vocabulary, generator)
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(tokens // 64):
+            logits = _logits(64, vocabulary, scale, generator)
+            student = 0.9 * logits + 0.7 * torch.randn(logits.shape, generator=generator)
+            order = torch.randperm(vocabulary, generator=generator)
+            yield logits.log_softmax(-1)[:, order], student.log_softmax(-1)[:, order]
+
+    return reduced("fitted", pieces(), {"exponent_scale": scale})
+
+
+def _logits(tokens: int, vocabulary: int, scale: float, generator: torch.Generator) -> Tensor:
+    """`(n, V)`: `-a log(1 + rank)` with a exponent `a` of each token's own around `scale`, and noise on every id."""
+    exponents = scale * (0.45 * torch.randn((tokens, 1), generator=generator)).exp().clamp_min(0.75)
+    rank = torch.arange(1, vocabulary + 1, dtype=torch.float32).log()
+    return -exponents * rank + torch.randn((tokens, vocabulary), generator=generator)
+
+
+def _fit(vocabulary: int, generator: torch.Generator) -> float:
+    """The scale whose mean entropy is in the middle of `FITTED_ENTROPY`."""
+    low, high, state = 1.0, 6.0, generator.get_state()
+    for _ in range(12):
+        middle = (low + high) / 2
+        generator.set_state(state)
+        log_p = _logits(256, vocabulary, middle, generator).log_softmax(-1)
+        entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+        low, high = (middle, high) if entropy > sum(FITTED_ENTROPY) / 2 else (low, middle)
+    return middle
