@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import posixpath
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
@@ -71,9 +73,26 @@ class Folder:
         if filesystem.get_file_info(path).type != fs.FileType.NotFound:
             filesystem.delete_file(path)
 
+    def clear(self) -> None:
+        """Removes the folder with all that is in it."""
+        filesystem, path = self._at("")
+        filesystem.delete_dir(path)
+
     def _at(self, name: str) -> tuple[fs.FileSystem, str]:
         full = posixpath.join(self.root, name) if name else self.root
         if "://" not in full:
             return fs.LocalFileSystem(), full
-        filesystem, path = fs.FileSystem.from_uri(full)
-        return filesystem, path
+        scheme, _, rest = full.partition("://")
+        filesystem, beginning = _remote(f"{scheme}://{rest.partition('/')[0]}")
+        return filesystem, posixpath.join(beginning, rest.partition("/")[2])
+
+
+@lru_cache(maxsize=16)
+def _remote(address: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a scheme and host or bucket, with the path it begins at: pyarrow's own, or any that fsspec knows."""
+    try:
+        filesystem, path = fs.FileSystem.from_uri(address)
+    except pa.ArrowInvalid:  # a scheme that pyarrow does not know
+        found, path = fsspec.core.url_to_fs(address)
+        filesystem = fs.PyFileSystem(fs.FSSpecHandler(found))
+    return filesystem, path

@@ -56,6 +56,27 @@ def run(
 
 
 @app.command()
+def generate(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None, verbose: Verbose = False) -> None:
+    """Ask a recipe's teachers once and keep what they say: later runs read it instead."""
+    from jobs.generate import run_generate
+
+    run_generate(recipe, overrides or [], cluster, verbose)
+
+
+@app.command()
+def stores(
+    action: Annotated[Literal["list", "verify", "prune"], typer.Argument(help="What to do with them.")] = "list",
+    names: Annotated[list[str] | None, typer.Argument(help="Folders of stores; all when left out (of prune: none).")] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="With prune: remove those that were not finished.")] = False,
+    cluster: Cluster = None,
+) -> None:
+    """List the signal stores, check every byte of them, or remove some."""
+    from jobs.stores import show_stores
+
+    show_stores(action, names or [], cluster, unfinished)
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Saved models or adapters, folders of runs, or hub names.")],
     teacher: Annotated[str | None, typer.Option(help="Folder or hub name; adds exact KL and agreement.")] = None,

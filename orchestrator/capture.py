@@ -75,7 +75,7 @@ def capture(job: Capture, display: Display) -> Captured:
 
     with held(files.folder, wait, until=lambda: files.finished) as mine:
         fresh = _fill(job, display) if mine and not files.finished else []
-    return Captured(sum(p.tokens for p in fresh), time.perf_counter() - began, bytes_per_token(files))
+    return Captured(sum(p.tokens for p in fresh), time.perf_counter() - began, files.bytes_per_token)
 
 
 def _fill(job: Capture, display: Display) -> list[PartInfo]:
@@ -98,11 +98,6 @@ def captured_text(job: Capture, captured: Captured) -> str:
         f"Signals of {job.spec.name!r} are kept in {job.files.folder.root}: {captured.tokens:,} tokens scored now "
         f"in {captured.seconds:.1f} s ({speed:,.0f} tokens/s), {captured.bytes_per_token:.1f} bytes a token."
     )
-
-
-def bytes_per_token(files: StoreFiles) -> float:
-    """Size of a finished store over its loss tokens."""
-    return sum(p.bytes for p in files.parts) / max(1, sum(p.loss_tokens for p in files.parts))
 
 
 def _facts() -> dict[str, object]:
@@ -129,7 +124,8 @@ def _drive(job: Capture, missing: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     writers = TaskPoolStrategy(size=WRITERS)
     stream = stream.map_batches(keep, batch_size=None, batch_format="pyarrow", compute=writers, num_cpus=reader.cpus)
     for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            yield dict(row)  # `yield from` a list has no `send`, which Ray calls
 
 
 class PartSource(Datasource):

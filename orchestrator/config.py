@@ -190,6 +190,11 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))
 
 
+def load_cluster(cluster: Path | None) -> ClusterConfig:
+    """A `ray_config.yaml`; the defaults without one. `Refusal` as from `load_job`."""
+    return ClusterConfig() if cluster is None else _validated(ClusterConfig, _mapping(cluster, str(cluster)), str(cluster))
+
+
 def _merge_endpoints(recipe: dict[str, Any], cluster: Mapping[str, Any]) -> None:
     """A recipe's endpoint starts from the fields of the cluster's endpoint of that name."""
     own, shared = recipe.get("endpoints"), cluster.get("endpoints")
@@ -240,8 +245,9 @@ def _apply(content: dict[str, Any], override: str) -> None:
         here[last] = value
 
 
-_KEEPS_SIBLINGS = {"student", "data"}
-"""`student=other/model` changes the model of a student and keeps its LoRA; another strategy or layout starts afresh."""
+_KEEPS_SIBLINGS = {"student", "data", "signals"}
+"""`student=other/model` changes the model of a student and keeps its LoRA, `signals=store` keeps its codec;
+another strategy or layout starts afresh."""
 _SHORT_KEYS = {"student": "model", "data": "train", "layout": "type", "strategy": "type", "signals": "mode"}
 
 

@@ -66,7 +66,14 @@ def resume(
 
 
 def _run(job: Job, planned: Callable[[], Plan], display: Display) -> RunResult:
-    """Checks and runs. The checks import and read for seconds in a thread of their own, while Ray starts in this one:
+    plan = planned_with_ray(job, planned, display)
+    from orchestrator.driver import drive
+
+    return drive(plan, display)
+
+
+def planned_with_ray(job: Job, planned: Callable[[], Plan], display: Display) -> Plan:
+    """A checked plan, and Ray. The checks import and read for seconds in a thread of their own, while Ray starts in this one:
     Ray's processes end with the thread that started them."""
     with ThreadPoolExecutor(1) as pool:
         planning = pool.submit(planned)
@@ -77,6 +84,4 @@ def _run(job: Job, planned: Callable[[], Plan], display: Display) -> RunResult:
             if started_here:
                 session.stop()
             raise
-    from orchestrator.driver import drive
-
-    return drive(plan, display)
+    return plan

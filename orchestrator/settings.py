@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
 
-from cluster.codecs import CodecConfig, Exact
+from cluster.codecs import CodecConfig, Packed
 
 
 class Model(BaseModel):
@@ -40,8 +40,8 @@ class SignalsConfig(Model):
     mode: Literal["auto", "live", "store"] = "auto"
     """`auto` reads a store of exactly these rows and questions when there is one, finishing a partial one first; `store` fills what
     is missing before training; `live` asks the teachers during training."""
-    codec: CodecConfig = Exact()
-    """How numbers are kept: `exact` or `packed`."""
+    codec: Annotated[CodecConfig, BeforeValidator(lambda v: {"type": v} if isinstance(v, str) else v)] = Packed()
+    """How a store keeps numbers: `packed`, or `exact` to the last bit."""
     folder: str | None = None
     """Folder or URI that holds the stores; `signals` in the storage folder when absent."""
     part_tokens: PositiveInt = 32768

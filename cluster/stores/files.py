@@ -135,9 +135,18 @@ class StoreFiles:
             if sizes[part.file] != part.bytes:
                 raise StoreDamaged(f"{self.folder.root}/{part.file}: has {sizes[part.file]:,} bytes, not {part.bytes:,}")
 
-    def open(self, number: int) -> Part:
-        """A part of a finished store. `StoreDamaged` when its bytes are not those that were written."""
-        info = self.parts[number]
+    @property
+    def bytes_per_token(self) -> float:
+        """Size of a finished store's parts over its loss tokens."""
+        return sum(p.bytes for p in self.parts) / max(1, sum(p.loss_tokens for p in self.parts))
+
+    @property
+    def manifest_text(self) -> str:
+        """What a finished store is of and what it holds, as JSON."""
+        return json.dumps({**self._json(SPEC), **self._json(MANIFEST)}, indent=1)
+
+    def open(self, info: PartInfo) -> Part:
+        """A part. `StoreDamaged` when its bytes are not those that were written."""
         where = f"{self.folder.root}/{info.file}"
         content = self._content(info)
         if content_checksum(content) != info.checksum:

@@ -65,6 +65,11 @@ def _acquire(folder: Folder, me: str, wait: Callable[[str], None], until: Callab
             return True
 
 
+def holder_alive(folder: Folder) -> bool:
+    """Whether somebody fills the store now; watches for as long as it takes to know."""
+    return _living(folder, lambda: False) is not None
+
+
 def _living(folder: Folder, enough: Callable[[], bool]) -> str | None:
     """The holder, if its count rises while it is watched; None for nobody and for a dead one."""
     holder, count = _holder(folder)

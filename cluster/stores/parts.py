@@ -14,10 +14,9 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from cluster.codecs import Arrays
 from cluster.engines import Columns
 
-Arrays = dict[str, NDArray[Any]]
-"""By name, each `(N, w)` of a fixed dtype: encoded answers about N loss tokens."""
 CONTROL = ("row_id", "row_hash")
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cluster.codecs import Arrays
 from cluster.engines import Columns
 from cluster.stores.files import StoreFiles
-from cluster.stores.parts import Arrays, Part, row_hashes
+from cluster.stores.parts import Part, row_hashes
 
 
 @dataclass
@@ -39,5 +40,5 @@ class StoreReader:
 
     def _part(self, number: int) -> Part:
         if number not in self._open:
-            self._open[number] = self.files.open(number)
+            self._open[number] = self.files.open(self.files.parts[number])
         return self._open[number]

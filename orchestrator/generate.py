@@ -1,0 +1,107 @@
+"""`distill generate`: asks a recipe's teachers once and keeps what they say, without training anybody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.capture import Captured, capture
+from orchestrator.config import Job, load_job, to_yaml
+from orchestrator.display import Display
+from orchestrator.errors import Refusal
+from orchestrator.plan import Plan, make_plan
+from orchestrator.plan_text import plan_text
+from orchestrator.result import RECIPE
+from orchestrator.run import planned_with_ray
+from orchestrator.stores import Wanted
+from orchestrator.track import MetricRow, Tracker, reconcile_all
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One store after the call."""
+
+    teacher: str
+    folder: str
+    rows: int
+    loss_tokens: int
+    scored_tokens: int
+    """Tokens that the teacher read in this call; 0 when everything was there."""
+    seconds: float
+    bytes_per_token: float
+    """A loss token."""
+
+
+def generate(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    cluster: str | Path | Mapping[str, Any] | None = None,
+    display: Display | None = None,
+) -> list[Kept]:
+    """Fills the signal stores of a recipe and returns what is kept; what was there is not asked again.
+
+    Arguments as for `orchestrator.run.distill`. `Refusal` before anything is written, also for a recipe that asks no teacher.
+    """
+    source = Path(recipe) if isinstance(recipe, str) else recipe
+    job = _for_stores(load_job(source, overrides, Path(cluster) if isinstance(cluster, str) else cluster))
+    name = f"generate-{source.stem if isinstance(source, Path) else 'run'}"
+    shown = display or Display()
+    plan = planned_with_ray(job, lambda: _checked(make_plan(job, name)), shown)
+    shown.plan(plan_text(plan))
+    tracker = _tracker(plan)
+    try:
+        kept = [_keep(plan, wanted, tracker, number, shown) for number, wanted in enumerate(plan.sources.read, start=1)]
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.finish("FINISHED")
+    return kept
+
+
+def _for_stores(job: Job) -> Job:
+    signals = job.run.signals.model_copy(update={"mode": "store"})
+    return job.model_copy(update={"run": job.run.model_copy(update={"name": None, "signals": signals, "baseline": False})})
+
+
+def _checked(plan: Plan) -> Plan:
+    if not plan.sources.read:
+        do = "Name a strategy with a teacher, such as logits."
+        raise Refusal(f"strategy.{plan.job.run.strategy.type}", "no question to a teacher", "stages that score rows", do)
+    return plan
+
+
+def _tracker(plan: Plan) -> Tracker:
+    reconcile_all(plan.local.parent)
+    tracker = Tracker.start(
+        uri=plan.job.cluster.tracking_uri,
+        experiment=plan.job.cluster.mlflow.experiment,
+        name=plan.name,
+        folder=plan.local,
+        params={**plan.job.run.model_dump(mode="json"), "fingerprint": plan.fingerprints},
+        tags={**plan.job.run.tags, "kind": "generate"},
+    )
+    tracker.log_text(to_yaml(plan.job.run), RECIPE)
+    return tracker
+
+
+def _keep(plan: Plan, wanted: Wanted, tracker: Tracker, number: int, display: Display) -> Kept:
+    captures = {c.files.folder: c for c in plan.captures()}
+    job = captures.get(wanted.files.folder)
+    captured = capture(job, display) if job else Captured(0, 0.0, wanted.files.bytes_per_token)
+    parts = wanted.files.parts
+    kept = Kept(
+        teacher=wanted.spec.name,
+        folder=wanted.files.folder.root,
+        rows=wanted.spec.rows,
+        loss_tokens=sum(p.loss_tokens for p in parts),
+        scored_tokens=captured.tokens,
+        seconds=captured.seconds,
+        bytes_per_token=captured.bytes_per_token,
+    )
+    numbers = {name: float(value) for name, value in vars(kept).items() if isinstance(value, int | float)}
+    tracker.log([MetricRow(number, 1, {f"{name}/{kept.teacher}": value for name, value in numbers.items()}, time.time())])
+    tracker.log_text(wanted.files.manifest_text, f"signals/{kept.teacher}-{wanted.spec.key.digest}.json")
+    return kept
