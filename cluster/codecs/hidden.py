@@ -36,7 +36,7 @@ class HiddenCodec:
     def encode(self, answers: Columns, tokens: int) -> Columns:
         column = answers["hidden"]
         kind = "bfloat16" if column.dtype == np.int16 else "float32"
-        states = rows(_as_floats(column), tokens)
+        states = np.asarray(rows(_as_floats(column), tokens), np.float32)
         scales = _scales(np.maximum.reduceat(np.abs(states), np.arange(0, states.shape[1], self._block), axis=1))
         levels = np.rint(states / self._spread(scales, states.shape[1]))
         return {kind: levels.astype(np.int8), "scales": scales}
@@ -64,8 +64,6 @@ def _scales(largest: Floats) -> NDArray[np.float16]:
     """The float16 at or above a 127th of each block's `largest` magnitude."""
     wanted = np.maximum(largest / MOST, SMALLEST)
     if not np.isfinite(wanted).all() or (wanted > np.finfo(np.float16).max).any():
-        raise ValueError(
-            f"hidden states: got a magnitude of {largest.max():g}; expected finite ones up to {MOST * 65504:g}, or the exact codec"
-        )
+        raise ValueError(f"hidden states: got a magnitude of {largest.max():g}; expected at most {MOST * 65504:g}, or the exact codec")
     scales = wanted.astype(np.float16)
     return np.where(scales < wanted, np.nextafter(scales, np.float16(np.inf)), scales)

@@ -22,8 +22,8 @@ FLOOR = -32.0
 """Log-probabilities below it are stored as it: 1e-14."""
 SHARE_LOW, SHARE_STEP, WHOLE = -24.0, 1.0 / 1024, 65535
 """A share s is stored as `(logit(s) - SHARE_LOW) / SHARE_STEP`: s and 1 - s both to 5e-4 of themselves. `WHOLE` is s = 1."""
-STEP_TOP, STEPS_PER_OCTAVE = 5, 16
-"""A step of log-probability is `2^(STEP_TOP - code / STEPS_PER_OCTAVE)`, from 32 down to 5e-4; code 255 is no step at all."""
+STEP_TOP, STEPS_PER_OCTAVE, NO_STEP = 5, 16, 255
+"""A step of log-probability is `2^(STEP_TOP - code / STEPS_PER_OCTAVE)`, from 32 down to 5e-4; `NO_STEP` is 0."""
 BLOCK = 2048
 """Tokens coded at a time: their bits, one a byte, stay in the cache."""
 
@@ -34,8 +34,8 @@ class TopKCodec:
     """Arrays `packed` (uint8: ids and levels of all groups), `shares` (uint16: of the kept ids, then of every group but the last
     in what is left), `steps` (uint8, of every group with levels), `logprob` (float16, of the label).
 
-    Decoded, `ids` are the encoded set; `logprobs` are off by at most a step of their group (`range / 2^bits`, 2.2 % more for the
-    step's own rounding) and 1e-3, above FLOOR; they are sorted, so that ids may change places within their group.
+    Decoded, `ids` are the encoded set; `logprobs` are off by at most a step of their group (`range / 2^bits`, 4.5 % more for the
+    step's own rounding, at least 5e-4) and 1e-3 besides, above FLOOR; they are sorted, so that ids may change places within their group.
     """
 
     version: ClassVar[int] = 1
@@ -115,15 +115,15 @@ class TopKCodec:
 def _step(falling: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
     """Codes and sizes of steps, `(N,)` each, of which `2^bits` span each row's range."""
     wanted = (falling[:, 0] - falling[:, -1]) / (1 << bits)
-    with np.errstate(divide="ignore"):
-        codes = np.floor((STEP_TOP - np.log2(wanted)) * STEPS_PER_OCTAVE)  # down: a step is never too small for the range
-    codes = np.clip(codes, 0, 255).astype(np.uint8)
+    codes = np.floor((STEP_TOP - np.log2(np.maximum(wanted, 1e-9))) * STEPS_PER_OCTAVE)  # down: the steps must span the range
+    codes = np.where(wanted > 0, np.clip(codes, 0, NO_STEP - 1), NO_STEP).astype(np.uint8)
     return codes, np.maximum(_step_sizes(codes), 1e-9).astype(np.float64)
 
 
 def _step_sizes(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     sizes = np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE)
-    return np.where(codes == 255, np.float32(0), sizes)
+    sizes[codes == NO_STEP] = 0
+    return sizes
 
 
 def _share_codes(own: Floats, rest: Floats) -> NDArray[np.uint16]:
