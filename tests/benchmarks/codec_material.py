@@ -6,6 +6,7 @@ errors of any top-k codec follow exactly (`tests.benchmarks.codec_errors`), with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.benchmarks.codec_teacher import Trained, train
+from tests.benchmarks.figure import Settings
 
 DEEPEST = 512
 """Ids of which log-probabilities are kept: more than any measured codec stores."""
@@ -74,6 +76,35 @@ def _largest(values: Tensor, count: int) -> Tensor:
     """Places of the largest of every row, falling, `(n, count)` int64."""
     places = torch.from_numpy(np.argpartition(values.numpy(), values.shape[-1] - count, axis=-1)[:, values.shape[-1] - count :])
     return places.gather(-1, values.gather(-1, places).sort(dim=-1, descending=True, stable=True).indices)
+
+
+def materials(settings: Settings) -> tuple[Distributions, Distributions]:
+    """Both, made once per folder."""
+    sources = {
+        "trained": lambda: trained(settings.folder / "models", settings.data, settings.smoke),
+        "fitted": lambda: fitted(settings.smoke),
+    }
+    found = {}
+    for name, make in sources.items():
+        path = settings.folder / f"{name}.npz"
+        if not path.exists():
+            _save(path, make())
+        found[name] = _load(path, name)
+    return found["trained"], found["fitted"]
+
+
+def _save(path: Path, of: Distributions) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sums = {f"beyond/{name}": column for name, column in of.beyond.items()}
+    about = np.frombuffer(json.dumps(of.about).encode(), np.uint8)
+    np.savez(path, ids=of.ids, logprobs=of.logprobs, student=of.student, about=about, **sums)  # type: ignore[arg-type]
+
+
+def _load(path: Path, name: str) -> Distributions:
+    with np.load(path) as file:
+        about = json.loads(file["about"].tobytes())
+        beyond = {key.partition("/")[2]: file[key] for key in file.files if key.startswith("beyond/")}
+        return Distributions(name, about["vocabulary"], file["ids"], file["logprobs"], file["student"], beyond, about)
 
 
 def trained(folder: Path, data: Path | None, smoke: bool) -> Distributions:
