@@ -22,8 +22,8 @@ FLOOR = -32.0
 """Log-probabilities below it are stored as it: 1e-14."""
 SHARE_LOW, SHARE_STEP, WHOLE = -24.0, 1.0 / 1024, 65535
 """A share s is stored as `(logit(s) - SHARE_LOW) / SHARE_STEP`: s and 1 - s both to 5e-4 of themselves. `WHOLE` is s = 1."""
-STEP_TOP, STEPS_PER_OCTAVE, NO_STEP = 5, 16, 255
-"""A step of log-probability is `2^(STEP_TOP - code / STEPS_PER_OCTAVE)`, from 32 down to 5e-4; `NO_STEP` is 0."""
+STEP_TOP, STEPS_PER_OCTAVE = 5, 16
+"""A step of log-probability is `2^(STEP_TOP - code / STEPS_PER_OCTAVE)`, from 32 down to 5e-4; of equal ones every level is 0."""
 BLOCK = 2048
 """Tokens coded at a time: their bits, one a byte, stay in the cache."""
 
@@ -114,16 +114,14 @@ class TopKCodec:
 
 def _step(falling: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
     """Codes and sizes of steps, `(N,)` each, of which `2^bits` span each row's range."""
-    wanted = (falling[:, 0] - falling[:, -1]) / (1 << bits)
-    codes = np.floor((STEP_TOP - np.log2(np.maximum(wanted, 1e-9))) * STEPS_PER_OCTAVE)  # down: the steps must span the range
-    codes = np.where(wanted > 0, np.clip(codes, 0, NO_STEP - 1), NO_STEP).astype(np.uint8)
-    return codes, np.maximum(_step_sizes(codes), 1e-9).astype(np.float64)
+    wanted = np.maximum((falling[:, 0] - falling[:, -1]) / (1 << bits), 1e-9)
+    codes = np.floor((STEP_TOP - np.log2(wanted)) * STEPS_PER_OCTAVE)  # down: the steps must span the range
+    codes = np.clip(codes, 0, 255).astype(np.uint8)
+    return codes, _step_sizes(codes).astype(np.float64)
 
 
 def _step_sizes(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    sizes = np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE)
-    sizes[codes == NO_STEP] = 0
-    return sizes
+    return np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE)
 
 
 def _share_codes(own: Floats, rest: Floats) -> NDArray[np.uint16]:

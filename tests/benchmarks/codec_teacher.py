@@ -39,6 +39,8 @@ class Trained:
 def train(folder: Path, data: Path | None, smoke: bool) -> Trained:
     """Trains what `folder` lacks. `data` is GSM8K's train.jsonl; without one at hand, the standard library alone is read."""
     path = data or DATA
+    if data is not None and not data.exists():
+        raise SystemExit(f"got no file {data}; expected GSM8K's train.jsonl, or no --data: then the standard library is read alone")
     texts = list(_texts(path, smoke))
     tokenizer = _tokenizer(folder / "tokenizer.json", [text for text, _ in texts], 400 if smoke else VOCABULARY)
     rows = {kept: _rows(tokenizer, texts, kept) for kept in (False, True)}
@@ -53,7 +55,7 @@ def train(folder: Path, data: Path | None, smoke: bool) -> Trained:
 
 def _texts(path: Path, smoke: bool) -> Iterator[tuple[str, bool]]:
     """Text and whether it is held out, the sources in turns so that a prefix has both."""
-    modules = [(text, held_out(name)) for name, text in sources()][: 8 if smoke else None]
+    modules = [(text, held_out(name) or (smoke and at == 1)) for at, (name, text) in enumerate(sources())][: 8 if smoke else None]
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines[: 8 if smoke else None]]
     questions = [(row["question"] + "\n" + row["answer"], at % 20 == 0) for at, row in enumerate(found)]

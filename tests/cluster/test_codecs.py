@@ -23,6 +23,11 @@ from cluster.codecs.topk import FLOOR
 from cluster.endpoints import check_scores
 from cluster.engines import Columns
 from strategies.core import ScoreRequest
+from strategies.outputs import TokenLogits
+from strategies.signals import TopK
+from tests.benchmarks.codec_errors import errors
+from tests.benchmarks.codec_material import reduced
+from tests.benchmarks.codec_peer import BUDGET, RECOMMENDED
 
 FINE = 2e-3
 """Error of a log-probability beside the one of its step: masses are stored to 5e-4, one number a group on the way to it."""
@@ -280,3 +285,31 @@ def test_settings_are_chosen_by_type_and_refuse_what_they_do_not_know() -> None:
     for wrong in ({"type": "exact", "groups": None}, {"type": "packed", "group": []}, {"type": "zip"}):
         with pytest.raises(ValidationError):
             read(wrong)
+
+
+def test_the_errors_that_benchmarks_state_are_those_of_whole_distributions() -> None:
+    """KL spelled out over all ids, and autograd through the product's own signal: `tests.benchmarks.codec_errors` in closed form."""
+    log_p, log_q = (torch.from_numpy(dense(6, 700, 2.0, seed)) for seed in (1, 2))
+    of = reduced("tiny", iter([(log_p.float(), log_q.float())]), {})
+    k = 12
+    hat = of.logprobs[:, :k] + np.random.default_rng(0).normal(-0.05, 0.03, (6, k)).astype(np.float32)
+    found = errors(of, of.ids[:, :k], hat)
+    ids = torch.from_numpy(of.ids[:, :k].astype(np.int64))
+    log_hat = torch.from_numpy(hat.astype(np.float64))
+    tail = 1 - log_hat.exp().sum(1, keepdim=True)
+    whole = (tail / (700 - k)).log().expand(6, 700).scatter(1, ids, log_hat)
+    kl = (log_p.exp() * (log_p - whole)).sum(1).mean()
+    logits = log_q.float().requires_grad_()
+    student, teacher = TopK(ids, log_hat.float()).pair(TokenLogits(logits, torch.zeros(6, dtype=torch.int64)), 1.0)
+    (got,) = torch.autograd.grad((teacher.exp() * (teacher - student)).sum(), logits)
+    true = log_q.exp() - log_p.exp()
+    assert found.kl == pytest.approx(float(kl), rel=1e-4)
+    assert found.gradient == pytest.approx(float((got.double() - true).norm() / true.norm()), rel=1e-4)
+
+
+def test_the_peer_s_settings_take_the_bytes_that_it_states() -> None:
+    assert [RECOMMENDED.bytes_per_token(v) for v in (151_936, 128_256)] == [344, 328]
+    assert [BUDGET.bytes_per_token(v) for v in (151_936, 128_256)] == [127, 121]
+    ranks = np.arange(49)
+    curve = np.concatenate([[-0.5], -1 - 0.02 * ranks - 0.3 * np.sqrt(ranks)])[None].astype(np.float32)
+    assert np.abs(BUDGET.round_trip(curve) - curve).max() < 1e-5
