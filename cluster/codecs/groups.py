@@ -17,7 +17,7 @@ class Group(ClusterModel):
     """For each id's log-probability; 0 gives all of the group the same."""
 
 
-LEAN_BELOW, WIDEST = 48, 256
+LEAN_BELOW, WIDEST = 56, 256
 """Ids below which a token costs some 100 bytes, and the gradient of its first ranks is stored less finely for more ids; ids from
 which the last ranks are divided once more, as their log-probabilities would spread too far for two bits."""
 
@@ -29,7 +29,7 @@ def default_groups(k: int) -> tuple[Group, ...]:
     """
     fine = ((1, 0), (7, 9), (24, 5), (k if k < WIDEST else 160, 2), (k, 2))
     found: list[Group] = []
-    for size, bits in ((1, 0), (9, 6), (k, 2)) if k < LEAN_BELOW else fine:
+    for size, bits in ((1, 0), (9, 6), (k, 1)) if k < LEAN_BELOW else fine:
         own = min(size, k - sum(g.ids for g in found))
         if own > 0:
             found.append(Group(ids=own, bits=bits if own > 1 else 0))

@@ -121,7 +121,7 @@ def _step(falling: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
 
 
 def _step_sizes(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE)
+    return np.asarray(np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE), np.float32)
 
 
 def _share_codes(own: Floats, rest: Floats) -> NDArray[np.uint16]:
@@ -137,7 +137,7 @@ def _log_masses(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
     own = np.where(codes == WHOLE, 0.0, own)
     before = own[:, :1] + np.cumsum(np.concatenate([np.zeros((len(codes), 1)), rest[:, 1:]], 1), axis=1)
     last = np.zeros((len(codes), 1))
-    return (before + np.concatenate([own[:, 1:], last], 1)).astype(np.float32)
+    return np.asarray(before + np.concatenate([own[:, 1:], last], 1), np.float32)
 
 
 def _sorted(ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> Columns:
