@@ -17,12 +17,20 @@ class Group(ClusterModel):
     """For each id's log-probability; 0 gives all of the group the same."""
 
 
+LEAN_BELOW, WIDEST = 56, 256
+"""Ids below which a token costs some 100 bytes, and the gradient of its first ranks is stored less finely for more ids; ids from
+which the last ranks are divided once more, as their log-probabilities would spread too far for two bits."""
+
+
 def default_groups(k: int) -> tuple[Group, ...]:
-    """Few bits for many ids: beyond the first ranks an id more is worth more than a log-probability known better."""
+    """What measured best of k ids (`python -m tests.benchmarks codec-300`): the first of its own, then fewer bits for more ids.
+
+    Beyond the first ranks an id more tells more than a log-probability known better; on the first ranks the gradient is made.
+    """
+    fine = ((1, 0), (7, 9), (24, 5), (k if k < WIDEST else 160, 2), (k, 2))
     found: list[Group] = []
-    for size, bits in ((1, 0), (7, 6), (24, 4), (k, 2)):
-        left = k - sum(g.ids for g in found)
-        if left > 0:
-            size = min(size, left)
-            found.append(Group(ids=size, bits=bits if size > 1 else 0))
+    for size, bits in ((1, 0), (9, 6), (k, 1)) if k < LEAN_BELOW else fine:
+        own = min(size, k - sum(g.ids for g in found))
+        if own > 0:
+            found.append(Group(ids=own, bits=bits if own > 1 else 0))
     return tuple(found)

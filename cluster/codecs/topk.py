@@ -23,7 +23,7 @@ FLOOR = -32.0
 SHARE_LOW, SHARE_STEP, WHOLE = -24.0, 1.0 / 1024, 65535
 """A share s is stored as `(logit(s) - SHARE_LOW) / SHARE_STEP`: s and 1 - s both to 5e-4 of themselves. `WHOLE` is s = 1."""
 STEP_TOP, STEPS_PER_OCTAVE = 5, 16
-"""A step of log-probability is `2^(STEP_TOP - code / STEPS_PER_OCTAVE)`, from 32 down to 5e-4; code 255 is no step at all."""
+"""A step of log-probability is `2^(STEP_TOP - code / STEPS_PER_OCTAVE)`, from 32 down to 5e-4; of equal ones every level is 0."""
 BLOCK = 2048
 """Tokens coded at a time: their bits, one a byte, stay in the cache."""
 
@@ -34,8 +34,8 @@ class TopKCodec:
     """Arrays `packed` (uint8: ids and levels of all groups), `shares` (uint16: of the kept ids, then of every group but the last
     in what is left), `steps` (uint8, of every group with levels), `logprob` (float16, of the label).
 
-    Decoded, `ids` are the encoded set; `logprobs` are off by at most a step of their group (`range / 2^bits`, 2.2 % more for the
-    step's own rounding) and 1e-3, above FLOOR; they are sorted, so that ids may change places within their group.
+    Decoded, `ids` are the encoded set; `logprobs` are off by at most a step of their group (`range / 2^bits`, 4.5 % more for the
+    step's own rounding, at least 5e-4) and 1e-3 besides, above FLOOR; they are sorted, so that ids may change places within their group.
     """
 
     version: ClassVar[int] = 1
@@ -114,16 +114,14 @@ class TopKCodec:
 
 def _step(falling: Floats, bits: int) -> tuple[NDArray[np.uint8], Floats]:
     """Codes and sizes of steps, `(N,)` each, of which `2^bits` span each row's range."""
-    wanted = (falling[:, 0] - falling[:, -1]) / (1 << bits)
-    with np.errstate(divide="ignore"):
-        codes = np.floor((STEP_TOP - np.log2(wanted)) * STEPS_PER_OCTAVE)  # down: a step is never too small for the range
+    wanted = np.maximum((falling[:, 0] - falling[:, -1]) / (1 << bits), 1e-9)
+    codes = np.floor((STEP_TOP - np.log2(wanted)) * STEPS_PER_OCTAVE)  # down: the steps must span the range
     codes = np.clip(codes, 0, 255).astype(np.uint8)
-    return codes, np.maximum(_step_sizes(codes), 1e-9).astype(np.float64)
+    return codes, _step_sizes(codes).astype(np.float64)
 
 
 def _step_sizes(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    sizes = np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE)
-    return np.where(codes == 255, np.float32(0), sizes)
+    return np.asarray(np.exp2(STEP_TOP - codes.astype(np.float32) / STEPS_PER_OCTAVE), np.float32)
 
 
 def _share_codes(own: Floats, rest: Floats) -> NDArray[np.uint16]:
@@ -139,7 +137,7 @@ def _log_masses(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
     own = np.where(codes == WHOLE, 0.0, own)
     before = own[:, :1] + np.cumsum(np.concatenate([np.zeros((len(codes), 1)), rest[:, 1:]], 1), axis=1)
     last = np.zeros((len(codes), 1))
-    return (before + np.concatenate([own[:, 1:], last], 1)).astype(np.float32)
+    return np.asarray(before + np.concatenate([own[:, 1:], last], 1), np.float32)
 
 
 def _sorted(ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> Columns:

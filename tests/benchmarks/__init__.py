@@ -70,4 +70,14 @@ BENCHMARKS: dict[str, Entry] = {
         "peak resident memory of a training worker over that of TRL's GKDTrainer process, V = 131,072, the same rows",
         "ratio <= 0.6",
     ),
+    "codec-300": Entry(
+        "tests.benchmarks.codec_300",
+        "KL error of the packed top-k codec at 300 bytes a token over that of DistillKit's recommended setting (344 bytes)",
+        "ratio < 1.0",
+    ),
+    "codec-100": Entry(
+        "tests.benchmarks.codec_100",
+        "the same at 100 bytes a token over DistillKit's budget setting (127 bytes)",
+        "ratio < 1.0",
+    ),
 }

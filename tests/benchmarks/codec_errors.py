@@ -34,15 +34,22 @@ def errors(of: Distributions, ids: NDArray[np.int32], logprobs: NDArray[np.float
         raise ValueError("decoded ids are not the encoded ones")
     log_p, log_q = (np.take_along_axis(a[:, :kept], true, 1).astype(np.float64) for a in (of.logprobs, of.student))
     log_hat, tail_hat = normalised(np.take_along_axis(logprobs, decoded, 1).astype(np.float64))
-    p, q, hat = np.exp(log_p), np.exp(log_q), np.exp(log_hat)
-    tail = np.maximum(1.0 - p.sum(1), 0.0)
-    kl = of.sums["plogp"] - (p * log_hat).sum(1) - tail * np.log(tail_hat / (of.vocabulary - kept))
-    scale = tail_hat / np.maximum(1.0 - q.sum(1), 1e-30)
-    pp, pq, qq = (np.maximum(of.sums[n] - (a * b).sum(1), 0.0) for n, a, b in (("pp", p, p), ("pq", p, q), ("qq", q, q)))
-    beyond = np.maximum(pp - 2 * scale * pq + scale**2 * qq, 0.0)
-    wrong = ((p - hat) ** 2).sum(1) + beyond
-    right = of.sums["qq"] - 2 * of.sums["pq"] + of.sums["pp"]
+    hat = np.exp(log_hat)
+    tails = _tails(of, kept)
+    kl = (np.exp(log_p) * (log_p - log_hat)).sum(1) + tails["plogp"] - tails["p"] * np.log(tail_hat / max(of.vocabulary - kept, 1))
+    scale = tail_hat / np.maximum(tails["q"], 1e-30)
+    beyond = tails["pp"] - 2 * scale * tails["pq"] + scale**2 * tails["qq"]
+    wrong = ((np.exp(log_p) - hat) ** 2).sum(1) + np.maximum(beyond, 0.0)
+    right = ((np.exp(log_q) - np.exp(log_p)) ** 2).sum(1) + tails["qq"] - 2 * tails["pq"] + tails["pp"]
     return Errors(float(kl.mean()), float(np.sqrt(wrong.sum() / right.sum())))
+
+
+def _tails(of: Distributions, kept: int) -> dict[str, Floats]:
+    """Sums over all ids but the first `kept`, added up from small to large: none is the difference of two large ones."""
+    log_p, log_q = of.logprobs[:, kept:].astype(np.float64), of.student[:, kept:].astype(np.float64)
+    p, q = np.exp(log_p), np.exp(log_q)
+    inside = {"p": p, "q": q, "plogp": p * log_p, "pp": p * p, "pq": p * q, "qq": q * q}
+    return {name: terms.sum(1) + of.beyond[name] for name, terms in inside.items()}
 
 
 def normalised(logprobs: Floats) -> tuple[Floats, Floats]:

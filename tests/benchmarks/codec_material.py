@@ -6,6 +6,7 @@ errors of any top-k codec follow exactly (`tests.benchmarks.codec_errors`), with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.benchmarks.codec_teacher import Trained, train
+from tests.benchmarks.figure import Settings
 
 DEEPEST = 512
 """Ids of which log-probabilities are kept: more than any measured codec stores."""
-TOKENS = 6_144
+TOKENS = 4_096
 FITTED_VOCABULARY, FITTED_ENTROPY, FITTED_TOP20 = 151_936, (0.8, 1.5), 0.97
 
 
@@ -37,8 +39,8 @@ class Distributions:
     """`(N, K)` log p of them."""
     student: NDArray[np.float32]
     """`(N, K)` log q of them."""
-    sums: dict[str, NDArray[np.float64]]
-    """Over all V ids, `(N,)` each: `plogp`, `pp`, `pq`, `qq`."""
+    beyond: dict[str, NDArray[np.float64]]
+    """Sums over the ids that are not among the K, `(N,)` each: `p`, `q`, `plogp`, `pp`, `pq`, `qq`."""
     about: dict[str, Any]
 
     def __len__(self) -> int:
@@ -46,22 +48,63 @@ class Distributions:
 
 
 def reduced(name: str, pieces: Iterator[tuple[Tensor, Tensor]], about: dict[str, Any]) -> Distributions:
-    """From `(n, V)` log p and log q, a piece at a time."""
+    """From `(n, V)` log p and log q, a piece at a time; they are changed in place."""
     kept: dict[str, list[NDArray[Any]]] = {}
     vocabulary = 0
     for log_p, log_q in pieces:
         vocabulary = log_p.shape[-1]
-        best, ids = log_p.topk(min(DEEPEST, vocabulary), -1)
-        p, q = log_p.double().exp(), log_q.double().exp()
-        found = {"ids": ids.int(), "logprobs": best.float(), "student": log_q.gather(-1, ids).float()}
-        found |= {"plogp": (p * log_p.double()).sum(-1), "pp": (p * p).sum(-1), "pq": (p * q).sum(-1), "qq": (q * q).sum(-1)}
-        for key, value in found.items():
+        ids = _largest(log_p, min(DEEPEST, vocabulary))
+        found = {"ids": ids.int(), "logprobs": log_p.gather(-1, ids), "student": log_q.gather(-1, ids)}
+        for key, value in (found | _beyond(log_p.scatter_(-1, ids, -1e4), log_q.scatter_(-1, ids, -1e4))).items():
             kept.setdefault(key, []).append(value.numpy())
     whole = {key: np.concatenate(parts) for key, parts in kept.items()}
-    sums = {key: whole[key] for key in ("plogp", "pp", "pq", "qq")}
-    mass = np.exp(whole["logprobs"][:, :20].astype(np.float64)).sum(-1)
-    about = {**about, "tokens": len(whole["ids"]), "mean_entropy": float(-sums["plogp"].mean()), "top20_mass": float(mass.mean())}
-    return Distributions(name, vocabulary, whole["ids"], whole["logprobs"], whole["student"], sums, about)
+    logprobs = whole["logprobs"].astype(np.float64)
+    entropy = -(np.exp(logprobs) * logprobs).sum(1) - whole["plogp"]
+    about = {**about, "tokens": len(logprobs), "vocabulary": vocabulary, "mean_entropy": float(entropy.mean())}
+    about["top20_mass"] = float(np.exp(logprobs[:, :20]).sum(1).mean())
+    beyond = {key: whole[key].astype(np.float64) for key in ("p", "q", "plogp", "pp", "pq", "qq")}
+    return Distributions(name, vocabulary, whole["ids"], whole["logprobs"], whole["student"], beyond, about)
+
+
+def _beyond(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
+    p, q = log_p.exp(), log_q.exp_()
+    sums = {"p": p, "q": q, "plogp": p * log_p, "pp": p * p, "pq": p * q, "qq": q * q}
+    return {name: terms.sum(-1) for name, terms in sums.items()}
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Places of the largest of every row, falling, `(n, count)` int64."""
+    places = torch.from_numpy(np.argpartition(values.numpy(), values.shape[-1] - count, axis=-1)[:, values.shape[-1] - count :])
+    return places.gather(-1, values.gather(-1, places).sort(dim=-1, descending=True, stable=True).indices)
+
+
+def materials(settings: Settings) -> tuple[Distributions, Distributions]:
+    """Both, made once per folder."""
+    sources = {
+        "trained": lambda: trained(settings.folder / "models", settings.data, settings.smoke),
+        "fitted": lambda: fitted(settings.smoke),
+    }
+    found = {}
+    for name, make in sources.items():
+        path = settings.folder / f"{name}.npz"
+        if not path.exists():
+            _save(path, make())
+        found[name] = _load(path, name)
+    return found["trained"], found["fitted"]
+
+
+def _save(path: Path, of: Distributions) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sums = {f"beyond/{name}": column for name, column in of.beyond.items()}
+    about = np.frombuffer(json.dumps(of.about).encode(), np.uint8)
+    np.savez(path, ids=of.ids, logprobs=of.logprobs, student=of.student, about=about, **sums)  # type: ignore[arg-type]
+
+
+def _load(path: Path, name: str) -> Distributions:
+    with np.load(path) as file:
+        about = json.loads(file["about"].tobytes())
+        beyond = {key.partition("/")[2]: file[key] for key in file.files if key.startswith("beyond/")}
+        return Distributions(name, about["vocabulary"], file["ids"], file["logprobs"], file["student"], beyond, about)
 
 
 def trained(folder: Path, data: Path | None, smoke: bool) -> Distributions:
@@ -75,7 +118,8 @@ def _held_out(models: Trained, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     teacher, student = (AutoModelForCausalLM.from_pretrained(models.folder / name).eval() for name in ("teacher", "student"))
     for row in models.held_out[: -(-tokens // models.held_out.shape[1])]:
         with torch.no_grad():
-            yield tuple(m(input_ids=row[None]).logits[0].float().log_softmax(-1) for m in (teacher, student))  # type: ignore[misc]
+            said = [m(input_ids=row[None]).logits[0].float().log_softmax(-1) for m in (teacher, student)]
+        yield said[0], said[1]
 
 
 def fitted(smoke: bool, seed: int = 0) -> Distributions:
@@ -89,16 +133,16 @@ def fitted(smoke: bool, seed: int = 0) -> Distributions:
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(tokens // 64):
-            logits = _logits(64, vocabulary, scale, generator)
-            student = 0.9 * logits + 0.7 * torch.randn(logits.shape, generator=generator)
             order = torch.randperm(vocabulary, generator=generator)
-            yield logits.log_softmax(-1)[:, order], student.log_softmax(-1)[:, order]
+            logits = _logits(64, vocabulary, scale, generator)[:, order]
+            student = 0.9 * logits + 0.7 * torch.randn(logits.shape, generator=generator)
+            yield logits.log_softmax(-1), student.log_softmax(-1)
 
     return reduced("fitted", pieces(), {"exponent_scale": scale})
 
 
 def _logits(tokens: int, vocabulary: int, scale: float, generator: torch.Generator) -> Tensor:
-    """`(n, V)`: `-a log(1 + rank)` with a exponent `a` of each token's own around `scale`, and noise on every id."""
+    """`(n, V)`: `-a log(1 + rank)` with an exponent `a` of each token's own around `scale`, and noise on every id."""
     exponents = scale * (0.45 * torch.randn((tokens, 1), generator=generator)).exp().clamp_min(0.75)
     rank = torch.arange(1, vocabulary + 1, dtype=torch.float32).log()
     return -exponents * rank + torch.randn((tokens, vocabulary), generator=generator)
