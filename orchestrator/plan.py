@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.config import EndpointConfig
+from cluster.offers import Offer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.checks import machine, networks, recipe, resumed, states, teaching
+from orchestrator.checks import machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, Facts
 from orchestrator.config import Job, RunConfig
@@ -58,6 +59,8 @@ class Plan:
     """Token ids, from 0, that student and teachers share."""
     endpoints: Mapping[str, EndpointConfig]
     """Those that stages ask."""
+    offers: Mapping[str, Offer]
+    """What the servers of those behind a URL give."""
     frozen: Mapping[str, EndpointConfig]
     """Those whose models every training worker loads for its frozen players."""
     loaded: Mapping[str, EndpointConfig]
@@ -110,10 +113,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     The run is called as the recipe says, else after `recipe_name` and the time. With `resume`, the folder of an earlier
     run, it goes on under that run's name, and only settings that leave its result alone may differ.
     """
-    run, train = job.run, job.run.train
-    strategy = run.strategy.build()
-    warnings = recipe.check_recipe(job)
-    warnings += teaching.check_strategy(job, strategy, train.steps)
+    run, train, strategy = job.run, job.run.train, job.run.strategy.build()
+    warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     endpoints = teaching.used_endpoints(job, strategy)
     folder = _folder(job, recipe_name, resume)
     wanted = tuple(demands(job.cluster, endpoints, train.workers, machine_cpus()))
@@ -122,10 +123,11 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     frozen = states.frozen_endpoints(job, strategy)
     people, found = networks.cast(job, {**frozen, **endpoints})
     inner = states.check_states(job, strategy, people, frozen)
-    added = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
+    added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
+    offers, unsure = served.check_servers(endpoints, asked)
     data = prepare(run.data, people.tokenizer, run.seed, _data_cache(job))
     order = make_order(job, data)
-    warnings += found + networks.check_rows(run, people, data)
+    warnings += found + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     memory, stream = _memory(run, people, largest_work(run, order, endpoints, added), endpoints, wanted, inner)
     written = disk(run, people.student, data, order.steps, added)
@@ -140,6 +142,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         order=order,
         vocabulary=people.vocabulary,
         endpoints=endpoints,
+        offers=offers,
         frozen=frozen,
         loaded={**{name: endpoints[name] for name in sorted(heads_of(strategy.signals))}, **frozen},
         measured=teaching.measured(strategy),
