@@ -54,8 +54,8 @@ class Behaviour:
     """Puts a token before every prompt."""
     api_key: str | None = None
     """Asked of every request."""
-    lists: bool = True
-    """Whether `/v1/models` names the model."""
+    listing: Literal["model", "nothing", "error"] = "model"
+    """What `/v1/models` answers."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ class FakeServer:
 
     def models(self) -> Json:
         """Answer of `/v1/models`."""
+        if self.behaviour.listing == "error":
+            raise Refused(500, "no list of models")
         card = {"id": self.model, "object": "model", "owned_by": "fake", "root": self.model, "max_model_len": self.behaviour.context_tokens}
-        return {"object": "list", "data": [card] if self.behaviour.lists else []}
+        return {"object": "list", "data": [card] if self.behaviour.listing == "model" else []}
 
     def complete(self, body: Json) -> Json:
         """Answer of `/v1/completions`; `Refused` for what it does not do."""

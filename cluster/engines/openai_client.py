@@ -39,7 +39,8 @@ class ServerFailed(RuntimeError):
     @property
     def refused(self) -> bool:
         """Whether the server understood and does not do it, so that asking again is no use."""
-        return self.status is not None and HTTPStatus.BAD_REQUEST <= self.status < HTTPStatus.INTERNAL_SERVER_ERROR
+        client_errors = range(HTTPStatus.BAD_REQUEST, HTTPStatus.INTERNAL_SERVER_ERROR)
+        return self.status in client_errors and self.status not in RETRIED
 
 
 class Pace:

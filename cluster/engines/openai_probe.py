@@ -15,6 +15,7 @@ from cluster.offers import Offer, Unfit
 PROBE_TOKENS = 8
 """Of the prompt that a server is tried with."""
 SHOWN_NAMES = 5
+KEY_STATUSES = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 WORKS = "Serve the model with vLLM (`vllm serve MODEL`), or name a saved model as endpoint and let its own actors score."
 
 
@@ -74,17 +75,19 @@ def _ids(server: Server, config: OpenAIEndpoint, dialect: Dialect, top_k: int) -
     try:
         return ids_given(ask(server, config, dialect, tokens, top_k).said, tokens)
     except ServerFailed as failure:
-        if failure.refused and failure.status != HTTPStatus.TOO_MANY_REQUESTS:
+        if failure.refused:
             return None
         raise _unanswered(failure, config) from failure
 
 
 def _model_card(server: Server, config: OpenAIEndpoint) -> Mapping[str, Any]:
-    """What the server lists about the model; nothing when it lists no models at all."""
+    """What the server lists about the model; nothing when it lists no models: some have no such page, or an error on it."""
     try:
         listed = server.get("/models").get("data")
     except ServerFailed as failure:
-        raise _unanswered(failure, config) from failure
+        if failure.status is None or failure.status in KEY_STATUSES:
+            raise _unanswered(failure, config) from failure
+        listed = None
     cards = {c["id"]: c for c in listed if isinstance(c, dict) and "id" in c} if isinstance(listed, list) else {}
     if cards and config.model not in cards:
         names = ", ".join(sorted(map(str, cards))[:SHOWN_NAMES])
@@ -102,7 +105,7 @@ def _dialect(server: Server, config: OpenAIEndpoint) -> Dialect:
         except NotScored as error:
             answers[dialect.name] = str(error)
         except ServerFailed as failure:
-            if not failure.refused or failure.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS):
+            if not failure.refused or failure.status in KEY_STATUSES:
                 raise _unanswered(failure, config) from failure
             answers[dialect.name] = f"status {failure.status}, {failure.words!r}"
         else:
@@ -113,7 +116,7 @@ def _dialect(server: Server, config: OpenAIEndpoint) -> Dialect:
 
 
 def _unanswered(failure: ServerFailed, config: OpenAIEndpoint) -> Unfit:
-    if failure.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+    if failure.status in KEY_STATUSES:
         do = f"Export {config.api_key_env} with a key that may use {config.model!r}."
         return Unfit("api_key_env", f"a refusal ({failure})", "a key that the server takes", do)
     do = "Start the server, or correct the address; it ends in /v1 mostly."

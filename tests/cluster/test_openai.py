@@ -16,6 +16,7 @@ from cluster.engines import Columns, Engine, openai_client
 from cluster.engines.fake_server import Behaviour, FakeServer
 from cluster.engines.openai_calibration import first_rows
 from cluster.engines.openai_client import Pace, ServerFailed
+from cluster.engines.openai_dialects import Echo, PromptLogprobs, Said
 from cluster.offers import Unfit
 from strategies.core import ScoreRequest
 from tests.cluster.test_engines import bundle
@@ -167,6 +168,13 @@ def test_an_offer_names_its_limits_and_what_answers(served: Served) -> None:
     assert json.loads(json.dumps(offer.identity)) == wanted
 
 
+@pytest.mark.parametrize("listing", ["nothing", "error"])
+def test_a_server_need_not_list_its_models(served: Served, naps: list[float], listing: str) -> None:
+    config, _ = served(listing=listing, context_tokens=4096)
+    offer = probe(config)
+    assert offer is not None and offer.context_tokens is None and "root" not in offer.identity
+
+
 def test_endpoints_that_answer_in_their_own_actors_are_not_probed() -> None:
     assert probe(FakeEndpoint(engine="fake", vocabulary=9)) is None
     assert probe(TransformersEndpoint(model="x/y")) is None
@@ -182,7 +190,7 @@ def test_endpoints_that_answer_in_their_own_actors_are_not_probed() -> None:
         ({"adds_bos": True}, {}, ["9 tokens for a prompt of 8", "changes what it is sent"]),
         ({"adds_bos": True, "dialect": "echo"}, {}, ["an echo of other tokens"]),
         ({}, {"model": "other"}, ["model", "'other'", "one of its models: fake"]),
-        ({"lists": False}, {"model": "other"}, ["status 404", "does not exist"]),
+        ({"listing": "nothing"}, {"model": "other"}, ["status 404", "does not exist"]),
         ({"broken": 99}, {}, ["status 500 after 3 tries", "the engine is broken"]),
         ({}, {"base_url": "http://127.0.0.1:9/v1"}, ["no answer after 3 tries", "ConnectError", "Start the server"]),
         ({}, {"base_url": "127.0.0.1/v1"}, ["base_url", "http://"]),
@@ -284,12 +292,13 @@ def test_requests_are_paced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert now[0] - began == pytest.approx(30 * 60 / per_minute)
 
 
-def test_actors_share_the_requests_of_a_minute(served: Served, naps: list[float]) -> None:
+def test_actors_share_the_requests_of_a_minute(served: Served, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_client, "monotonic", lambda: 100.0)
     config, _ = served(endpoint={"requests_per_minute": 60, "actors": 2})
     engine = make_engine(config)
     del naps[:]
     engine.score(bundle([5, 5, 5, 5, 0]), LABELS)
-    assert max(naps) > 4  # four more requests, two seconds apart
+    assert np.diff(sorted(naps)).tolist() == [2.0, 2.0, 2.0]
 
 
 def test_prompt_tokens_are_paid_for(served: Served) -> None:
@@ -321,6 +330,17 @@ def test_numbers_that_are_no_log_probabilities_are_refused(served: Served) -> No
     config, _ = served(Logits())
     with pytest.raises(Unfit, match=r"total probability of .*raw_logprobs"):
         make_engine(config).score(bundle([9, 6]), TOP)
+
+
+def test_a_token_that_is_told_besides_the_top_ids_is_none_of_them() -> None:
+    entry = {"9": {"logprob": -4.0, "rank": 40}, "5": {"logprob": -0.5, "rank": 1}}
+    (said,) = PromptLogprobs().read({"prompt_logprobs": [None, entry]}, [1, 9], 2)
+    assert said == Said(-4.0, {5: -0.5})
+    equal = {"9": {"logprob": -0.5, "rank": 3}, "5": {"logprob": -0.5, "rank": 1}, "7": {"logprob": -0.5, "rank": 2}}
+    assert PromptLogprobs().read({"prompt_logprobs": [None, equal]}, [1, 9], 2) == [Said(-0.5, {5: -0.5, 7: -0.5})]
+    names = {"token_id:9": -4.0, "token_id:5": -0.5, "token_id:7": -0.7}
+    choice = {"tokens": ["token_id:1", "token_id:9"], "token_logprobs": [None, -4.0], "top_logprobs": [None, names]}
+    assert Echo().read({"logprobs": choice}, [1, 9], 2) == [Said(-4.0, {5: -0.5, 7: -0.7})]
 
 
 def test_the_first_rows_end_with_one_that_has_loss_tokens() -> None:
