@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from strategies.core import ScoreRequest
 from tests.cluster.test_engines import bundle
 from tests.tiny import tiny_model
 
+ROOT = Path(__file__).parents[2]
 VOCABULARY = 512
 TOP_K = 7
 TOP = ScoreRequest("topk", top_k=TOP_K)
@@ -142,6 +145,19 @@ def test_more_mass_than_allowed_on_ids_that_the_student_lacks_is_refused(served:
     config, _ = served(eight, endpoint={"vocabulary": 8})
     with pytest.raises(ValueError, match="ids that the student lacks"):
         make_engine(config, vocabulary=4).score(bundle([9, 6, 4], vocabulary=4), ScoreRequest("topk", top_k=1))
+
+
+def test_the_fake_server_runs_on_its_own_and_prints_its_address(folder: Path) -> None:
+    words = ["--model", str(folder), "--name", "big", "--dialect", "echo", "--max-top-k", "9"]
+    command = [sys.executable, "-m", "cluster.engines.fake_server", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            offer = probe(OpenAIEndpoint(engine="openai", base_url=url, model="big", vocabulary=VOCABULARY), 64)
+        finally:
+            process.kill()
+    assert offer is not None and (offer.dialect, offer.top_k) == ("echo", 9)
 
 
 # what the server can give
