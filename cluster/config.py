@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, NonNegativeFloat, PositiveInt, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+)
 
 
 class ClusterModel(BaseModel):
@@ -86,9 +97,69 @@ class TransformersEndpoint(ClusterModel):
         return None
 
     @property
-    def identity(self) -> dict[str, str | int]:
-        """What its answers depend on besides the weights and their dtype."""
-        return {"engine": self.engine, "quantization": self.quantization, "attention": self.attention}
+    def own_tokenizer(self) -> str | None:
+        """Folder or hub name of a tokenizer that does not lie beside a saved model; None when there is none."""
+        return None
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """What its answers depend on besides the weights and their dtype. Nothing secret."""
+        return self.model_dump(mode="json", include={"engine", "quantization", "attention"})
+
+
+class OpenAIEndpoint(ClusterModel):
+    """A model behind any OpenAI-compatible server that scores the tokens of a prompt, such as vLLM. Loads none here.
+
+    Rows go as token ids and come back as log-probabilities at temperature 1. A server that cannot do that is refused.
+    """
+
+    engine: Literal["openai"]
+    base_url: str
+    """Up to and with the version, such as `http://host:8000/v1`."""
+    model: str
+    """Name of the model at the server."""
+    vocabulary: PositiveInt
+    """Ids it answers with: the rows of the model's output head."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, on this machine and on every node; servers on this machine need none."""
+    tokenizer: ModelName | None = None
+    """Folder or hub name of its tokenizer, compared with the student's; taken to be the student's when absent."""
+    local_model: ModelName | None = None
+    """Folder or hub name of the same weights. The first rows are scored with them too, and answers that differ are refused."""
+    calibration_rows: PositiveInt = 8
+    """Rows compared with `local_model`, by every actor."""
+    max_calibration_error: Annotated[float, Field(gt=0)] = 0.05
+    """Most that log-probabilities of the rows' own tokens may differ from `local_model`'s, on average, in nats."""
+    requests_at_once: PositiveInt = 16
+    """Requests that one actor has under way."""
+    requests_per_minute: PositiveInt | None = None
+    """Of all actors together; as many as the server takes when absent."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """For one request, until it counts as lost."""
+    max_retries: NonNegativeInt = 5
+    """Repetitions of a request that the server was too busy or too broken for, at growing distances."""
+    price_per_million_tokens: NonNegativeFloat = 0.0
+    """Of prompts, in any currency; what a step cost is logged as `cost/NAME`."""
+    actors: PositiveInt = 1
+    resources: Resources = Resources()
+    max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Most probability of one token that may lie on ids which the student lacks; it is dropped and the rest renormalised."""
+
+    @property
+    def saved_model(self) -> SavedModel | None:
+        return None
+
+    @property
+    def own_vocabulary(self) -> int | None:
+        return self.vocabulary
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        return self.tokenizer
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        return {"engine": self.engine, "url": self.base_url.rstrip("/"), "model": self.model, "vocabulary": self.vocabulary}
 
 
 class FakeEndpoint(ClusterModel):
@@ -110,7 +181,11 @@ class FakeEndpoint(ClusterModel):
         return self.vocabulary
 
     @property
-    def identity(self) -> dict[str, str | int]:
+    def own_tokenizer(self) -> str | None:
+        return None
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
         return {"engine": self.engine, "vocabulary": self.vocabulary}
 
 
@@ -136,7 +211,11 @@ class StoreEndpoint(ClusterModel):
         return vocabulary_of(self.folders)
 
     @property
-    def identity(self) -> dict[str, str | int]:
+    def own_tokenizer(self) -> str | None:
+        return None
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
         return {"engine": self.engine, "folders": " ".join(self.folders)}
 
 
@@ -146,7 +225,10 @@ def _engine_of(value: object) -> str:
 
 
 EndpointConfig = Annotated[
-    Annotated[TransformersEndpoint, Tag("transformers")] | Annotated[FakeEndpoint, Tag("fake")] | Annotated[StoreEndpoint, Tag("store")],
+    Annotated[TransformersEndpoint, Tag("transformers")]
+    | Annotated[OpenAIEndpoint, Tag("openai")]
+    | Annotated[FakeEndpoint, Tag("fake")]
+    | Annotated[StoreEndpoint, Tag("store")],
     Discriminator(_engine_of),
 ]
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.config import EndpointConfig, FakeEndpoint, StoreEndpoint
+from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint
 from cluster.engines import Columns, Engine, Request
+from cluster.offers import Offer
+
+DOOR_RETRIES = 2
+"""Repetitions of a probe's requests: a person waits for it."""
 
 
 def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: int | None = None) -> Engine:
@@ -22,9 +26,30 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
         from cluster.engines.store import StoreEngine
 
         return StoreEngine(config)
+    if isinstance(config, OpenAIEndpoint):
+        from cluster.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(config, vocabulary, threads)
     from cluster.engines.transformers import TransformersEngine
 
     return TransformersEngine(config, vocabulary, threads)
+
+
+def probe(config: EndpointConfig, top_k: int = 1) -> Offer | None:
+    """What the server of an endpoint was found to give, up to `top_k` ids of a token; None for one that answers in its own actors.
+
+    Sends a few tiny requests. `cluster.offers.Unfit` when it cannot be reached or cannot score.
+    """
+    if not isinstance(config, OpenAIEndpoint):
+        return None
+    from cluster.engines.openai_client import Server
+    from cluster.engines.openai_probe import probe_server
+
+    server = Server(config, max_retries=min(DOOR_RETRIES, config.max_retries))
+    try:
+        return probe_server(server, config, top_k)[0]
+    finally:
+        server.close()
 
 
 def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary: int) -> None:
@@ -35,6 +60,9 @@ def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary
         if got is None or got.shape != (size,) or got.dtype != dtype:
             found = "nothing" if got is None else f"{got.shape} {got.dtype}"
             raise ValueError(f"column {name!r} of the scores: got {found}; expected ({size},) {dtype}")
+    cost = scores.get("cost")
+    if cost is not None and not (cost.shape == (1,) and cost.dtype == np.float32 and cost[0] >= 0):
+        raise ValueError(f"column 'cost' of the scores: got {cost.shape} {cost.dtype}; expected (1,) float32, not negative")
     if "ids" in scores:
         _check_ids(scores, tokens, request, vocabulary)
 

@@ -37,6 +37,8 @@ WRITERS = 2
 UNTRAINED = {"step": 0, "attempt": 0, "rows_total": 0}
 """Control columns of rows that belong to no step."""
 
+ZERO = np.zeros(1)
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -60,6 +62,8 @@ class Captured:
     tokens: int
     """Tokens that the teacher read now; none of them twice, and none that an earlier call had kept."""
     seconds: float
+    cost: float
+    """Of those tokens, where an endpoint has a price."""
     bytes_per_token: float
     """Of the whole store, a loss token."""
 
@@ -75,7 +79,8 @@ def capture(job: Capture, display: Display) -> Captured:
 
     with held(files.folder, wait, until=lambda: files.finished) as mine:
         fresh = _fill(job, display) if mine and not files.finished else []
-    return Captured(sum(p.tokens for p in fresh), time.perf_counter() - began, files.bytes_per_token)
+    tokens, cost = sum(p.tokens for p in fresh), sum(p.cost for p in fresh)
+    return Captured(tokens, time.perf_counter() - began, cost, files.bytes_per_token)
 
 
 def _fill(job: Capture, display: Display) -> list[PartInfo]:
@@ -94,9 +99,10 @@ def _fill(job: Capture, display: Display) -> list[PartInfo]:
 def captured_text(job: Capture, captured: Captured) -> str:
     """What filling a store took, for a person."""
     speed = captured.tokens / captured.seconds if captured.seconds else 0.0
+    cost = f" for {captured.cost:,.2f}" if captured.cost else ""
     return (
         f"Signals of {job.spec.name!r} are kept in {job.files.folder.root}: {captured.tokens:,} tokens scored now "
-        f"in {captured.seconds:.1f} s ({speed:,.0f} tokens/s), {captured.bytes_per_token:.1f} bytes a token."
+        f"in {captured.seconds:.1f} s ({speed:,.0f} tokens/s){cost}, {captured.bytes_per_token:.1f} bytes a token."
     )
 
 
@@ -170,7 +176,7 @@ class Keep:
 def encoded_part(columns: Columns, signal: str, codec: Codec) -> tuple[PartInfo, pa.Buffer]:
     """The part of a scored block, and its file."""
     answers = {name.removeprefix(f"{signal}/"): values for name, values in columns.items() if name.startswith(f"{signal}/")}
-    dropped, seconds = (float(answers.pop(name)[0]) for name in ("dropped_mass", "seconds"))
+    dropped, seconds, cost = (float(answers.pop(name, ZERO)[0]) for name in ("dropped_mass", "seconds", "cost"))
     loss_tokens = int(np.count_nonzero(columns["loss_mask"]))
     content = part_content(columns, codec.encode(answers, loss_tokens))
     info = PartInfo(
@@ -182,5 +188,6 @@ def encoded_part(columns: Columns, signal: str, codec: Codec) -> tuple[PartInfo,
         checksum=content_checksum(content),
         dropped_mass=dropped,
         seconds=seconds,
+        cost=cost,
     )
     return info, content

@@ -35,7 +35,7 @@ def teacher_rows(plan: Plan, metrics: Mapping[str, float], ledger: Ledger) -> li
                 cross_entropy=metrics.get(f"eval/teacher_cross_entropy/{name}"),
                 forward_kl=0.0,
                 top1_agreement=1.0,
-                parameters=count_parameters(Path(model)) if (model := getattr(config, "model", None)) else None,
+                parameters=count_parameters(Path(saved.model)) if (saved := config.saved_model) else None,
                 seconds=seconds,
                 tokens_per_second=ledger.tokens / seconds if seconds else 0.0,
             )

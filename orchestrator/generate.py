@@ -31,6 +31,8 @@ class Kept:
     scored_tokens: int
     """Tokens that the teacher read in this call; 0 when everything was there."""
     seconds: float
+    cost: float
+    """Of those tokens, where the endpoint has a price."""
     bytes_per_token: float
     """A loss token."""
 
@@ -90,7 +92,7 @@ def _tracker(plan: Plan) -> Tracker:
 def _keep(plan: Plan, wanted: Wanted, tracker: Tracker, number: int, display: Display) -> Kept:
     captures = {c.files.folder: c for c in plan.captures()}
     job = captures.get(wanted.files.folder)
-    captured = capture(job, display) if job else Captured(0, 0.0, wanted.files.bytes_per_token)
+    captured = capture(job, display) if job else Captured(0, 0.0, 0.0, wanted.files.bytes_per_token)
     parts = wanted.files.parts
     kept = Kept(
         teacher=wanted.spec.name,
@@ -99,6 +101,7 @@ def _keep(plan: Plan, wanted: Wanted, tracker: Tracker, number: int, display: Di
         loss_tokens=sum(p.loss_tokens for p in parts),
         scored_tokens=captured.tokens,
         seconds=captured.seconds,
+        cost=captured.cost,
         bytes_per_token=captured.bytes_per_token,
     )
     numbers = {name: float(value) for name, value in vars(kept).items() if isinstance(value, int | float)}

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.config import EndpointConfig
+from cluster.offers import Offer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import checkpoint, stores
 from orchestrator.capture import Capture
-from orchestrator.checks import machine, networks, recipe, resumed, states, teaching
+from orchestrator.checks import machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
@@ -63,6 +64,8 @@ class Plan:
     """Those that stages name."""
     sources: Sources
     """Who answers for them: teachers or signal stores."""
+    offers: Mapping[str, Offer]
+    """What the servers of those behind a URL give."""
     frozen: Mapping[str, EndpointConfig]
     """Those whose models every training worker loads for its frozen players."""
     loaded: Mapping[str, EndpointConfig]
@@ -122,10 +125,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     The run is called as the recipe says, else after `recipe_name` and the time. With `resume`, the folder of an earlier
     run, it goes on under that run's name, and only settings that leave its result alone may differ.
     """
-    run, train = job.run, job.run.train
-    strategy = run.strategy.build()
-    warnings = recipe.check_recipe(job)
-    warnings += teaching.check_strategy(job, strategy, train.steps)
+    run, train, strategy = job.run, job.run.train, job.run.strategy.build()
+    warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     endpoints = teaching.used_endpoints(job, strategy)
     folder = _folder(job, recipe_name, resume)
     stores.check_named_stores(endpoints)
@@ -133,12 +134,13 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     frozen = states.frozen_endpoints(job, strategy)
     people, found = networks.cast(job, {**frozen, **endpoints})
     inner = states.check_states(job, strategy, people, frozen)
-    added = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
+    added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     data = prepare(run.data, people.tokenizer, run.data.split_seed, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
+    offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
-    warnings += found + networks.check_rows(run, people, data)
+    warnings += found + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     memory, heavy = _fits(job, people, order, found_sources, wanted, inner, added)
     written = disk(run, people.student, data, order.steps, added)
@@ -153,6 +155,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         vocabulary=people.vocabulary,
         endpoints=endpoints,
         sources=found_sources,
+        offers=offers,
         frozen=frozen,
         loaded={**{name: endpoints[name] for name in sorted(heads_of(strategy.signals))}, **frozen},
         measured=teaching.measured(strategy),

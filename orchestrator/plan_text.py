@@ -95,10 +95,9 @@ def _short(fingerprint: str) -> str:
 
 def _teachers(plan: Plan) -> Iterator[str]:
     for name, config in plan.endpoints.items():
-        network = plan.cast.teachers.get(name)
-        yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'})" + (
-            f" {_network(network, plan)}" if network else ""
-        )
+        network, offer = plan.cast.teachers.get(name), plan.offers.get(name)
+        described = _network(network, plan) if network else offer.line if offer else ""
+        yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'}) {described}".rstrip()
     yield from (_stored(w) for w in plan.sources.read)
     yield from plan.sources.notes
     for name in plan.frozen:

@@ -55,6 +55,12 @@ class Sources:
     """By endpoint: `live`, or the digests of its stores."""
     notes: tuple[str, ...] = ()
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Endpoints that answer themselves, now or while stores are filled."""
+        live = {name for name, digest in self.digests.items() if digest == LIVE}
+        return tuple(sorted(live | {w.spec.name for w in self.captures}))
+
 
 NOBODY = Sources({}, (), (), {})
 """Of a run without teachers."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -32,6 +33,8 @@ from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
 from strategies.sources import Source, Taught, scored_columns
 
+FREE = np.zeros(1, dtype=np.float32)
+"""What an answer without a price costs."""
 MOST_SKIPPED_STEPS = 10
 """Consecutive steps with a gradient that is not finite before the run fails."""
 
@@ -137,13 +140,15 @@ class Trainer:
 
     def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
         """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
-        a rank wait; `row_id_sum` shows which rows the step had, `dropped_mass` the most that a token of a teacher lost."""
+        a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `dropped_mass` the
+        most that a token of one lost."""
         scored = [(s.endpoint, name) for name, s in self._strategy.signals.items() if isinstance(s, Taught) and s.endpoint]
         teachers = sorted({endpoint for endpoint, _ in scored})
         worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+        paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
         lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-        ranks = gather([len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *lost])
-        tokens, row_ids, waited, *seconds_scored = ranks.sum(0).tolist()
+        ranks = gather([len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
+        tokens, row_ids, waited, *summed = ranks.sum(0).tolist()
         dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
         seconds = time.perf_counter() - began + waited_seconds
         timing = {
@@ -155,7 +160,8 @@ class Trainer:
             "step_seconds": seconds,
             "age_steps": 0.0,
         }
-        timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, seconds_scored, strict=False)}
+        timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
+        timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
         return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
 
     def _count_skipped(self, metrics: dict[str, float]) -> None:

@@ -72,7 +72,8 @@ class Endpoint(Protocol):
 
         `topk`: `ids` (N*K,) int32 by falling probability, `logprobs` (N*K,) float32. `dense`: `dense` (N*U,) float32.
         `sampled`: `ids`, `logprobs` and `weights` (N*n,). `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16.
-        But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32."""
+        But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32,
+        and `cost` (1,) float32 where an answer has a price."""
         ...
 
 

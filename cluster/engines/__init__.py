@@ -39,6 +39,7 @@ class Engine(Protocol):
         """Numbers for the N = loss_mask.sum() loss tokens, in flat order, each given the prefix of its row; U ids are usable.
 
         Always `dropped_mass` (1,) float32: the largest probability that fell outside the usable ids before renormalisation.
+        `cost` (1,) float32, the price of this answer, from an engine whose tokens have one.
         Of every kind but `hidden`, `logprob` (N,) float32 of the token itself (-inf for one that is not usable). Besides, in
         natural logarithms at temperature 1:
         `topk`: `ids` (N*K,) int32 sorted by falling probability, `logprobs` (N*K,) float32;

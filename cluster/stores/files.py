@@ -36,6 +36,7 @@ class PartInfo:
     """Largest share of a token's probability that lay on ids which the student lacks."""
     seconds: float
     """What the teacher took."""
+    cost: float = 0.0
 
     @property
     def file(self) -> str:

@@ -46,7 +46,9 @@ def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[
     _check_precision(job, student)
     teachers = {n: teacher_network(n, m.model, m.revision, m.trust_remote_code, m.dtype) for n, m in saved.items()}
     own = {n: t for n, m in saved.items() if (t := _own_tokenizer(m)) is not None}
+    named = {n: _named_tokenizer(n, source) for n, c in endpoints.items() if (source := c.own_tokenizer)}
     warnings = [f"endpoint {n!r} has no tokenizer beside its model; it is taken to share the student's." for n in saved if n not in own]
+    own |= named
     for name, theirs in own.items():
         warnings += _compare_tokenizers(name, tokenizer, theirs)
     warnings += _about_weights(run, student, teachers)
@@ -95,6 +97,15 @@ def _own_tokenizer(model: SavedModel) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(beside)
     except Refusal:  # teachers are given ids, so they may come without one
         return None
+
+
+def _named_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that an endpoint names apart from its model."""
+    try:
+        return load_tokenizer(StudentConfig(model=source))
+    except Refusal as error:
+        do = "Name the folder or hub name of its tokenizer, or leave it out if it is the student's."
+        raise Refusal(f"endpoints.{name}.tokenizer", f"{source!r} with {error.got}", error.expected, do) from error
 
 
 def _shared_vocabulary(

@@ -27,6 +27,13 @@ FREE = (
     "signals.part_tokens",
     "endpoints.*.actors",
     "endpoints.*.resources",
+    "endpoints.*.base_url",
+    "endpoints.*.api_key_env",
+    "endpoints.*.requests_at_once",
+    "endpoints.*.requests_per_minute",
+    "endpoints.*.timeout_seconds",
+    "endpoints.*.max_retries",
+    "endpoints.*.price_per_million_tokens",
 )
 """Settings that a resumed run may change: they say where and how fast, not what."""
 

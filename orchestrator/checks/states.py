@@ -60,7 +60,7 @@ def check_states(job: Job, strategy: Strategy, people: Cast, endpoints: Mapping[
             raise Refusal(f"{where}: term {term.name!r}", got, expected or "inner states that can be compared", do) from error
         filters |= {f"{term.filters_name}/{name}": module.weight.numel() for name, module in made.items()}
     loaded = ((people.teachers[name], config.saved_model, kept[name]) for name, config in endpoints.items())
-    heads = tuple(people.teachers[name] for name in sorted(heads_of(strategy.signals)))
+    heads = tuple(people.teachers[name] for name in sorted(heads_of(strategy.signals)) if name in people.teachers)
     return Inner(sum(filters.values()), heads, tuple((network, saved, width) for network, saved, width in loaded if saved))
 
 

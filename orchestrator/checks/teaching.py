@@ -159,9 +159,12 @@ class _Rehearsal:
     vocabulary: int
     width: int
     """Of its hidden states; 0 for an endpoint without a network."""
+    asked: list[ScoreRequest]
+    """Everything that it was asked."""
 
     def score(self, columns: Columns, request: ScoreRequest) -> Columns:
         """See `cluster.engines.Engine.score`."""
+        self.asked.append(request)
         if request.kind == "topk" and request.top_k > self.vocabulary:
             do = f"Set top_k to at most {self.vocabulary}; 64 is plenty."
             raise Refusal(
@@ -176,17 +179,19 @@ class _Rehearsal:
         return {"hidden": np.zeros(tokens * self.width, np.float32), "dropped_mass": np.zeros(1, np.float32)}
 
 
-def rehearse(job: Job, strategy: Strategy, vocabulary: int, widths: Mapping[str, int]) -> int:
-    """Bytes that stages add to every loss token. `widths` are those of the endpoints' hidden states.
+def rehearse(job: Job, strategy: Strategy, vocabulary: int, widths: Mapping[str, int]) -> tuple[int, dict[str, list[ScoreRequest]]]:
+    """Bytes that stages add to every loss token, and what they ask of each endpoint. `widths` are those of hidden states.
 
     `Refusal` for more ids than there are, and for a stage that does not add what it says.
     """
     where = f"strategy.{job.run.strategy.type}"
     columns = _smallest_bundle()
     before = set(columns)
+    asked: dict[str, list[ScoreRequest]] = {}
     for stage in strategy.stages:
-        columns = _play(where, stage, columns, _Rehearsal(where, vocabulary, widths.get(stage.endpoint or "", 0)))
-    return sum(values.nbytes for name, values in columns.items() if name not in before)
+        name = stage.endpoint or ""
+        columns = _play(where, stage, columns, _Rehearsal(where, vocabulary, widths.get(name, 0), asked.setdefault(name, [])))
+    return sum(values.nbytes for name, values in columns.items() if name not in before), asked
 
 
 def _play(where: str, stage: Stage, columns: Columns, endpoint: _Rehearsal) -> Columns:

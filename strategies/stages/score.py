@@ -13,7 +13,8 @@ from strategies.core import Columns, Endpoint, ScoreRequest
 @dataclass(frozen=True)
 class Score:
     """Adds a column group: what `endpoint` answers to `request`, as `<signal>/<column>`, besides `<signal>/seconds` (1,) and
-    `<signal>/dropped_mass` (1,), the largest share of mass on ids that the student lacks.
+    `<signal>/dropped_mass` (1,), the largest share of mass on ids that the student lacks. An endpoint with a price adds
+    `<signal>/cost` (1,).
 
     Only loss tokens carry signals. The teacher sees exactly the token ids that the student will see.
     """

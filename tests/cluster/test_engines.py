@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cluster.answers import largest
-from cluster.config import FakeEndpoint, TransformersEndpoint
+from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint
 from cluster.endpoints import check_scores, make_engine
 from cluster.engines import Columns, Engine
 from cluster.engines.fake import FakeEngine
+from cluster.engines.fake_server import FakeServer
 from cluster.engines.transformers import TransformersEngine
 from cluster.forwards import bundle_rows, group_by_length, lay_out
 from strategies.core import ScoreRequest
@@ -73,11 +75,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["transformers", "fake"])
-def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    if request.param == "fake":
-        return make_engine(FakeEndpoint(engine="fake", vocabulary=VOCABULARY))
-    return make_engine(TransformersEndpoint(model=str(folder), forward_tokens=40))
+@pytest.fixture(params=["transformers", "fake", "openai"])
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    fake = make_engine(FakeEndpoint(engine="fake", vocabulary=VOCABULARY))
+    if request.param == "openai":
+        with FakeServer(fake) as server:
+            yield make_engine(OpenAIEndpoint(engine="openai", base_url=server.url, model="fake", vocabulary=VOCABULARY))
+    else:
+        yield fake if request.param == "fake" else make_engine(TransformersEndpoint(model=str(folder), forward_tokens=40))
 
 
 def test_every_engine_keeps_the_contract(engine: Engine) -> None:

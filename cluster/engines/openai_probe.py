@@ -1,0 +1,129 @@
+"""Asks a server what it can give, with a few tiny requests: its models, its context, prompt scores by id, most ids of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from cluster.config import OpenAIEndpoint
+from cluster.engines.openai_client import Server, ServerFailed
+from cluster.engines.openai_dialects import DIALECTS, Dialect, NotScored, Said, ids_given
+from cluster.offers import Offer, Unfit
+
+PROBE_TOKENS = 8
+"""Of the prompt that a server is tried with."""
+SHOWN_NAMES = 5
+KEY_STATUSES = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+WORKS = "Serve the model with vLLM (`vllm serve MODEL`), or name a saved model as endpoint and let its own actors score."
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server says of one prompt, and the tokens that it charges for."""
+
+    said: list[Said]
+    prompt_tokens: int
+
+
+def ask(server: Server, config: OpenAIEndpoint, dialect: Dialect, tokens: list[int], top_k: int) -> Reply:
+    """Scores one prompt. `NotScored` when the answer has no scores of it, `ServerFailed` when there is none."""
+    answer = server.post("/completions", {"model": config.model, **dialect.body(tokens, top_k)})
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise NotScored("no choices")
+    usage = answer.get("usage")
+    charged = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return Reply(dialect.read(choices[0], tokens, top_k), int(charged or len(tokens)))
+
+
+def probe_server(server: Server, config: OpenAIEndpoint, top_k: int = 1) -> tuple[Offer, Dialect]:
+    """What the server gives, up to `top_k` ids of a token. `Unfit` when it cannot be reached, does not list the model, or gives
+    no scores of a prompt's tokens by id."""
+    card = _model_card(server, config)
+    dialect = _dialect(server, config)
+    context = card.get("max_model_len")
+    reported = {name: card[name] for name in ("root", "owned_by") if isinstance(card.get(name), str)}
+    offer = Offer(
+        url=server.url,
+        model=config.model,
+        dialect=dialect.name,
+        kinds=frozenset({"topk", "per-token"}),
+        top_k=most_ids(server, config, dialect, top_k),
+        context_tokens=context - dialect.generates if isinstance(context, int) else None,
+        identity={**config.identity, **reported},
+    )
+    return offer, dialect
+
+
+def most_ids(server: Server, config: OpenAIEndpoint, dialect: Dialect, wanted: int) -> int:
+    """The most ids of a token, up to `wanted`, that the server gives: it may refuse more, or leave some out without a word."""
+    given = _ids(server, config, dialect, wanted)
+    if given is not None:
+        return min(given, wanted)
+    low, high = 1, wanted  # `low` is given, `high` is refused
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _ids(server, config, dialect, middle) is not None else (low, middle)
+    return low
+
+
+def _ids(server: Server, config: OpenAIEndpoint, dialect: Dialect, top_k: int) -> int | None:
+    """Ids given when `top_k` are asked for; None when that is refused."""
+    tokens = _prompt(config)
+    try:
+        return ids_given(ask(server, config, dialect, tokens, top_k).said, tokens)
+    except ServerFailed as failure:
+        if failure.refused:
+            return None
+        raise _unanswered(failure, config) from failure
+
+
+def _model_card(server: Server, config: OpenAIEndpoint) -> Mapping[str, Any]:
+    """What the server lists about the model; nothing when it lists no models: some have no such page, or an error on it."""
+    try:
+        listed = server.get("/models").get("data")
+    except ServerFailed as failure:
+        if failure.status is None or failure.status in KEY_STATUSES:
+            raise _unanswered(failure, config) from failure
+        listed = None
+    cards = {c["id"]: c for c in listed if isinstance(c, dict) and "id" in c} if isinstance(listed, list) else {}
+    if cards and config.model not in cards:
+        names = ", ".join(sorted(map(str, cards))[:SHOWN_NAMES])
+        raise Unfit("model", f"{config.model!r}, which {server.url} does not list", f"one of its models: {names}", "Correct the name.")
+    found: Mapping[str, Any] = cards.get(config.model, {})
+    return found
+
+
+def _dialect(server: Server, config: OpenAIEndpoint) -> Dialect:
+    """The first dialect in which the server scores a prompt."""
+    answers = {}
+    for dialect in DIALECTS:
+        try:
+            ask(server, config, dialect, _prompt(config), 1)
+        except NotScored as error:
+            answers[dialect.name] = str(error)
+        except ServerFailed as failure:
+            if not failure.refused or failure.status in KEY_STATUSES:
+                raise _unanswered(failure, config) from failure
+            answers[dialect.name] = f"status {failure.status}, {failure.words!r}"
+        else:
+            return dialect
+    got = "; ".join(f"asked by {name}: {what}" for name, what in answers.items())
+    expected = "log-probabilities of a prompt's tokens by id (`prompt_logprobs`, or `echo` whose tokens are named `token_id:123`)"
+    raise Unfit("base_url", f"a server that does not score the token ids of a prompt ({server.url}; {got})", expected, WORKS)
+
+
+def _unanswered(failure: ServerFailed, config: OpenAIEndpoint) -> Unfit:
+    if failure.status in KEY_STATUSES:
+        do = f"Export {config.api_key_env} with a key that may use {config.model!r}."
+        return Unfit("api_key_env", f"a refusal ({failure})", "a key that the server takes", do)
+    do = "Start the server, or correct the address; it ends in /v1 mostly."
+    return Unfit("base_url", f"no usable answer ({failure})", "a server that answers there", do)
+
+
+def _prompt(config: OpenAIEndpoint) -> list[int]:
+    """Ids of ordinary tokens in most vocabularies: the first ones are often special."""
+    start = max(0, min(16, config.vocabulary - PROBE_TOKENS))
+    return [(start + i) % config.vocabulary for i in range(PROBE_TOKENS)]
