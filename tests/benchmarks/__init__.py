@@ -70,6 +70,21 @@ BENCHMARKS: dict[str, Entry] = {
         "peak resident memory of a training worker over that of TRL's GKDTrainer process, V = 131,072, the same rows",
         "ratio <= 0.6",
     ),
+    "store-vs-ce": Entry(
+        "tests.benchmarks.store_vs_ce",
+        "training tokens/s from a signal store over the same student on cross-entropy alone",
+        "ratio >= 0.90",
+    ),
+    "capture-vs-forward": Entry(
+        "tests.benchmarks.capture_vs_forward",
+        "tokens/s of capturing signals over a bare batched forward of the same teacher, 1,024 wide",
+        "ratio >= 0.90",
+    ),
+    "teacher-tokens": Entry(
+        "tests.benchmarks.teacher_tokens",
+        "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",
+        "ratio = 1.0",
+    ),
     "codec-300": Entry(
         "tests.benchmarks.codec_300",
         "KL error of the packed top-k codec at 300 bytes a token over that of DistillKit's recommended setting (344 bytes)",
