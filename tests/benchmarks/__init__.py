@@ -85,6 +85,11 @@ BENCHMARKS: dict[str, Entry] = {
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",
         "ratio = 1.0",
     ),
+    "store-format": Entry(
+        "tests.benchmarks.store_format",
+        "rows/s read in shuffled order from a store's Arrow files over the same arrays in Parquet",
+        "ratio >= 1.0",
+    ),
     "codec-300": Entry(
         "tests.benchmarks.codec_300",
         "KL error of the packed top-k codec at 300 bytes a token over that of DistillKit's recommended setting (344 bytes)",
