@@ -119,6 +119,14 @@ def token_keys(columns: dict[str, NDArray[Any]], loss_at: NDArray[np.int64], see
     return _mix(_mix(_mix(rows + np.uint64(seed) * _GOLDEN) ^ step) ^ place).view(np.int64)
 
 
+def mixed_keys(seed: int, *parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`(N,)` seeds made from `seed` and equally long `parts`."""
+    keys = np.full(len(parts[0]), seed, dtype=np.uint64)
+    for part in parts:
+        keys = _mix(keys) ^ part.astype(np.uint64)
+    return _mix(keys).view(np.int64)
+
+
 def uniforms(keys: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """`(N, count)` numbers in [0, 1): a pure function of the keys."""
     with np.errstate(over="ignore"):

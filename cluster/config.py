@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -66,6 +66,8 @@ class SavedModel:
 class TransformersEndpoint(ClusterModel):
     """A Hugging Face causal language model inside the stage's own actors; works on CPUs and GPUs."""
 
+    writes: ClassVar[bool] = True
+    """Whether it can write text, and not only score it."""
     engine: Literal["transformers"] = "transformers"
     model: ModelName
     """Folder of a saved model, or a hub name."""
@@ -113,6 +115,7 @@ class OpenAIEndpoint(ClusterModel):
     Rows go as token ids and come back as log-probabilities at temperature 1. A server that cannot do that is refused.
     """
 
+    writes: ClassVar[bool] = False
     engine: Literal["openai"]
     base_url: str
     """Up to and with the version, such as `http://host:8000/v1`."""
@@ -165,6 +168,7 @@ class OpenAIEndpoint(ClusterModel):
 class FakeEndpoint(ClusterModel):
     """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model."""
 
+    writes: ClassVar[bool] = True
     engine: Literal["fake"]
     vocabulary: PositiveInt
     actors: PositiveInt = 1
@@ -192,6 +196,7 @@ class FakeEndpoint(ClusterModel):
 class StoreEndpoint(ClusterModel):
     """What a teacher said before, read from finished signal stores. Loads no model."""
 
+    writes: ClassVar[bool] = False
     engine: Literal["store"]
     folders: tuple[str, ...]
     """Stores, one for each question that is asked of it."""

@@ -67,6 +67,19 @@ def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary
         _check_ids(scores, tokens, request, vocabulary)
 
 
+def check_written(columns: Columns, written: Columns, samples: int, vocabulary: int) -> None:
+    """`ValueError` saying which promise of `Writer.write` the texts break."""
+    texts, tokens = len(columns["lengths"]) * samples, int(written["lengths"].sum())
+    promised = {"tokens": (tokens, "int32"), "lengths": (texts, "int32"), "row_id": (texts, "int64"), "sample": (texts, "int32")}
+    for name, (size, dtype) in {**promised, "finished": (texts, "uint8"), "logprobs": (tokens, "float32")}.items():
+        got = written.get(name)
+        if got is None or got.shape != (size,) or got.dtype != dtype:
+            found = "nothing" if got is None else f"{got.shape} {got.dtype}"
+            raise ValueError(f"column {name!r} of the texts: got {found}; expected ({size},) {dtype}")
+    if tokens and not (written["tokens"].min() >= 0 and written["tokens"].max() < vocabulary):
+        raise ValueError(f"tokens of the texts: got {written['tokens'].min()} to {written['tokens'].max()}; expected 0 to {vocabulary - 1}")
+
+
 def _promised(request: Request, vocabulary: int) -> dict[str, tuple[int, str]]:
     """Numbers per token and dtype of every column but hidden states, whose width only the model knows."""
     kept = request.top_k if request.kind == "topk" else request.draws

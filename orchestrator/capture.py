@@ -92,7 +92,7 @@ def _fill(job: Capture, display: Display) -> list[PartInfo]:
         for info in _score(job, missing):
             fresh.append(info)
             progress(info.tokens, info.seconds)
-    job.files.finish(sorted([*there, *fresh], key=lambda p: p.number), _facts())
+    job.files.finish(sorted([*there, *fresh], key=lambda p: p.number), facts())
     return fresh
 
 
@@ -106,7 +106,8 @@ def captured_text(job: Capture, captured: Captured) -> str:
     )
 
 
-def _facts() -> dict[str, object]:
+def facts() -> dict[str, object]:
+    """When a store was finished, and by which versions."""
     packages = ("torch", "transformers", "distill-orchestrator")
     return {"written": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "versions": {p: version(p) for p in packages}}
 

@@ -97,6 +97,16 @@ class ChatTemplate:
             return Bad("the chat template renders a message differently once others follow")
         return start, self._to_end_of_turn(full[len(start) :])
 
+    def opening(self, prompt: object) -> str | Bad:
+        """Text of a list of messages with the generation prompt."""
+        before = self._checked(prompt)
+        if isinstance(before, Bad):
+            return before
+        try:
+            return self._render(before, True)
+        except TEMPLATE_ERRORS as error:
+            return Bad("the chat template refuses it", str(error))
+
     def ends_turn(self, text: str) -> bool:
         """Whether the text ends with a special token."""
         return text.endswith(self._special)

@@ -23,7 +23,7 @@ from pydantic import (
 from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
-from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig
+from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
 
@@ -154,6 +154,7 @@ class RunConfig(Model):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     signals: Annotated[SignalsConfig, _short("mode")] = SignalsConfig()
+    text: TextConfig = TextConfig()
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name: new ones, or fields that differ from those in `ray_config.yaml`."""
     baseline: bool = False

@@ -54,9 +54,9 @@ class Display:
         self._bar = None
 
     @contextmanager
-    def scoring(self, teacher: str, parts: int, done: int) -> Iterator[Callable[[int, float], None]]:
+    def scoring(self, teacher: str, parts: int, done: int, what: str = "signals") -> Iterator[Callable[[int, float], None]]:
         """Around the filling of a store; what it yields is told the tokens and the teacher's seconds of every part that is kept."""
-        self.say(f"Asking {teacher!r} for {parts - done} of {parts} parts of its signals ...")
+        self.say(f"Asking {teacher!r} for {parts - done} of {parts} parts of its {what} ...")
         began, tokens, kept = time.monotonic(), 0, done
 
         def tell(more: int, seconds: float) -> None:

@@ -78,6 +78,8 @@ def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
     )
     tracker.log_text(to_yaml(plan.job.run), RECIPE)
     tracker.log_text(plan_text(plan), "plan.txt")
+    for name, content in plan.text.about().items() if plan.text else ():
+        tracker.log_text(content, name)
     return tracker
 
 

@@ -66,6 +66,16 @@ class Encoder:
         ids = iter(self._ids(list(itertools.chain.from_iterable(texts))))
         return [self._assemble(plan, list(itertools.islice(ids, len(own)))) for plan, own in zip(plans, texts, strict=True)]
 
+    def prompts(self, prompts: Sequence[object]) -> list[Ids | Bad]:
+        """The ids that stand before an answer to each prompt: a string, or a list of messages with the generation prompt."""
+        texts = [self._template.opening(p) if isinstance(p, list) else _problem("prompt", p) or str(p) for p in prompts]
+        ids = iter(self._ids([text for text in texts if not isinstance(text, Bad)]))
+        plain = [not isinstance(p, list) for p in prompts]
+        return [
+            t if isinstance(t, Bad) else np.concatenate([self._bos[: None if p else 0], next(ids)])
+            for t, p in zip(texts, plain, strict=True)
+        ]
+
     def _plan(self, record: Mapping[str, object]) -> _Plan:
         if "tokens" in record:
             return self._given(record["tokens"], record.get("loss_mask"))

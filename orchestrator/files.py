@@ -23,8 +23,8 @@ FileKind = Literal["JSONL", "Parquet", "text"]
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".cu", ".go", ".rs", ".java", ".js", ".ts", ".sh", ".sql")
-ROW_COLUMNS = ("tokens", "loss_mask", "messages", "prompt", "completion", "text")
-"""Columns that a row may be made from."""
+ROW_COLUMNS = ("tokens", "loss_mask", "messages", "prompt", "completion", "text", "answer")
+"""Columns that a row may be made from, or judged by."""
 BATCH_ROWS = 1000
 EXCERPT_CHARACTERS = 200
 

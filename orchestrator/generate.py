@@ -1,4 +1,4 @@
-"""`distill generate`: asks a recipe's teachers once and keeps what they say, without training anybody."""
+"""`distill generate`: asks a recipe's teachers once and keeps what they say and write, without training anybody."""
 
 from __future__ import annotations
 
@@ -15,9 +15,24 @@ from orchestrator.errors import Refusal
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plan_text import plan_text
 from orchestrator.result import RECIPE
-from orchestrator.run import planned_with_ray
+from orchestrator.run import planned_with_ray, with_texts
+from orchestrator.selection import Selected
 from orchestrator.stores import Wanted
 from orchestrator.track import MetricRow, Tracker, reconcile_all
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """One text store after the call."""
+
+    teacher: str
+    folder: str
+    texts: int
+    tokens: int
+    """Of all its texts."""
+    written_tokens: int
+    """Those of this call; 0 when everything was there."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -37,13 +52,23 @@ class Kept:
     """A loss token."""
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a recipe's teachers have said and written."""
+
+    signals: tuple[Kept, ...]
+    texts: tuple[Wrote, ...]
+    selected: Selected | None
+    """The rows made of the texts."""
+
+
 def generate(
     recipe: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     cluster: str | Path | Mapping[str, Any] | None = None,
     display: Display | None = None,
-) -> list[Kept]:
-    """Fills the signal stores of a recipe and returns what is kept; what was there is not asked again.
+) -> Generated:
+    """Fills the text and signal stores of a recipe and returns what is kept; what was there is not asked again.
 
     Arguments as for `orchestrator.run.distill`. `Refusal` before anything is written, also for a recipe that asks no teacher.
     """
@@ -51,16 +76,21 @@ def generate(
     job = _for_stores(load_job(source, overrides, Path(cluster) if isinstance(cluster, str) else cluster))
     name = f"generate-{source.stem if isinstance(source, Path) else 'run'}"
     shown = display or Display()
-    plan = planned_with_ray(job, lambda: _checked(make_plan(job, name)), shown)
+
+    def planned(job: Job) -> Plan:
+        return _checked(make_plan(job, name))
+
+    plan, took = with_texts(planned_with_ray(job, lambda: planned(job), shown), planned, shown)
     shown.plan(plan_text(plan))
     tracker = _tracker(plan)
     try:
+        texts = _wrote(plan, took, tracker)
         kept = [_keep(plan, wanted, tracker, number, shown) for number, wanted in enumerate(plan.sources.read, start=1)]
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracker.finish("FINISHED")
-    return kept
+    return Generated(tuple(kept), texts, plan.text.selected if plan.text else None)
 
 
 def _for_stores(job: Job) -> Job:
@@ -69,9 +99,14 @@ def _for_stores(job: Job) -> Job:
 
 
 def _checked(plan: Plan) -> Plan:
-    if not plan.sources.read:
+    if not plan.sources.read and plan.text is None:
         do = "Name a strategy with a teacher, such as logits."
-        raise Refusal(f"strategy.{plan.job.run.strategy.type}", "no question to a teacher", "stages that score rows", do)
+        raise Refusal(
+            f"strategy.{plan.job.run.strategy.type}",
+            "no question to a teacher",
+            "stages that score rows, or text that a teacher writes",
+            do,
+        )
     return plan
 
 
@@ -87,6 +122,20 @@ def _tracker(plan: Plan) -> Tracker:
     )
     tracker.log_text(to_yaml(plan.job.run), RECIPE)
     return tracker
+
+
+def _wrote(plan: Plan, took: Mapping[str, Captured], tracker: Tracker) -> tuple[Wrote, ...]:
+    if plan.text is None:
+        return ()
+    found = []
+    for wanted in plan.text.stores:
+        root, parts = wanted.files.folder.root, wanted.files.parts
+        now = took.get(root, Captured(0, 0.0, 0.0, 0.0))
+        texts = wanted.spec.rows * wanted.authored.write.sampling.samples
+        found.append(Wrote(wanted.spec.name, root, texts, sum(p.loss_tokens for p in parts), now.tokens, now.seconds))
+    for name, content in plan.text.about().items():
+        tracker.log_text(content, name)
+    return tuple(found)
 
 
 def _keep(plan: Plan, wanted: Wanted, tracker: Tracker, number: int, display: Display) -> Kept:

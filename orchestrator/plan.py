@@ -12,7 +12,9 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import checkpoint, stores
+from orchestrator import authored, checkpoint, stores
+from orchestrator.author import Writing
+from orchestrator.authored import Text
 from orchestrator.capture import Capture
 from orchestrator.checks import machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.networks import Cast
@@ -62,6 +64,8 @@ class Plan:
     """Token ids, from 0, that student and teachers share."""
     endpoints: Mapping[str, EndpointConfig]
     """Those that stages name."""
+    text: Text | None
+    """What teachers write for the run before it trains; None when nobody does."""
     sources: Sources
     """Who answers for them: teachers or signal stores."""
     offers: Mapping[str, Offer]
@@ -118,6 +122,18 @@ class Plan:
         codec = self.job.run.signals.codec
         return [Capture(w.files, w.spec, w.stage, config, codec, self.data.folder, shares) for w, config in wanted]
 
+    def writings(self) -> list[Writing]:
+        """What fills the text stores that the run trains on and that are not there whole."""
+        if self.text is None:
+            return []
+        found = [(w, self.job.endpoints[w.spec.name]) for w in self.text.missing]
+        return [Writing(w.files, w.spec, w.authored.write, c, self.text.prompts.folder, _alone(self.job, w.spec.name)) for w, c in found]
+
+
+def _alone(job: Job, name: str) -> dict[str, Share]:
+    """Shares of the processes that work while one endpoint is asked before training."""
+    return {d.role: d.share for d in demands(job.cluster, {name: job.endpoints[name]}, 0, machine_cpus())}
+
 
 def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     """Checks a job and lays it out; raises `Refusal` with the first thing that cannot work. Loads no weights.
@@ -132,10 +148,10 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen = states.frozen_endpoints(job, strategy)
-    people, found = networks.cast(job, {**frozen, **endpoints})
+    people, found = networks.cast(job, {**frozen, **authored.writers(job, strategy), **endpoints})
     inner = states.check_states(job, strategy, people, frozen)
     added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
-    data = prepare(run.data, people.tokenizer, run.data.split_seed, _data_cache(job))
+    text, data = _rows(job, strategy, people)
     found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
     offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
     order = make_order(job, data)
@@ -143,8 +159,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     warnings += found + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     memory, heavy = _fits(job, people, order, found_sources, wanted, inner, added)
-    written = disk(run, people.student, data, order.steps, added)
-    machine.check_disk(job.cluster.storage, written)
+    written = _disk(job, people, data, order, added)
     plan = Plan(
         job=job,
         name=folder.root.rpartition("/")[2],
@@ -154,6 +169,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         order=order,
         vocabulary=people.vocabulary,
         endpoints=endpoints,
+        text=text,
         sources=found_sources,
         offers=offers,
         frozen=frozen,
@@ -164,7 +180,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         cast=people,
         disk=written,
         memory=memory,
-        fingerprints={**_fingerprints(people, data), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
+        fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
         warnings=(*warnings, *heavy),
     )
     resumed.check_same_facts(folder, job, plan.facts)
@@ -189,6 +205,20 @@ def _free_name(storage: str, name: str) -> str:
     """The name, or the first of its kind that nobody has: runs may begin in one second."""
     names = (name, *(f"{name}-{i}" for i in range(2, 100)))
     return next(n for n in names if not Folder.of(storage, n).exists())
+
+
+def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData]:
+    """The rows to train on, and the text that they are made of where teachers write it."""
+    cache, data = _data_cache(job), job.run.data
+    text = authored.prepare_text(job, strategy, people, cache)
+    return text, prepare(text.data if text else data, people.tokenizer, data.split_seed, cache)
+
+
+def _disk(job: Job, people: Cast, data: PreparedData, order: Order, added: int) -> Disk:
+    """What the run will write, after a check that it fits."""
+    written = disk(job.run, people.student, data, order.steps, added)
+    machine.check_disk(job.cluster.storage, written)
+    return written
 
 
 def _data_cache(job: Job) -> Path:
@@ -245,6 +275,12 @@ def _scorers(people: Cast, endpoints: Mapping[str, EndpointConfig], work: Work, 
     return found
 
 
-def _fingerprints(people: Cast, data: PreparedData) -> dict[str, str]:
+def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[str, str]:
     teachers = {f"endpoints.{name}": network.fingerprint for name, network in people.teachers.items()}
-    return {"data": data.fingerprint, "student": people.student.fingerprint, "tokenizer": tokenizer_digest(people.tokenizer), **teachers}
+    return {
+        "data": data.fingerprint,
+        "student": people.student.fingerprint,
+        "tokenizer": tokenizer_digest(people.tokenizer),
+        **teachers,
+        **(text.digests if text else {}),
+    }

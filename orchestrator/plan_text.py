@@ -16,6 +16,7 @@ from orchestrator.sketch import Network
 from strategies.core import AnyTerm, Progress
 
 if TYPE_CHECKING:
+    from orchestrator.authored import WantedText
     from orchestrator.plan import Plan
     from orchestrator.stores import Wanted
 
@@ -34,6 +35,7 @@ def plan_text(plan: Plan) -> str:
         ("Strategy", _strategy(plan)),
         ("Student", [_network(plan.cast.student, plan)]),
         ("Teachers", _teachers(plan)),
+        ("Text", _text(plan)),
         ("Data", _data(plan)),
         ("Steps", _steps(plan)),
         ("Layout", _layout(plan)),
@@ -98,6 +100,10 @@ def _teachers(plan: Plan) -> Iterator[str]:
         network, offer = plan.cast.teachers.get(name), plan.offers.get(name)
         described = _network(network, plan) if network else offer.line if offer else ""
         yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'}) {described}".rstrip()
+    for wanted in plan.text.stores if plan.text else ():
+        name = wanted.spec.name
+        network = plan.cast.teachers.get(name)
+        yield f"{name} ({plan.job.endpoints[name].engine}, writes) {_network(network, plan) if network else ''}".rstrip()
     yield from (_stored(w) for w in plan.sources.read)
     yield from plan.sources.notes
     for name in plan.frozen:
@@ -108,21 +114,52 @@ def _teachers(plan: Plan) -> Iterator[str]:
 
 def _stored(wanted: Wanted) -> str:
     """Whose answers are read, and how much of the store is there."""
+    return f"signals of {wanted.spec.name} from {wanted.files.folder.root}, which {_state(wanted)}"
+
+
+def _state(wanted: Wanted | WantedText) -> str:
     parts = wanted.spec.parts
     if wanted.state == "finished":
-        how = "is there whole: the teacher is not asked"
-    elif wanted.state == "partial":
-        how = f"has {len(wanted.files.complete_parts())} of {parts} parts: it is finished first"
-    else:
-        how = f"is filled first, in {parts} parts"
-    return f"signals of {wanted.spec.name} from {wanted.files.folder.root}, which {how}"
+        return "is there whole: the teacher is not asked"
+    if wanted.state == "partial":
+        return f"has {len(wanted.files.complete_parts())} of {parts} parts: it is finished first"
+    return f"is filled first, in {parts} parts"
+
+
+def _text(plan: Plan) -> Iterator[str]:
+    """What is written before training, by whom, and what is kept of it."""
+    if plan.text is None:
+        return
+    prompts = plan.text.prompts
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in prompts.left_out.items())
+    yield f"{prompts.rows:,} prompts of {plan.job.run.data.train}, {prompts.tokens:,} tokens" + (
+        f" (left out: {left_out})" if left_out else ""
+    )
+    for wanted in plan.text.stores:
+        sampling, judge = wanted.authored.write.sampling, wanted.authored.judge.type
+        how = f"at temperature {sampling.temperature:g}" if sampling.temperature else "greedily"
+        yield (
+            f"{wanted.spec.name} writes {sampling.samples} of up to {sampling.max_new_tokens:,} tokens for each, {how}, judge {judge}, "
+            f"unfinished ones: {wanted.authored.unfinished}"
+        )
+        yield f"text of {wanted.spec.name} from {wanted.files.folder.root}, which {_state(wanted)}"
+        yield from [wanted.nearest] if wanted.nearest else []
+    if (selected := plan.text.selected) is not None:
+        rejected = ", ".join(f"{count:,} {reason}" for reason, count in selected.rejected.items()) or "none"
+        right = f", {selected.right:,} right" if selected.right is not None else ""
+        yield f"{selected.kept:,} of {selected.written:,} texts are kept{right}, of {selected.prompts:,} prompts, in {selected.rows_file}"
+        yield f"rejected: {rejected}, listed in {selected.rejected_file}"
 
 
 def _data(plan: Plan) -> Iterator[str]:
     data, run = plan.data, plan.job.run.data
-    yield f"{run.train}: {data.train.rows:,} rows, {data.train.tokens:,} tokens ({data.train.loss_tokens:,} learnt)"
+    source = run.train if plan.text is None else "the kept texts" if plan.text.selected else "stand-ins of the greatest length"
+    yield f"{source}: {data.train.rows:,} rows, {data.train.tokens:,} tokens ({data.train.loss_tokens:,} learnt)"
+    if plan.text:
+        yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {plan.text.prompts.held_out_by}"
     by = {"source": f"from {run.held_out}"}.get(data.held_out_by, f"set aside as {data.held_out_by} of the same source")
-    yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {by}"
+    if not plan.text:
+        yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {by}"
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
     dropped = f", {data.dropped_rows:,} rows in neither split" if data.dropped_rows else ""
     yield f"longest row {longest:,} tokens (limit {run.max_length_tokens:,}){dropped}, {_short(data.fingerprint)}"

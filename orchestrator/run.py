@@ -15,6 +15,7 @@ from orchestrator.errors import Refusal
 from orchestrator.result import RECIPE, RunResult
 
 if TYPE_CHECKING:
+    from orchestrator.capture import Captured
     from orchestrator.plan import Plan
 
 
@@ -33,7 +34,7 @@ def distill(
     job = load_job(source, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
     name = source.stem if isinstance(source, Path) else "run"
 
-    def planned() -> Plan:
+    def planned(job: Job) -> Plan:
         from orchestrator.plan import make_plan
 
         return make_plan(job, name)
@@ -57,7 +58,7 @@ def resume(
     base = load_job(home / RECIPE, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
     job = Job(run=base.run, cluster=base.cluster.model_copy(update={"storage": str(home.parent)}))
 
-    def planned() -> Plan:
+    def planned(job: Job) -> Plan:
         from orchestrator.plan import make_plan
 
         return make_plan(job, home.name, resume=Folder(str(home)))
@@ -65,11 +66,29 @@ def resume(
     return _run(job, planned, display or Display())
 
 
-def _run(job: Job, planned: Callable[[], Plan], display: Display) -> RunResult:
-    plan = planned_with_ray(job, planned, display)
+def _run(job: Job, planned: Callable[[Job], Plan], display: Display) -> RunResult:
+    plan, _ = with_texts(planned_with_ray(job, lambda: planned(job), display), planned, display)
     from orchestrator.driver import drive
 
     return drive(plan, display)
+
+
+def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> tuple[Plan, dict[str, Captured]]:
+    """The plan, made anew on the texts of its teachers once they are written, and what writing took by store; what fails here
+    leaves the parts that are there."""
+    writings = plan.writings()
+    if not writings:
+        return plan, {}
+    from orchestrator.author import author, authored_text
+    from orchestrator.plan import plan_text
+
+    display.plan(plan_text(plan))
+    took = {}
+    for each in writings:
+        took[each.files.folder.root] = written = author(each, display)
+        display.say(authored_text(each, written))
+    named = plan.job.run.model_copy(update={"name": plan.name})
+    return planned(plan.job.model_copy(update={"run": named})), took
 
 
 def planned_with_ray(job: Job, planned: Callable[[], Plan], display: Display) -> Plan:

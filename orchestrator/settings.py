@@ -34,6 +34,16 @@ class CheckpointConfig(Model):
     """Held-out metric, smaller is better, that ranks checkpoints and the student's LoggedModel."""
 
 
+class TextConfig(Model):
+    """Where text that teachers write is kept. It is always written before training, and read again by every run that asks for
+    the same."""
+
+    folder: str | None = None
+    """Folder or URI that holds the text stores; `text` in the storage folder when absent."""
+    part_prompts: PositiveInt = 64
+    """Prompts of one part of a store: what a killed process has to have written again."""
+
+
 class SignalsConfig(Model):
     """Whether teachers are asked during training or were asked before."""
 

@@ -9,7 +9,7 @@ import difflib
 import glob
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 ROW_KINDS = (("tokens",), ("messages",), ("prompt", "completion"), ("text",))
 """Columns that make a row, by kind; the first kind that a record has is the one it is read as."""
+PROMPT_KINDS = (("messages",), ("prompt",))
+"""Columns that make a prompt."""
 PEEK_ROWS = 100
 """Records of a JSONL source looked at to learn its columns."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,10 +57,11 @@ class Source:
     """Whether the split says which rows are meant; files have none."""
 
 
-def open_source(spec: str, config: DataConfig, split: str, where: str) -> Source:
+def open_source(spec: str, config: DataConfig, split: str, where: str, kinds: Sequence[Sequence[str]] = ROW_KINDS) -> Source:
     """Opens what `spec` names: a path when there is one, a hub dataset (downloaded here) otherwise.
 
-    `where` is the recipe key, for messages; `split` matters to datasets only. Raises `Refusal`.
+    `where` is the recipe key, for messages; `split` matters to datasets only; `kinds` are the columns that are looked for.
+    Raises `Refusal`.
     """
     if "://" in spec:
         raise Refusal(where, repr(spec), "a path or a hub dataset name", "Copy the data to a folder that every node reaches.")
@@ -73,11 +76,11 @@ def open_source(spec: str, config: DataConfig, split: str, where: str) -> Source
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         remedy = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Check the path."
         raise Refusal(where, f"{spec!r}, which does not exist", "a file, folder, glob or hub dataset name", remedy)
-    _check_columns(source, config.columns)
+    _check_columns(source, config.columns, kinds)
     return source
 
 
-def _check_columns(source: Source, renames: Mapping[str, str]) -> None:
+def _check_columns(source: Source, renames: Mapping[str, str], kinds: Sequence[Sequence[str]]) -> None:
     """Some kind of row can be made of the columns, and every rename meets a column."""
     if not source.columns:
         return
@@ -86,14 +89,22 @@ def _check_columns(source: Source, renames: Mapping[str, str]) -> None:
     for old, new in renames.items():
         if new not in ROW_COLUMNS:
             raise Refusal("data.columns", f"{old!r} renamed to {new!r}", f"one of {', '.join(ROW_COLUMNS)}", "Rename to one of these.")
-    if any(all(name in after for name in kind) for kind in ROW_KINDS):
+    if any(all(name in after for name in kind) for kind in kinds):
         return
     for old in sorted(set(renames) - source.columns):
         do = _nearest(old, source.columns) or "Correct the name."
         raise Refusal("data.columns", f"the column {old!r}", f"a column of {source.spec!r}: {saw}", do)
-    hints = [f"{name!r} looks like {near[0]!r}. " for name in ROW_COLUMNS if (near := difflib.get_close_matches(name, source.columns, n=1))]
+    hints = [
+        f"{name!r} looks like {near[0]!r}. "
+        for name in ROW_COLUMNS
+        if (near := difflib.get_close_matches(name, source.columns, n=1)) and near[0] != name
+    ]
     do = "".join(hints) + "Rename columns with data.columns, such as {question: prompt, answer: completion}."
-    raise Refusal(place, f"the columns {saw}", "text, prompt + completion, messages, or tokens", do)
+    raise Refusal(place, f"the columns {saw}", _listed([" + ".join(kind) for kind in reversed(kinds)]), do)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 2 else " or ".join(words)
 
 
 def _nearest(word: str, known: frozenset[str]) -> str:

@@ -134,7 +134,7 @@ def _find(job: Job, people: Cast, data: PreparedData, name: str, config: Endpoin
     files = StoreFiles(folder, cache_folder(job))
     if not folder.exists(SPEC):
         spec = Spec(key, name, part_starts(data.folder, job.run.signals.part_tokens))
-        return Wanted(stage, files, spec, "missing", _nearest(home, name, key))
+        return Wanted(stage, files, spec, "missing", nearest_store(home, name, key))
     try:
         spec, state = files.spec, "finished" if files.finished else "partial"
     except StoreDamaged as error:
@@ -146,13 +146,11 @@ def _find(job: Job, people: Cast, data: PreparedData, name: str, config: Endpoin
 def store_key(job: Job, people: Cast, data: PreparedData, name: str, config: EndpointConfig, stage: Score) -> StoreKey:
     """What the answers of an endpoint to a stage's question about these rows depend on."""
     codec = job.run.signals.codec
-    network = people.teachers.get(name)
-    weights = {"weights": network.fingerprint, "dtype": str(network.dtype).removeprefix("torch.")} if network else {}
     return StoreKey(
         data=data.content,
         tokenizer=tokenizer_digest(people.tokenizer),
         template=template_digest(people.tokenizer),
-        teacher={**config.identity, **weights},
+        teacher=teacher_identity(people, name, config),
         vocabulary=people.vocabulary,
         request=asdict(stage.request),
         codec=codec.model_dump(mode="json"),
@@ -160,7 +158,14 @@ def store_key(job: Job, people: Cast, data: PreparedData, name: str, config: End
     )
 
 
-def _nearest(home: Folder, name: str, key: StoreKey) -> str:
+def teacher_identity(people: Cast, name: str, config: EndpointConfig) -> dict[str, object]:
+    """What an endpoint's answers depend on besides the question."""
+    network = people.teachers.get(name)
+    weights = {"weights": network.fingerprint, "dtype": str(network.dtype).removeprefix("torch.")} if network else {}
+    return {**config.identity, **weights}
+
+
+def nearest_store(home: Folder, name: str, key: StoreKey) -> str:
     """What distinguishes the most similar store of the endpoint, in words; nothing when there is none."""
     best: tuple[int, str] | None = None
     for folder in home.names():

@@ -12,6 +12,7 @@ from strategies.core import StrategyConfig
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
+from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
@@ -19,7 +20,9 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "filtered-layers": Ted,
     "inner-states": InnerStates,
     "logits": Logits,
+    "seq-kd": SeqKD,
     "terms": Terms,
+    "verified-cot": VerifiedCoT,
 }
 
 

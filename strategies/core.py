@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
     from strategies.sources import Source
+    from strategies.stages.write import Authored
     from strategies.taps import StatesObjective
 
 Columns = dict[str, NDArray[np.generic]]
@@ -74,6 +75,34 @@ class Endpoint(Protocol):
         `sampled`: `ids`, `logprobs` and `weights` (N*n,). `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16.
         But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32,
         and `cost` (1,) float32 where an answer has a price."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are written."""
+
+    samples: int = 1
+    """Texts for each prompt."""
+    temperature: float = 0.0
+    """0 writes the likeliest token each time."""
+    top_p: float = 1.0
+    """Draws from the likeliest tokens that hold this much probability."""
+    top_k: int = 0
+    """Draws from this many of the likeliest tokens; 0 from all."""
+    max_new_tokens: int = 256
+    seed: int = 0
+    stop: tuple[int, ...] = ()
+    """Token ids that end a text and are its last token; whoever runs the strategy knows them."""
+
+
+@runtime_checkable
+class Author(Protocol):
+    """An endpoint that writes."""
+
+    def write(self, columns: Columns, sampling: Sampling) -> Columns:
+        """Texts after each row's tokens: `tokens` (S,) int32, `lengths`, `sample` (n,) int32, `row_id` (n,) int64, `finished`
+        (n,) uint8, and `logprobs` (S,) float32 of the written tokens at temperature 1."""
         ...
 
 
@@ -217,6 +246,8 @@ class Strategy:
     updates: tuple[Update, ...]
     stages: tuple[Stage, ...] = ()
     signals: Mapping[str, Source] = field(default_factory=dict)
+    authors: tuple[Authored, ...] = ()
+    """Text that is written before training; the rows are then the kept texts, of all authors, instead of the data's own."""
 
 
 def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:

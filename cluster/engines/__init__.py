@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,5 +48,46 @@ class Engine(Protocol):
         unbiased; a function of seed, row, step and place, whatever bundle the row is in;
         `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16: what the output head reads.
         `ValueError` when `top_k` exceeds U or the bundle is malformed.
+        """
+        ...
+
+
+class Sampling(Protocol):
+    """How texts are written."""
+
+    @property
+    def samples(self) -> int:
+        """Texts for each prompt."""
+
+    @property
+    def temperature(self) -> float:
+        """0 writes the likeliest token each time."""
+
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int:
+        """0 draws from all ids."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end a text and are its last token."""
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """An engine that also writes."""
+
+    def write(self, columns: Columns, sampling: Sampling) -> Columns:
+        """Texts that follow each row's `tokens`, n = samples of them for every row: rows in order, then samples.
+
+        `tokens` (S,) int32 of the written texts alone, `lengths` (R*n,) int32, `row_id` (R*n,) int64, `sample` (R*n,) int32 from 0,
+        `finished` (R*n,) uint8: 1 for a text that ended with one of `stop`, 0 for one that met `max_new_tokens`; `logprobs` (S,)
+        float32 of the written tokens at temperature 1 among the usable ids. Only usable ids are written. A text is a function
+        of the prompt, the seed, the row's id and the sample, up to the rounding that the shape of a batch brings.
         """
         ...

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.answers import draw, token_keys
-from cluster.engines import Columns, Request
+from cluster.engines import Columns, Request, Sampling
 from cluster.forwards import BundleRows, bundle_rows
 
 
@@ -41,6 +41,36 @@ class FakeEngine:
             "logprob": np.where(labels < self.vocabulary, own, -np.inf).astype(np.float32),
             "dropped_mass": np.zeros(1, dtype=np.float32),
         }
+
+    def write(self, columns: Columns, sampling: Sampling) -> Columns:
+        """See `cluster.engines.Writer.write`: ids and lengths hashed from the prompt and, above temperature 0, seed, row and sample."""
+        ends = np.cumsum(columns["lengths"].astype(np.int64))
+        prompts = [columns["tokens"][end - size : end] for end, size in zip(ends, columns["lengths"], strict=True)]
+        asked = [(p, int(r), s) for p, r in zip(prompts, columns["row_id"], strict=True) for s in range(sampling.samples)]
+        texts = [
+            self._text(prompt.tobytes() + (f"{sampling.seed} {r} {s}".encode() if sampling.temperature else b""), sampling)
+            for prompt, r, s in asked
+        ]
+        time.sleep(self.seconds_per_bundle)
+        tokens = np.concatenate([np.zeros(0, np.int32), *texts])
+        return {
+            "tokens": tokens,
+            "lengths": np.asarray([len(t) for t in texts], dtype=np.int32),
+            "row_id": np.asarray([r for _, r, _ in asked], dtype=np.int64),
+            "sample": np.asarray([s for *_, s in asked], dtype=np.int32),
+            "finished": np.asarray([t[-1] in sampling.stop for t in texts], dtype=np.uint8),
+            "logprobs": np.full(len(tokens), -np.log(self.vocabulary), dtype=np.float32),
+        }
+
+    def _text(self, seed: bytes, sampling: Sampling) -> NDArray[np.int32]:
+        """Ids that are no `stop`, then one of those unless the text is as long as it may be."""
+        random = np.random.default_rng(zlib.crc32(seed))
+        size = int(random.integers(1, sampling.max_new_tokens + 1))
+        usable = np.setdiff1d(np.arange(self.vocabulary), sampling.stop)
+        body = usable[random.integers(0, len(usable), size)].astype(np.int32)
+        if size < sampling.max_new_tokens and sampling.stop:
+            body = np.append(body, np.int32(sampling.stop[0]))
+        return body
 
     def _table(self, rows: BundleRows) -> NDArray[np.float64]:
         """Log-probabilities `(N, V)`."""

@@ -21,7 +21,8 @@ from cluster.causal_lm import (
     output_head,
 )
 from cluster.config import TransformersEndpoint
-from cluster.engines import Columns, Request
+from cluster.engines import Columns, Request, Sampling
+from cluster.engines.transformers_write import write
 from cluster.forwards import bundle_rows, group_by_length, lay_out
 
 
@@ -74,6 +75,11 @@ class TransformersEngine:
                 whole[order] = values
         return self._columns(found or self._nothing(request))
 
+    def write(self, columns: Columns, sampling: Sampling) -> Columns:
+        """See `cluster.engines.Writer.write`."""
+        self._refuse_unknown(columns)
+        return write(self.model, columns, sampling, self.vocabulary, self.config.forward_tokens)
+
     def _nothing(self, request: Request) -> dict[str, Tensor]:
         """The answer about no token."""
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -94,6 +100,9 @@ class TransformersEngine:
     def _refuse_foreign(self, columns: Columns, request: Request) -> None:
         if request.kind == "topk" and request.top_k > self.vocabulary:
             raise ValueError(f"top_k: got {request.top_k}; expected at most the {self.vocabulary} usable ids. Lower the strategy's top_k.")
+        self._refuse_unknown(columns)
+
+    def _refuse_unknown(self, columns: Columns) -> None:
         highest = int(columns["tokens"].max()) if len(columns["tokens"]) else 0
         if highest >= self.embedded:
             raise ValueError(

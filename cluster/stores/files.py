@@ -148,11 +148,14 @@ class StoreFiles:
 
     def open(self, info: PartInfo) -> Part:
         """A part. `StoreDamaged` when its bytes are not those that were written."""
-        where = f"{self.folder.root}/{info.file}"
+        return Part(f"{self.folder.root}/{info.file}", self.content(info))
+
+    def content(self, info: PartInfo) -> pa.Buffer:
+        """The file of a part. `StoreDamaged` when its bytes are not those that were written."""
         content = self._content(info)
         if content_checksum(content) != info.checksum:
-            raise StoreDamaged(f"{where}: its bytes are not those that were written")
-        return Part(where, content)
+            raise StoreDamaged(f"{self.folder.root}/{info.file}: its bytes are not those that were written")
+        return content
 
     def _content(self, info: PartInfo) -> pa.Buffer:
         home = self.folder.local or self._fetched(info)

@@ -25,6 +25,8 @@ FREE = (
     "train.read_ahead_bundles",
     "signals.folder",
     "signals.part_tokens",
+    "text.folder",
+    "text.part_prompts",
     "endpoints.*.actors",
     "endpoints.*.resources",
     "endpoints.*.base_url",

@@ -40,7 +40,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_best_metric(job, strategy)
     warnings = _check_weights(where, strategy, steps or 1000)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
-    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - frozen)
+    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
     if job.run.baseline and not strategy.signals and not frozen:
         warnings.append("baseline: true trains the same again, because the strategy has no teacher.")

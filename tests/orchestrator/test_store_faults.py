@@ -97,12 +97,12 @@ def test_a_killed_driver_leaves_what_was_scored(home: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = parts_there(home, 8)
-    (kept,) = generate(recipe(home, top_k=8), cluster=cluster(home))
+    (kept,) = generate(recipe(home, top_k=8), cluster=cluster(home)).signals
     files = StoreFiles(Folder(kept.folder))
     assert rows_of(files) == list(range(files.spec.rows))
     fresh = sum(p.tokens for p in files.parts) - kept.scored_tokens
     assert fresh >= 0.8 * sum(p.tokens for p in files.parts[:before])  # all that was complete when the next call began
-    assert generate(recipe(home, top_k=8), cluster=cluster(home))[0].scored_tokens == 0
+    assert generate(recipe(home, top_k=8), cluster=cluster(home)).signals[0].scored_tokens == 0
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_killed_scorer_costs_its_blocks(home: Path) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(kill)
-        (kept,) = generate(recipe(home, top_k=7), cluster=cluster(home))
+        (kept,) = generate(recipe(home, top_k=7), cluster=cluster(home)).signals
         assert killed.result()
     files = StoreFiles(Folder(kept.folder))
     files.check()

@@ -1,0 +1,200 @@
+"""Text that teachers write before training: which is there, which is to be written, and which rows a run then trains on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cluster.config import EndpointConfig
+from cluster.storage import Folder
+from cluster.stores.files import SPEC, Spec, StoreFiles
+from cluster.stores.key import StoreKey
+from cluster.stores.parts import StoreDamaged
+from orchestrator.chat import ChatTemplate
+from orchestrator.checks.networks import Cast
+from orchestrator.checks.teaching import named_endpoints
+from orchestrator.config import DataConfig, Job
+from orchestrator.data import template_digest, tokenizer_digest
+from orchestrator.errors import Refusal
+from orchestrator.pieces import Bad
+from orchestrator.prompts import Prompts, prepare_prompts
+from orchestrator.rows import Rows
+from orchestrator.selection import Selected, Source, select
+from orchestrator.stores import nearest_store, teacher_identity
+from strategies.core import Strategy
+from strategies.stages.write import Authored
+
+State = Literal["finished", "partial", "missing"]
+TEXT = "text."
+"""Begins the names of fingerprints of text stores."""
+
+
+@dataclass(frozen=True)
+class WantedText:
+    """One text store that a run reads, and how much of it is there."""
+
+    authored: Authored
+    """With the tokens that end a text."""
+    files: StoreFiles
+    spec: Spec
+    state: State
+    nearest: str = ""
+    """Of a missing one: what the most similar store differs in, in words."""
+
+    @property
+    def source(self) -> Source:
+        return Source(self.authored, self.files, self.spec.name)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is written for a run, and what it trains on."""
+
+    prompts: Prompts
+    stores: tuple[WantedText, ...]
+    data: DataConfig
+    """The rows: those chosen from the stores, or stand-ins of the greatest length while a store is not finished."""
+    selected: Selected | None
+    """None while a store is not finished."""
+
+    @property
+    def missing(self) -> tuple[WantedText, ...]:
+        return tuple(w for w in self.stores if w.state != "finished")
+
+    def about(self) -> dict[str, str]:
+        """Contents of small files that say what was written and kept, by name."""
+        stores = {f"text/{w.spec.name}-{w.spec.key.digest}.json": w.files.manifest_text for w in self.stores if w.state == "finished"}
+        return {**stores, **({"text/selected.json": json.dumps(asdict(self.selected), indent=1)} if self.selected else {})}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {TEXT + w.spec.name: w.spec.key.digest for w in self.stores}
+
+
+def writers(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
+    """The endpoints that write. `Refusal` for one that cannot."""
+    found = named_endpoints(job, {a.write.endpoint for a in strategy.authors})
+    for name, config in found.items():
+        if not config.writes:
+            do = f"Name a saved model in endpoints.{name}.model, with engine transformers; or train on rows that were written elsewhere."
+            raise Refusal(f"endpoints.{name}.engine", f"{config.engine!r}, which does not write text", "an engine that does", do)
+    return found
+
+
+def prepare_text(job: Job, strategy: Strategy, people: Cast, cache: Path) -> Text | None:
+    """Prompts, stores and rows of a strategy's authors; None for one without. Writes nothing but what `cache` holds.
+
+    `Refusal` for prompts that nobody can write for, a judge without references, and stores that are damaged.
+    """
+    if not strategy.authors:
+        return None
+    run, longest = job.run, max(a.write.sampling.max_new_tokens for a in strategy.authors)
+    room = run.data.max_length_tokens - longest
+    if room < 1:
+        do = f"Set data.max_length_tokens to more than {longest}, by the length of a prompt, or lower strategy.max_new_tokens."
+        raise Refusal("data.max_length_tokens", f"{run.data.max_length_tokens} for prompts and {longest} new tokens", "room for both", do)
+    prompts = prepare_prompts(run.data, people.tokenizer, run.data.split_seed, room, cache)
+    for authored in strategy.authors:
+        _check_references(prompts, authored)
+    stop, endpoints = stop_tokens(people.tokenizer), writers(job, strategy)
+    stores = tuple(_find(job, people, prompts, a, endpoints[a.write.endpoint], stop) for a in strategy.authors)
+    rows = None
+    if all(w.state == "finished" for w in stores):
+        rows = select([w.source for w in stores], prompts, people.tokenizer, cache)
+    train = str(rows.rows_file if rows else _stand_ins(prompts, strategy, stop))
+    return Text(prompts, stores, _rows_config(run.data, train, prompts.held_out_file), rows)
+
+
+def _rows_config(given: DataConfig, train: str, held_out: str) -> DataConfig:
+    """The settings under which the rows are read as any other data."""
+    fresh: dict[str, object] = {"train": train, "held_out": held_out, "columns": {}, "glob": None, "subset": None, "max_rows": None}
+    return given.model_copy(update=fresh)
+
+
+def _check_references(prompts: Prompts, authored: Authored) -> None:
+    if authored.judge.type != "none" and not prompts.references:
+        do = "Give rows a completion or an answer (data.columns={solution: answer}), or set strategy.judge=none."
+        raise Refusal("strategy.judge", f"{authored.judge.type!r}, and no prompt with a reference", "answers to compare with", do)
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a text: EOS, and what ends the assistant's turn in the chat template. `Refusal` when there is none."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if tokenizer.chat_template is not None:
+        turn = ChatTemplate(tokenizer, "student.tokenizer").answer(
+            [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+        )
+        ids = [] if isinstance(turn, Bad) else tokenizer(turn[1], add_special_tokens=False)["input_ids"]
+        if ids and ids[-1] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+            found.append(int(ids[-1]))
+    if not found:
+        do = "Set eos_token in the tokenizer's configuration."
+        raise Refusal("student.tokenizer", "no EOS token", "a token that ends a written text", do)
+    return tuple(dict.fromkeys(found))
+
+
+def _find(job: Job, people: Cast, prompts: Prompts, given: Authored, config: EndpointConfig, stop: tuple[int, ...]) -> WantedText:
+    authored = replace(given, write=replace(given.write, sampling=replace(given.write.sampling, stop=stop)))
+    name = authored.write.endpoint
+    key = StoreKey(
+        data=prompts.content,
+        tokenizer=tokenizer_digest(people.tokenizer),
+        template=template_digest(people.tokenizer),
+        teacher=teacher_identity(people, name, config),
+        vocabulary=people.vocabulary,
+        request={"kind": "text", **asdict(authored.write.sampling), "stop": list(stop)},
+        codec={"type": "ids"},
+        codec_version=1,
+    )
+    home = text_folder(job)
+    folder = home.child(f"{name}-{key.digest}")
+    files = StoreFiles(folder, _fetched(job))
+    if not folder.exists(SPEC):
+        starts = (*range(0, prompts.rows, job.run.text.part_prompts), prompts.rows)
+        return WantedText(authored, files, Spec(key, name, starts), "missing", nearest_store(home, name, key))
+    try:
+        spec = files.spec
+        if files.finished:
+            files.check()
+    except StoreDamaged as error:
+        do = f"Remove the folder {folder.root}; the text is written again."
+        raise Refusal(f"text store {folder.root}", f"damage ({error})", "a whole store", do) from error
+    return WantedText(authored, files, spec, "finished" if files.finished else "partial")
+
+
+def text_folder(job: Job) -> Folder:
+    """Where the text stores of a job lie."""
+    given = job.run.text.folder
+    return Folder.of(given) if given else Folder.of(job.cluster.storage, "text")
+
+
+def _fetched(job: Job) -> Path:
+    """Where parts of stores elsewhere are kept on this machine."""
+    storage = job.cluster.storage
+    return Path("runs" if "://" in storage else storage).absolute() / "text-cache"
+
+
+def _stand_ins(prompts: Prompts, strategy: Strategy, stop: tuple[int, ...]) -> Path:
+    """Rows of the greatest length that may come, so that a run is checked before a teacher is asked: every prompt with as many
+    tokens as may be written, once for each text that may be kept of it."""
+    most = [
+        (min(a.per_prompt or a.write.sampling.samples, a.write.sampling.samples), a.write.sampling.max_new_tokens) for a in strategy.authors
+    ]
+    each, longest = sum(count for count, _ in most), max(tokens for _, tokens in most)
+    path = Path(prompts.folder) / f"stand-in-{each}x{longest}.jsonl"
+    if path.exists():
+        return path
+    rows = Rows(prompts.folder, "train")
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        for number in range(len(rows)):
+            prompt = rows.read(np.asarray([number]))["tokens"].tolist()
+            line = json.dumps({"tokens": prompt + [stop[0]] * longest, "loss_mask": [0] * len(prompt) + [1] * longest}) + "\n"
+            file.write(line * each)
+    part.replace(path)
+    return path
