@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,9 +200,10 @@ def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Deman
 
 def author_memory(teacher: Network, saved: SavedModel, demand: Demand) -> Memory:
     """One actor of an endpoint that writes: keys and values of every layer for as many tokens as one batch may hold."""
-    config = teacher.config.get_text_config()
-    heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1))
-    width = int(getattr(config, "head_dim", None) or teacher.hidden // max(1, int(getattr(config, "num_attention_heads", 1))))
+    config: Any = teacher.config.get_text_config()
+    queries = max(1, int(getattr(config, "num_attention_heads", 1)))
+    heads = int(getattr(config, "num_key_value_heads", 0) or queries)
+    width = int(getattr(config, "head_dim", 0) or teacher.hidden // queries)
     tokens = saved.forward_tokens
     parts = {
         "process": SCORER_BYTES,
