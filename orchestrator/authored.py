@@ -93,12 +93,7 @@ def prepare_text(job: Job, strategy: Strategy, people: Cast, cache: Path) -> Tex
     """
     if not strategy.authors:
         return None
-    run, longest = job.run, max(a.write.sampling.max_new_tokens for a in strategy.authors)
-    room = run.data.max_length_tokens - longest
-    if room < 1:
-        do = f"Set data.max_length_tokens to more than {longest}, by the length of a prompt, or lower strategy.max_new_tokens."
-        raise Refusal("data.max_length_tokens", f"{run.data.max_length_tokens} for prompts and {longest} new tokens", "room for both", do)
-    prompts = prepare_prompts(run.data, people.tokenizer, run.data.split_seed, room, cache)
+    prompts = _prompts(job.run.data, strategy, people.tokenizer, cache)
     for authored in strategy.authors:
         _check_references(prompts, authored)
     stop, endpoints = stop_tokens(people.tokenizer), writers(job, strategy)
@@ -107,7 +102,25 @@ def prepare_text(job: Job, strategy: Strategy, people: Cast, cache: Path) -> Tex
     if all(w.state == "finished" for w in stores):
         rows = select([w.source for w in stores], prompts, people.tokenizer, cache)
     train = str(rows.rows_file if rows else _stand_ins(prompts, strategy, stop))
-    return Text(prompts, stores, _rows_config(run.data, train, prompts.held_out_file), rows)
+    return Text(prompts, stores, _rows_config(job.run.data, train, prompts.held_out_file), rows)
+
+
+def measured_data(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, cache: Path) -> DataConfig:
+    """Data with the held-out rows that runs of the job are measured on, whoever wrote the rows that they train on."""
+    if not strategy.authors:
+        return job.run.data
+    prompts = _prompts(job.run.data, strategy, tokenizer, cache)
+    return _rows_config(job.run.data, str(_stand_ins(prompts, strategy, stop_tokens(tokenizer))), prompts.held_out_file)
+
+
+def _prompts(data: DataConfig, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Prompts:
+    """The prompts that leave room for the longest text."""
+    longest = max(a.write.sampling.max_new_tokens for a in strategy.authors)
+    room = data.max_length_tokens - longest
+    if room < 1:
+        do = f"Set data.max_length_tokens to more than {longest}, by the length of a prompt, or lower strategy.max_new_tokens."
+        raise Refusal("data.max_length_tokens", f"{data.max_length_tokens} for prompts and {longest} new tokens", "room for both", do)
+    return prepare_prompts(data, tokenizer, data.split_seed, room, cache)
 
 
 def _rows_config(given: DataConfig, train: str, held_out: str) -> DataConfig:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import Folder
+from orchestrator.authored import measured_data
 from orchestrator.checkpoint import SNAPSHOT
 from orchestrator.compare import base_of, tokenizer_of
 from orchestrator.config import DataConfig, load_job
@@ -42,7 +43,8 @@ def rows_of_recipe(recipe: Path, overrides: Sequence[str], cluster: Path | Mappi
     job = load_job(recipe, overrides, cluster)
     storage = recipe.absolute().parents[1] if (recipe.parent / SNAPSHOT).is_file() else Folder.of(job.cluster.storage).local
     cache = storage / "data" if storage else Path(CACHE)
-    data = prepare(job.run.data, load_tokenizer(job.run.student), job.run.data.split_seed, cache)
+    tokenizer = load_tokenizer(job.run.student)
+    data = prepare(measured_data(job, job.run.strategy.build(), tokenizer, cache), tokenizer, job.run.data.split_seed, cache)
     rows = Rows(data.folder, "held_out")
     return ChosenRows(rows, np.arange(len(rows)), f"the held-out rows of {recipe}")
 

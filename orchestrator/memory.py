@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,8 @@ HEAD_COPIES = 6
 SCORE_COPIES = 4
 """The same for a teacher's piece of logits."""
 FLOAT = 4
+CACHE_COPIES = 2
+"""Keys and values of past tokens while they grow: the old ones and the new."""
 SAMPLED_STEPS = 16
 TASKS_IN_FLIGHT = 4
 """Bundles that Ray Data holds around each actor besides those the workers read ahead."""
@@ -193,6 +196,22 @@ def scorer_memory(teacher: Network, saved: SavedModel, work: Work, demand: Deman
         "bundles": 2 * work.bundle_bytes,
     }
     return Memory(demand.role, demand.processes, parts, on_gpu)
+
+
+def author_memory(teacher: Network, saved: SavedModel, demand: Demand) -> Memory:
+    """One actor of an endpoint that writes: keys and values of every layer for as many tokens as one batch may hold."""
+    config: Any = teacher.config.get_text_config()
+    queries = max(1, int(getattr(config, "num_attention_heads", 1)))
+    heads = int(getattr(config, "num_key_value_heads", 0) or queries)
+    width = int(getattr(config, "head_dim", 0) or teacher.hidden // queries)
+    tokens = saved.forward_tokens
+    parts = {
+        "process": SCORER_BYTES,
+        "weights": _frozen_bytes(teacher, saved),
+        "activations": _forward_bytes(teacher, tokens),
+        "cache": 2 * CACHE_COPIES * tokens * teacher.layers * heads * width * teacher.dtype.itemsize,
+    }
+    return Memory(demand.role, demand.processes, parts, demand.share.gpus > 0)
 
 
 def small_process(demand: Demand) -> Memory:

@@ -25,6 +25,7 @@ from orchestrator.memory import (
     Disk,
     Memory,
     Work,
+    author_memory,
     disk,
     largest_work,
     part_work,
@@ -211,7 +212,18 @@ def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, Prep
     """The rows to train on, and the text that they are made of where teachers write it."""
     cache, data = _data_cache(job), job.run.data
     text = authored.prepare_text(job, strategy, people, cache)
+    for wanted in text.missing if text else ():
+        _check_author(job, people, wanted.spec.name)
     return text, prepare(text.data if text else data, people.tokenizer, data.split_seed, cache)
+
+
+def _check_author(job: Job, people: Cast, name: str) -> None:
+    """The processes of an endpoint that writes fit while nothing else runs."""
+    model = job.endpoints[name].saved_model
+    wanted = demands(job.cluster, {name: job.endpoints[name]}, 0, machine_cpus())[1:]
+    machine.check_processors(job, wanted)
+    held = [author_memory(people.teachers[name], model, d) if model and d.role == name else small_process(d) for d in wanted]
+    machine.check_memory(job, [*held, surroundings()], 0)
 
 
 def _disk(job: Job, people: Cast, data: PreparedData, order: Order, added: int) -> Disk:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from cluster.endpoints import make_engine
+from cluster.storage import Folder
 from cluster.stores.files import StoreFiles
+from cluster.stores.texts import read_texts
 from orchestrator.author import Writing, texts_part
 from orchestrator.bundle import from_table
 from orchestrator.capture import read_parts
@@ -56,6 +58,11 @@ def written(bench: Bench, *overrides: str) -> Plan:
     for job in bench.plan(*overrides).writings():
         fill(job)
     return bench.plan(*overrides)
+
+
+def ids_of(files: StoreFiles) -> list[tuple[int, int, list[int]]]:
+    texts = [t for p in files.parts for t in read_texts(p.file, files.content(p))]
+    return [(t.row_id, t.sample, t.tokens.tolist()) for t in texts]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -142,7 +149,7 @@ def test_a_student_sees_exactly_the_written_ids_and_the_held_out_completions(ask
 def test_messages_are_written_for_behind_the_generation_prompt(asking: Bench) -> None:
     talks = [{"messages": [{"role": "user", "content": f"Add {i} and 2."}, TURNS[1]]} for i in range(20)]
     data_of(*talks)(asking)
-    plan = written(asking)
+    plan = written(asking, "strategy.temperature=1")
     assert plan.text is not None and plan.text.selected is not None
     row = rows_of(plan.text.selected.rows_file)[0]
     prompt = plan.cast.tokenizer.decode(row["tokens"][: row["loss_mask"].index(1)])
@@ -224,6 +231,47 @@ def test_only_missing_parts_are_written(asking: Bench) -> None:
     (again,) = asking.plan().writings()
     assert [p.number for p in StoreFiles(again.files.folder).complete_parts()] == [0, 1]
     assert "has 2 of 4 parts" in plan_text(asking.plan())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_writes_what_this_process_would_and_only_what_is_missing(asking: Bench, tmp_path: Path) -> None:
+    from orchestrator.author import author
+    from orchestrator.display import Display
+
+    asking.cluster["address"] = "auto"
+    (job,) = asking.plan("strategy.temperature=1").writings()
+    elsewhere = Writing(**{**vars(job), "files": StoreFiles(Folder(str(tmp_path / "elsewhere")))})
+    fill(elsewhere)
+    fill(job, only=2)
+    took = author(job, Display())
+    files = StoreFiles(job.files.folder)
+    files.check()
+    assert ids_of(files) == ids_of(elsewhere.files)  # log-probabilities round by the number of threads
+    assert took.tokens == sum(p.loss_tokens for p in files.parts[2:])
+    assert author(job, Display()).tokens == 0
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_student_learns_what_its_teacher_wrote_and_goes_on_with_it(asking: Bench) -> None:
+    from orchestrator.comparison_rows import rows_of_recipe
+    from orchestrator.generate import generate
+    from orchestrator.run import distill
+
+    asking.cluster["address"] = "auto"
+    data_of(*[{**q, "answer": "x"} for q in questions()])(asking)
+    asking.recipe["strategy"] = {**COT, "temperature": 1, "judge": {"type": "regex", "pattern": r"([a-z])"}}
+    asking.recipe["name"] = "cot"
+    first = generate(asking.recipe, cluster=asking.cluster)
+    assert first.selected is not None and 0 < first.selected.kept < first.selected.written and first.texts[0].written_tokens > 0
+    again = generate(asking.recipe, cluster=asking.cluster)
+    assert again.texts[0].written_tokens == 0 and again.selected == first.selected
+    result = distill(asking.recipe, cluster=asking.cluster)
+    assert result.steps == 4 and result.metrics["eval/cross_entropy"] > 0
+    chosen = rows_of_recipe(asking.storage / "cot" / "recipe.yaml", (), asking.cluster)
+    plan = asking.plan("name=other")
+    measured = Rows(plan.data.folder, "held_out")
+    assert len(chosen.indices) == len(measured) == 4
+    assert chosen.rows.read(chosen.indices)["tokens"].tolist() == measured.read(chosen.indices)["tokens"].tolist()
 
 
 def test_damage_is_refused(asking: Bench) -> None:
