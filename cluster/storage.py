@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import uuid
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +55,23 @@ class Folder:
             stream.write(content)
         if target != path:
             filesystem.move(target, path)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file that is not there; False when it is. Exact on a local disk; elsewhere two may both succeed at once."""
+        if self.local is None:
+            if self.exists(name):
+                return False
+            self.write(name, content)
+            return True
+        mine = f".{uuid.uuid4().hex}.part"
+        self.write(mine, content)
+        try:
+            os.link(self.local / mine, self.local / name)
+        except FileExistsError:
+            return False
+        finally:
+            self.remove(mine)
+        return True
 
     def names(self) -> list[str]:
         """Base names of what lies in the folder, sorted."""

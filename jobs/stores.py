@@ -27,7 +27,7 @@ def show_stores(action: str, names: list[str], cluster: Path | None, unfinished:
     elif action == "prune":
         _prune(found, bool(names), unfinished, out)
     else:
-        out.print(_table(found) if found else "No signal stores. `distill generate RECIPE` makes one.")
+        out.print(_table(found) if found else "No stores. `distill generate RECIPE` makes one.")
 
 
 def _verified(store: Listed, out: Console) -> bool:
@@ -46,13 +46,13 @@ def _prune(found: list[Listed], named: bool, unfinished: bool, out: Console) -> 
 
 
 def _table(found: list[Listed]) -> Table:
-    table = Table(title="Signal stores", title_justify="left")
-    for name in ("store", "state", "asked"):
-        table.add_column(name, no_wrap=name != "asked")
+    table = Table(title="Stores of what teachers said", title_justify="left")
+    for name in ("store", "state"):
+        table.add_column(name)
     for name in ("rows", "tokens", "MiB", "bytes a\ntoken"):
         table.add_column(name, justify="right", no_wrap=True)
     for s in found:
         per_token = f"{s.size / s.loss_tokens:,.1f}" if s.loss_tokens else "-"
         name = s.folder.root.rpartition("/")[2]
-        table.add_row(name, s.state, s.asked, f"{s.rows:,}", f"{s.loss_tokens:,}", f"{s.size / 2**20:,.1f}", per_token)
+        table.add_row(f"{name}\n  {s.asked}", s.state, f"{s.rows:,}", f"{s.loss_tokens:,}", f"{s.size / 2**20:,.1f}", per_token)
     return table

@@ -1,4 +1,4 @@
-"""The signal stores there are: listed, verified byte by byte, removed."""
+"""The stores there are, of signals and of text: listed, verified byte by byte, removed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from cluster.stores.files import SPEC, StoreFiles
 from cluster.stores.lease import LEASE, holder_alive
 from cluster.stores.parts import StoreDamaged
 from orchestrator.errors import Refusal
+
+KINDS = ("signals", "text")
+"""Folders below the storage folder that hold stores."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,16 @@ class Listed:
 
 def listed(config: ClusterConfig, names: Sequence[str] = ()) -> list[Listed]:
     """The stores below the storage folder, or those that are named by folder. `Refusal` for a name that is none."""
-    home = Folder.of(config.storage, "signals")
+    homes = [Folder.of(config.storage, kind) for kind in KINDS]
+    there = [home.child(n) for home in homes for n in home.names() if home.child(n).exists(SPEC)]
     if not names:
-        return [_look(home.child(n)) for n in home.names() if home.child(n).exists(SPEC)]
-    folders = [Folder.of(n) if Folder.of(n).exists(SPEC) else home.child(n) for n in names]
+        return [_look(folder) for folder in there]
+    known = {folder.root.rpartition("/")[2]: folder for folder in there}
+    folders = [Folder.of(n) if Folder.of(n).exists(SPEC) else known.get(n) for n in names]
     for name, folder in zip(names, folders, strict=True):
-        if not folder.exists(SPEC):
-            raise Refusal("stores", f"{name!r}, which is no signal store", "the folder of one", "`distill stores` lists them.")
-    return [_look(f) for f in folders]
+        if folder is None:
+            raise Refusal("stores", f"{name!r}, which is no store", "the folder of one", "`distill stores` lists them.")
+    return [_look(folder) for folder in folders if folder is not None]
 
 
 def _look(folder: Folder) -> Listed:
@@ -63,7 +68,7 @@ def verify(store: Listed) -> list[str]:
     problems = []
     for info in infos:
         try:
-            files.open(info)
+            files.content(info)
         except StoreDamaged as error:
             problems.append(str(error))
     return problems

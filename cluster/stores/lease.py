@@ -54,12 +54,16 @@ def _acquire(folder: Folder, me: str, wait: Callable[[str], None], until: Callab
     while True:
         if until():
             return False
-        if other := _living(folder, lambda: until()):
+        before = _holder(folder)[0]
+        if other := _living(folder, until):
             if not told:
                 wait(other)
                 told = True
             continue
-        _write(folder, me, 0)
+        if before and _holder(folder)[0] == before:  # dead, and nobody else's meanwhile
+            folder.remove(LEASE)
+        if not folder.create(LEASE, _content(me, 0)):
+            continue
         time.sleep(SETTLE_SECONDS)
         if _holder(folder)[0] == me:
             return True
@@ -100,7 +104,11 @@ def _holder(folder: Folder) -> tuple[str, int]:
 
 
 def _write(folder: Folder, me: str, count: int) -> None:
-    folder.write(LEASE, json.dumps({"holder": me, "count": count}).encode())
+    folder.write(LEASE, _content(me, count))
+
+
+def _content(me: str, count: int) -> bytes:
+    return json.dumps({"holder": me, "count": count}).encode()
 
 
 def _beat(folder: Folder, me: str, ended: threading.Event) -> None:

@@ -15,6 +15,7 @@ from cluster.endpoints import check_scores, make_engine
 from cluster.engines.store import StoreEngine
 from cluster.storage import Folder
 from cluster.stores.files import MANIFEST, StoreFiles
+from jobs.stores import show_stores
 from orchestrator import stores
 from orchestrator.bundle import from_table
 from orchestrator.capture import Capture, encoded_part, read_parts
@@ -236,6 +237,33 @@ def test_parts_are_consecutive_rows_of_one_split_each(small: Bench) -> None:
     assert (np.diff(starts) > 0).all()
     tokens = [int(Rows(plan.data.folder, "train").lengths[a:b].sum()) for a, b in itertools.pairwise(starts) if b <= train]
     assert max(tokens) <= 200 + 64 and len(tokens) == pytest.approx(plan.data.train.tokens / 200, abs=2)
+
+
+# Listed, verified, removed
+
+
+def test_stores_are_listed_verified_and_removed(small: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    finished, partial = filled(small), filled(small, "strategy.top_k=4", only=1)
+    config = small.storage.parent / "ray_config.yaml"
+    config.write_text(json.dumps(small.cluster))
+    show_stores("list", [], config, unfinished=False)
+    said = capsys.readouterr().out
+    assert "finished" in said and f"1 of {partial.spec.parts} parts" in said and "topk top_k=8" in " ".join(said.split())
+    show_stores("verify", [], config, unfinished=False)
+    assert capsys.readouterr().out.count("sound, ") == 2
+    path = Path(finished.folder.root) / "part-000000.arrow"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    name = finished.folder.root.rpartition("/")[2]
+    with pytest.raises(Refusal, match=rf"1 damaged.*distill stores prune .*{name}"):
+        show_stores("verify", [], config, unfinished=False)
+    assert "part-000000.arrow: its bytes are not those that were written" in capsys.readouterr().out
+    show_stores("prune", [], config, unfinished=False)
+    assert "Nothing to remove" in capsys.readouterr().out
+    show_stores("prune", [], config, unfinished=True)
+    show_stores("prune", [name], config, unfinished=False)
+    assert capsys.readouterr().out.count("Removed ") == 2 and not list((small.storage / "signals").iterdir())
+    with pytest.raises(Refusal, match="which is no store"):
+        show_stores("verify", [name], config, unfinished=False)
 
 
 # Filling by Ray
