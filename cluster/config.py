@@ -202,7 +202,7 @@ class StoreEndpoint(ClusterModel):
     """Stores, one for each question that is asked of it."""
     actors: PositiveInt = 1
     resources: Resources = Resources(cpus=0.1, threads=1)
-    cache: str = "runs/signals-cache"
+    cache: str = "runs/stores-cache"
     """Where parts of stores on other filesystems are kept after they were fetched."""
 
     @property

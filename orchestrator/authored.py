@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cluster.config import EndpointConfig
 from cluster.storage import Folder
-from cluster.stores.files import SPEC, Spec, StoreFiles
 from cluster.stores.key import StoreKey
-from cluster.stores.parts import StoreDamaged
 from orchestrator.chat import ChatTemplate
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.teaching import named_endpoints
@@ -25,26 +22,20 @@ from orchestrator.pieces import Bad
 from orchestrator.prompts import Prompts, prepare_prompts
 from orchestrator.rows import Rows
 from orchestrator.selection import Selected, Source, select
-from orchestrator.stores import nearest_store, teacher_identity
+from orchestrator.stores import FoundStore, cache_folder, check_whole, find_store, teacher_identity
 from strategies.core import Strategy
 from strategies.stages.write import Authored
 
-State = Literal["finished", "partial", "missing"]
 TEXT = "text."
 """Begins the names of fingerprints of text stores."""
 
 
-@dataclass(frozen=True)
-class WantedText:
-    """One text store that a run reads, and how much of it is there."""
+@dataclass(frozen=True, kw_only=True)
+class WantedText(FoundStore):
+    """A store of the text that a run trains on."""
 
     authored: Authored
     """With the tokens that end a text."""
-    files: StoreFiles
-    spec: Spec
-    state: State
-    nearest: str = ""
-    """Of a missing one: what the most similar store differs in, in words."""
 
     @property
     def source(self) -> Source:
@@ -164,32 +155,17 @@ def _find(job: Job, people: Cast, prompts: Prompts, given: Authored, config: End
         codec={"type": "ids"},
         codec_version=1,
     )
-    home = text_folder(job)
-    folder = home.child(f"{name}-{key.digest}")
-    files = StoreFiles(folder, _fetched(job))
-    if not folder.exists(SPEC):
-        starts = (*range(0, prompts.rows, job.run.text.part_prompts), prompts.rows)
-        return WantedText(authored, files, Spec(key, name, starts), "missing", nearest_store(home, name, key))
-    try:
-        spec = files.spec
-        if files.finished:
-            files.check()
-    except StoreDamaged as error:
-        do = f"Remove the folder {folder.root}; the text is written again."
-        raise Refusal(f"text store {folder.root}", f"damage ({error})", "a whole store", do) from error
-    return WantedText(authored, files, spec, "finished" if files.finished else "partial")
+    found = find_store(
+        text_folder(job), name, key, cache_folder(job), lambda: (*range(0, prompts.rows, job.run.text.part_prompts), prompts.rows)
+    )
+    check_whole(found)
+    return WantedText(**vars(found), authored=authored)
 
 
 def text_folder(job: Job) -> Folder:
     """Where the text stores of a job lie."""
     given = job.run.text.folder
     return Folder.of(given) if given else Folder.of(job.cluster.storage, "text")
-
-
-def _fetched(job: Job) -> Path:
-    """Where parts of stores elsewhere are kept on this machine."""
-    storage = job.cluster.storage
-    return Path("runs" if "://" in storage else storage).absolute() / "text-cache"
 
 
 def _stand_ins(prompts: Prompts, strategy: Strategy, stop: tuple[int, ...]) -> Path:

@@ -54,12 +54,12 @@ class Display:
         self._bar = None
 
     @contextmanager
-    def scoring(self, teacher: str, parts: int, done: int, what: str = "signals") -> Iterator[Callable[[int, float], None]]:
-        """Around the filling of a store; what it yields is told the tokens and the teacher's seconds of every part that is kept."""
-        self.say(f"Asking {teacher!r} for {parts - done} of {parts} parts of its {what} ...")
+    def asking(self, teacher: str, parts: int, done: int, noun: str) -> Iterator[Callable[[int], None]]:
+        """Around the filling of a store with `noun`; what it yields is told the tokens of every part that is kept."""
+        self.say(f"Asking {teacher!r} for {parts - done} of {parts} parts of its {noun} ...")
         began, tokens, kept = time.monotonic(), 0, done
 
-        def tell(more: int, seconds: float) -> None:
+        def tell(more: int) -> None:
             nonlocal tokens, kept
             tokens, kept = tokens + more, kept + 1
             speed = tokens / max(1e-9, time.monotonic() - began)
@@ -74,7 +74,7 @@ class Display:
             yield tell
             return
         with self._progress_bar() as bar:
-            task = bar.add_task("scoring", total=parts, completed=done, numbers="")
+            task = bar.add_task(noun, total=parts, completed=done, numbers="")
             yield tell
 
     def _progress_bar(self) -> Progress:

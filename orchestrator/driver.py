@@ -18,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.capture import capture, captured_text
 from orchestrator.comparison import student_row, teacher_rows
 from orchestrator.config import Job, to_yaml
 from orchestrator.display import Display
 from orchestrator.errors import Interrupted, RunFailed
+from orchestrator.filling import fill
 from orchestrator.fit import Fit, start_fit
 from orchestrator.journal import RunRecord
 from orchestrator.ledger import Ledger
@@ -43,7 +43,7 @@ def drive(plan: Plan, display: Display) -> RunResult:
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
     with ThreadPoolExecutor(1, initializer=_give_way) as pool:
         tracking = pool.submit(_start_tracking, plan, None)
-        _capture(plan, display)
+        _fill_stores(plan, display, tracking)
         tracker, ledger = _train(plan, display, tracking)
         try:
             result = _conclude(plan, ledger, tracker, display)
@@ -83,11 +83,14 @@ def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
     return tracker
 
 
-def _capture(plan: Plan, display: Display) -> None:
+def _fill_stores(plan: Plan, display: Display, tracking: Future[Tracker]) -> None:
     """Fills the stores that the run reads; what fails here leaves the parts that are complete."""
-    for each in plan.captures():
-        captured = capture(each, display)
-        display.say(captured_text(each, captured))
+    try:
+        for each in plan.captures():
+            fill(each, display)
+    except BaseException as error:
+        tracking.result().finish("KILLED" if isinstance(error, Interrupted) else "FAILED")
+        raise
 
 
 def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tracker, Ledger]:

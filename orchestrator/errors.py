@@ -33,6 +33,6 @@ class RunFailed(DistillError):
 
 
 class Interrupted(DistillError):
-    """The run was stopped by a person after writing a checkpoint."""
+    """A person stopped it; a checkpoint, or what was complete of a store, is kept."""
 
     exit_code = 130

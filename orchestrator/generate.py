@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.capture import Captured, capture
 from orchestrator.config import Job, load_job, to_yaml
 from orchestrator.display import Display
-from orchestrator.errors import Refusal
+from orchestrator.errors import Interrupted, Refusal
+from orchestrator.filling import Filled, fill
 from orchestrator.plan import Plan, make_plan
 from orchestrator.plan_text import plan_text
 from orchestrator.result import RECIPE
@@ -87,7 +87,7 @@ def generate(
         texts = _wrote(plan, took, tracker)
         kept = [_keep(plan, wanted, tracker, number, shown) for number, wanted in enumerate(plan.sources.read, start=1)]
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
         raise
     tracker.finish("FINISHED")
     return Generated(tuple(kept), texts, plan.text.selected if plan.text else None)
@@ -124,13 +124,13 @@ def _tracker(plan: Plan) -> Tracker:
     return tracker
 
 
-def _wrote(plan: Plan, took: Mapping[str, Captured], tracker: Tracker) -> tuple[Wrote, ...]:
+def _wrote(plan: Plan, took: Mapping[str, Filled], tracker: Tracker) -> tuple[Wrote, ...]:
     if plan.text is None:
         return ()
     found = []
     for wanted in plan.text.stores:
         root, parts = wanted.files.folder.root, wanted.files.parts
-        now = took.get(root, Captured(0, 0.0, 0.0, 0.0))
+        now = took.get(root, Filled())
         texts = wanted.spec.rows * wanted.authored.write.sampling.samples
         found.append(Wrote(wanted.spec.name, root, texts, sum(p.loss_tokens for p in parts), now.tokens, now.seconds))
     for name, content in plan.text.about().items():
@@ -141,17 +141,17 @@ def _wrote(plan: Plan, took: Mapping[str, Captured], tracker: Tracker) -> tuple[
 def _keep(plan: Plan, wanted: Wanted, tracker: Tracker, number: int, display: Display) -> Kept:
     captures = {c.files.folder: c for c in plan.captures()}
     job = captures.get(wanted.files.folder)
-    captured = capture(job, display) if job else Captured(0, 0.0, 0.0, wanted.files.bytes_per_token)
+    filled = fill(job, display) if job else Filled()
     parts = wanted.files.parts
     kept = Kept(
         teacher=wanted.spec.name,
         folder=wanted.files.folder.root,
         rows=wanted.spec.rows,
         loss_tokens=sum(p.loss_tokens for p in parts),
-        scored_tokens=captured.tokens,
-        seconds=captured.seconds,
-        cost=captured.cost,
-        bytes_per_token=captured.bytes_per_token,
+        scored_tokens=filled.tokens,
+        seconds=filled.seconds,
+        cost=filled.cost,
+        bytes_per_token=wanted.files.bytes_per_token,
     )
     numbers = {name: float(value) for name, value in vars(kept).items() if isinstance(value, int | float)}
     tracker.log([MetricRow(number, 1, {f"{name}/{kept.teacher}": value for name, value in numbers.items()}, time.time())])

@@ -8,19 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster.codecs import codec_for
 from cluster.config import EndpointConfig
 from cluster.offers import Offer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import authored, checkpoint, stores
-from orchestrator.author import Writing
+from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
-from orchestrator.capture import Capture
+from orchestrator.capture import KeepSignals
 from orchestrator.checks import machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
+from orchestrator.filling import Filling
 from orchestrator.memory import (
     Disk,
     Memory,
@@ -116,24 +118,20 @@ class Plan:
         """The run's stream of bundles."""
         return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary)
 
-    def captures(self) -> list[Capture]:
+    def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
-        wanted = [(w, self.endpoints[w.stage.endpoint]) for w in self.sources.captures]
-        shares = {d.role: d.share for d in demands(self.job.cluster, self.endpoints, 0, machine_cpus())}
         codec = self.job.run.signals.codec
-        return [Capture(w.files, w.spec, w.stage, config, codec, self.data.folder, shares) for w, config in wanted]
+        keeps = [KeepSignals(w.stage.signal, codec_for(codec, w.stage.request, w.spec.key.vocabulary)) for w in self.sources.captures]
+        wanted = zip(self.sources.captures, keeps, strict=True)
+        return [Filling.by(self.job, w.files, w.spec, w.stage, keep, self.data.folder) for w, keep in wanted]
 
-    def writings(self) -> list[Writing]:
+    def writings(self) -> list[Filling]:
         """What fills the text stores that the run trains on and that are not there whole."""
         if self.text is None:
             return []
-        found = [(w, self.job.endpoints[w.spec.name]) for w in self.text.missing]
-        return [Writing(w.files, w.spec, w.authored.write, c, self.text.prompts.folder, _alone(self.job, w.spec.name)) for w, c in found]
-
-
-def _alone(job: Job, name: str) -> dict[str, Share]:
-    """Shares of the processes that work while one endpoint is asked before training."""
-    return {d.role: d.share for d in demands(job.cluster, {name: job.endpoints[name]}, 0, machine_cpus())}
+        keeps = [KeepTexts(w.authored.write.sampling.samples, w.spec.key.vocabulary) for w in self.text.missing]
+        wanted = zip(self.text.missing, keeps, strict=True)
+        return [Filling.by(self.job, w.files, w.spec, w.authored.write, keep, self.text.prompts.folder) for w, keep in wanted]
 
 
 def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:

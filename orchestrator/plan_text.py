@@ -16,7 +16,6 @@ from orchestrator.sketch import Network
 from strategies.core import AnyTerm, Progress
 
 if TYPE_CHECKING:
-    from orchestrator.authored import WantedText
     from orchestrator.plan import Plan
     from orchestrator.stores import Wanted
 
@@ -114,16 +113,7 @@ def _teachers(plan: Plan) -> Iterator[str]:
 
 def _stored(wanted: Wanted) -> str:
     """Whose answers are read, and how much of the store is there."""
-    return f"signals of {wanted.spec.name} from {wanted.files.folder.root}, which {_state(wanted)}"
-
-
-def _state(wanted: Wanted | WantedText) -> str:
-    parts = wanted.spec.parts
-    if wanted.state == "finished":
-        return "is there whole: the teacher is not asked"
-    if wanted.state == "partial":
-        return f"has {len(wanted.files.complete_parts())} of {parts} parts: it is finished first"
-    return f"is filled first, in {parts} parts"
+    return f"signals of {wanted.spec.name} from {wanted.files.folder.root}, which {wanted.status}"
 
 
 def _text(plan: Plan) -> Iterator[str]:
@@ -142,7 +132,7 @@ def _text(plan: Plan) -> Iterator[str]:
             f"{wanted.spec.name} writes {sampling.samples} of up to {sampling.max_new_tokens:,} tokens for each, {how}, judge {judge}, "
             f"unfinished ones: {wanted.authored.unfinished}"
         )
-        yield f"text of {wanted.spec.name} from {wanted.files.folder.root}, which {_state(wanted)}"
+        yield f"text of {wanted.spec.name} from {wanted.files.folder.root}, which {wanted.status}"
         yield from [wanted.nearest] if wanted.nearest else []
     if (selected := plan.text.selected) is not None:
         rejected = ", ".join(f"{count:,} {reason}" for reason, count in selected.rejected.items()) or "none"

@@ -15,7 +15,7 @@ from orchestrator.errors import Refusal
 from orchestrator.result import RECIPE, RunResult
 
 if TYPE_CHECKING:
-    from orchestrator.capture import Captured
+    from orchestrator.filling import Filled
     from orchestrator.plan import Plan
 
 
@@ -73,20 +73,19 @@ def _run(job: Job, planned: Callable[[Job], Plan], display: Display) -> RunResul
     return drive(plan, display)
 
 
-def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> tuple[Plan, dict[str, Captured]]:
+def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> tuple[Plan, dict[str, Filled]]:
     """The plan, made anew on the texts of its teachers once they are written, and what writing took by store; what fails here
     leaves the parts that are there."""
     writings = plan.writings()
     if not writings:
         return plan, {}
-    from orchestrator.author import author, authored_text
+    from orchestrator.filling import fill
     from orchestrator.plan import plan_text
 
     display.plan(plan_text(plan))
     took = {}
     for each in writings:
-        took[each.files.folder.root] = written = author(each, display)
-        display.say(authored_text(each, written))
+        took[each.files.folder.root] = fill(each, display)
     named = plan.job.run.model_copy(update={"name": plan.name})
     return planned(plan.job.model_copy(update={"run": named})), took
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,15 +30,30 @@ LIVE = "live"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FoundStore:
     """One store that a run could read: of what, where, and how much of it is there."""
 
-    stage: Score
     files: StoreFiles
     spec: Spec
     state: State
     nearest: str = ""
     """Of a missing one: what the most similar store differs in, in words."""
+
+    @property
+    def status(self) -> str:
+        """How much of it is there, for a person."""
+        if self.state == "finished":
+            return "is there whole: the teacher is not asked"
+        if self.state == "partial":
+            return f"has {len(self.files.complete_parts())} of {self.spec.parts} parts: it is finished first"
+        return f"is filled first, in {self.spec.parts} parts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted(FoundStore):
+    """A store of the answers to a stage."""
+
+    stage: Score
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,7 @@ def sources(
             )
         notes += [f"signals of {name!r} are live: {w.nearest}" for w in wanted if not use and w.nearest]
     for found in read:
-        if found.state == "finished":
-            _check(found.files)
+        check_whole(found)
     return Sources(answering, tuple(captures), tuple(read), digests, tuple(notes))
 
 
@@ -101,18 +115,6 @@ def _use(signals: SignalsConfig, wanted: Sequence[Wanted], before: str | None) -
     if before is not None:
         return before != LIVE
     return all(w.state in signals.uses[signals.mode] for w in wanted)
-
-
-def _check(files: StoreFiles) -> None:
-    try:
-        files.check()
-    except StoreDamaged as error:
-        raise Refusal(
-            f"signal store {files.folder.root}",
-            f"damage ({error})",
-            "every part as it was written",
-            f"distill stores prune {files.folder.root}",
-        ) from error
 
 
 def _wanted(job: Job, strategy: Strategy, people: Cast, data: PreparedData, name: str, config: EndpointConfig) -> list[Wanted]:
@@ -129,18 +131,38 @@ def _is_question(stage: Stage) -> bool:
 
 def _find(job: Job, people: Cast, data: PreparedData, name: str, config: EndpointConfig, stage: Score) -> Wanted:
     key = store_key(job, people, data, name, config, stage)
-    home = stores_folder(job)
+    found = find_store(stores_folder(job), name, key, cache_folder(job), lambda: part_starts(data.folder, job.run.signals.part_tokens))
+    return Wanted(**vars(found), stage=stage)
+
+
+def find_store(home: Folder, name: str, key: StoreKey, cache: Path, starts: Callable[[], tuple[int, ...]]) -> FoundStore:
+    """The store of a key in `home`; one that is not there would have parts that begin at `starts`.
+
+    `Refusal` for one that does not say what it is of.
+    """
     folder = home.child(f"{name}-{key.digest}")
-    files = StoreFiles(folder, cache_folder(job))
+    files = StoreFiles(folder, cache)
     if not folder.exists(SPEC):
-        spec = Spec(key, name, part_starts(data.folder, job.run.signals.part_tokens))
-        return Wanted(stage, files, spec, "missing", nearest_store(home, name, key))
+        return FoundStore(files, Spec(key, name, starts()), "missing", nearest_store(home, name, key))
     try:
-        spec, state = files.spec, "finished" if files.finished else "partial"
+        return FoundStore(files, files.spec, "finished" if files.finished else "partial")
     except StoreDamaged as error:
-        do = f"Remove the folder: distill stores prune {folder.root}"
-        raise Refusal(f"signal store {folder.root}", f"damage ({error})", "a readable store", do) from error
-    return Wanted(stage, files, spec, state)  # type: ignore[arg-type]
+        raise _damaged(files, error) from error
+
+
+def check_whole(store: FoundStore) -> None:
+    """`Refusal` when a part of a finished store is missing or shortened."""
+    try:
+        if store.state == "finished":
+            store.files.check()
+    except StoreDamaged as error:
+        raise _damaged(store.files, error) from error
+
+
+def _damaged(files: StoreFiles, error: StoreDamaged) -> Refusal:
+    root = files.folder.root
+    do = f"distill stores prune {root}; it is then filled again."
+    return Refusal(f"store {root}", f"damage ({error})", "every part as it was written", do)
 
 
 def store_key(job: Job, people: Cast, data: PreparedData, name: str, config: EndpointConfig, stage: Score) -> StoreKey:
@@ -242,7 +264,7 @@ def stores_folder(job: Job) -> Folder:
 def cache_folder(job: Job) -> Path:
     """Where parts of stores elsewhere are kept on this machine."""
     storage = job.cluster.storage
-    return Path("runs" if "://" in storage else storage).absolute() / "signals-cache"
+    return Path("runs" if "://" in storage else storage).absolute() / "stores-cache"
 
 
 def part_starts(folder: str, part_tokens: int) -> tuple[int, ...]:

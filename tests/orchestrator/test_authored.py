@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from cluster.endpoints import make_engine
 from cluster.storage import Folder
 from cluster.stores.files import StoreFiles
 from cluster.stores.texts import read_texts
-from orchestrator.author import Writing, texts_part
 from orchestrator.bundle import from_table
-from orchestrator.capture import read_parts
+from orchestrator.display import Display
 from orchestrator.errors import Refusal
+from orchestrator.filling import Filling, fill, read_parts
 from orchestrator.plan import Plan, plan_text
 from orchestrator.rows import Rows
 from tests.orchestrator.bench import Bench, both, data_of, put
@@ -40,13 +41,13 @@ def asking(bench: Bench) -> Bench:
     return bench
 
 
-def fill(job: Writing, only: int | None = None) -> None:
-    """What `author` does, in this process; only the first parts if `only` says so."""
+def fill_here(job: Filling, only: int | None = None) -> None:
+    """What `fill` does, in this process; only the first parts if `only` says so."""
     engine = make_engine(job.config, job.spec.key.vocabulary, threads=1)
     job.files.begin(job.spec)
     infos = []
-    for table in read_parts(job.prompts, job.spec.starts, range(job.spec.parts if only is None else only)):
-        info, content = texts_part(job.stage(from_table(table), engine), job.stage.sampling.samples, job.spec.key.vocabulary)
+    for table in read_parts(job.rows, job.spec.starts, range(job.spec.parts if only is None else only)):
+        info, content = job.keep(job.stage(from_table(table), engine))
         job.files.keep(info, content)
         infos.append(info)
     if only is None:
@@ -56,7 +57,7 @@ def fill(job: Writing, only: int | None = None) -> None:
 def written(bench: Bench, *overrides: str) -> Plan:
     """The plan once everything is written."""
     for job in bench.plan(*overrides).writings():
-        fill(job)
+        fill_here(job)
     return bench.plan(*overrides)
 
 
@@ -218,7 +219,7 @@ def test_what_texts_depend_on_makes_another_store(asking: Bench, change: str) ->
 @pytest.mark.parametrize("change", ["seed=4", "train.lr=1e-3", "strategy.unfinished=drop", "strategy.judge=exact"])
 def test_what_they_do_not_depend_on_shares_it(asking: Bench, change: str) -> None:
     for job in asking.plan().writings():
-        fill(job)
+        fill_here(job)
     try:
         assert asking.plan(change).writings() == []
     except Refusal as refused:  # nothing that a judge likes is left of random words
@@ -227,7 +228,7 @@ def test_what_they_do_not_depend_on_shares_it(asking: Bench, change: str) -> Non
 
 def test_only_missing_parts_are_written(asking: Bench) -> None:
     (job,) = asking.plan().writings()
-    fill(job, only=2)
+    fill_here(job, only=2)
     (again,) = asking.plan().writings()
     assert [p.number for p in StoreFiles(again.files.folder).complete_parts()] == [0, 1]
     assert "has 2 of 4 parts" in plan_text(asking.plan())
@@ -235,20 +236,17 @@ def test_only_missing_parts_are_written(asking: Bench) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_ray_writes_what_this_process_would_and_only_what_is_missing(asking: Bench, tmp_path: Path) -> None:
-    from orchestrator.author import author
-    from orchestrator.display import Display
-
     asking.cluster["address"] = "auto"
     (job,) = asking.plan("strategy.temperature=1").writings()
-    elsewhere = Writing(**{**vars(job), "files": StoreFiles(Folder(str(tmp_path / "elsewhere")))})
-    fill(elsewhere)
-    fill(job, only=2)
-    took = author(job, Display())
+    elsewhere = replace(job, files=StoreFiles(Folder(str(tmp_path / "elsewhere"))))
+    fill_here(elsewhere)
+    fill_here(job, only=2)
+    took = fill(job, Display())
     files = StoreFiles(job.files.folder)
     files.check()
     assert ids_of(files) == ids_of(elsewhere.files)  # log-probabilities round by the number of threads
     assert took.tokens == sum(p.loss_tokens for p in files.parts[2:])
-    assert author(job, Display()).tokens == 0
+    assert fill(job, Display()).tokens == 0
 
 
 @pytest.mark.usefixtures("ray_session")

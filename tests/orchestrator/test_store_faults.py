@@ -229,5 +229,5 @@ def test_a_store_in_s3_is_filled_resumed_and_read(home: Path, bucket: str) -> No
     said, _ = run.communicate(timeout=300)
     assert run.returncode == 0, said
     assert "is there whole" in " ".join(said.split())
-    cached = list((home / "runs" / "signals-cache").rglob("*.arrow"))
+    cached = list((home / "runs" / "stores-cache").rglob("*.arrow"))
     assert cached and len(cached) <= files.spec.parts

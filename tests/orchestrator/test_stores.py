@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from cluster.engines.store import StoreEngine
 from cluster.storage import Folder
 from cluster.stores.files import MANIFEST, StoreFiles
 from jobs.stores import show_stores
-from orchestrator import stores
 from orchestrator.bundle import from_table
-from orchestrator.capture import Capture, encoded_part, read_parts
 from orchestrator.checks.resumed import SIGNALS
 from orchestrator.config import to_yaml
-from orchestrator.errors import Refusal
+from orchestrator.display import Display
+from orchestrator.errors import Refusal, RunFailed
+from orchestrator.filling import Filling, fill, read_parts
 from orchestrator.plan import FACTS, Plan, make_plan, plan_text
 from orchestrator.reading import read_bundles
 from orchestrator.result import RECIPE
@@ -33,14 +34,13 @@ from tests.tiny import tiny_model
 TOP = ScoreRequest("topk", top_k=8)
 
 
-def fill(job: Capture, only: int | None = None) -> StoreFiles:
-    """What `capture` does, in this process; only the first parts if `only` says so."""
+def fill_here(job: Filling, only: int | None = None) -> StoreFiles:
+    """What `fill` does, in this process; only the first parts if `only` says so."""
     engine = make_engine(job.config, job.spec.key.vocabulary, threads=1)
-    codec = stores.codec_for(job.codec, job.stage.request, job.spec.key.vocabulary)
     job.files.begin(job.spec)
     infos = []
     for table in read_parts(job.rows, job.spec.starts, range(job.spec.parts if only is None else only)):
-        info, content = encoded_part(job.stage(from_table(table), engine), job.stage.signal, codec)
+        info, content = job.keep(job.stage(from_table(table), engine))
         job.files.keep(info, content)
         infos.append(info)
     if only is None:
@@ -50,7 +50,7 @@ def fill(job: Capture, only: int | None = None) -> StoreFiles:
 
 def filled(bench: Bench, *overrides: str, only: int | None = None) -> StoreFiles:
     (job,) = bench.plan("signals=store", *overrides).captures()
-    return fill(job, only)
+    return fill_here(job, only)
 
 
 @pytest.fixture
@@ -271,19 +271,27 @@ def test_stores_are_listed_verified_and_removed(small: Bench, capsys: pytest.Cap
 
 @pytest.mark.usefixtures("ray_session")
 def test_ray_fills_what_this_process_would(small: Bench, tmp_path: Path) -> None:
-    from orchestrator.capture import capture
-    from orchestrator.display import Display
-
     small.cluster["address"] = "auto"
     (job,) = small.plan("signals=store").captures()
-    elsewhere = Capture(**{**vars(job), "files": StoreFiles(Folder(str(tmp_path / "elsewhere")))})
-    by_hand = fill(elsewhere)
-    fill(job, only=2)
-    captured = capture(job, Display())
+    by_hand = fill_here(replace(job, files=StoreFiles(Folder(str(tmp_path / "elsewhere")))))
+    fill_here(job, only=2)
+    filled_now = fill(job, Display())
     files = StoreFiles(job.files.folder)
     files.check()
     assert [p.checksum for p in files.parts] == [p.checksum for p in by_hand.parts]
-    assert captured.tokens == sum(p.tokens for p in files.parts[2:])  # those of an earlier call are not scored again
+    assert filled_now.tokens == sum(p.tokens for p in files.parts[2:])  # those of an earlier call are not scored again
     assert sorted(p.name for p in Path(files.folder.root).iterdir() if "part" not in p.name) == ["manifest.json", "store.json"]
-    again = capture(job, Display())
+    again = fill(job, Display())
     assert again.tokens == 0 and json.loads(files.manifest_text)["written"] <= time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_teacher_that_fails_is_told_in_words_and_its_parts_are_kept(small: Bench) -> None:
+    small.cluster["address"] = "auto"
+    put("endpoints", {"teacher": {"engine": "fake", "vocabulary": 512}})(small)
+    (job,) = small.plan("signals=store").captures()
+    fill_here(job, only=2)
+    too_many = replace(job, config=job.config.model_copy(update={"vocabulary": 3}))
+    with pytest.raises(RunFailed, match=r"asking 'teacher' for its signals failed: .*top_k: got 8.* Complete parts are kept in"):
+        fill(too_many, Display())
+    assert len(job.files.complete_parts()) == 2 and not job.files.finished
