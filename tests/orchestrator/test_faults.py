@@ -86,8 +86,9 @@ def kill_when(home: Path, name: str, step: int, title: str) -> int:
     mine = psutil.Process().children(recursive=True)  # of this session's Ray, not of another on the machine
     victims = [p for p in mine if title in " ".join(p.cmdline())]
     assert victims, f"no process named {title}"
-    victims[0].send_signal(signal.SIGKILL)
-    return victims[0].pid
+    newest = max(victims, key=lambda p: p.create_time())  # those of an earlier run may still be ending
+    newest.send_signal(signal.SIGKILL)
+    return newest.pid
 
 
 @pytest.fixture(scope="module")
