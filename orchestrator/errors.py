@@ -36,3 +36,14 @@ class Interrupted(DistillError):
     """A person stopped it; a checkpoint, or what was complete of a store, is kept."""
 
     exit_code = 130
+
+
+_BECAUSE = "The above exception was the direct cause"
+"""What Python writes between the tracebacks of a chain; Ray brings chains of other processes as text."""
+
+
+def origin(error: BaseException) -> str:
+    """What went wrong first, in a line: of an error that Ray brought, the words of the exception that began it."""
+    chain, cause = str(error), getattr(error, "cause", None) or error
+    text = chain.partition(_BECAUSE)[0] if _BECAUSE in chain else str(cause)
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(cause).__name__)

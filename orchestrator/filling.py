@@ -27,7 +27,7 @@ from cluster.stores.lease import held
 from orchestrator.bundle import from_table, to_table
 from orchestrator.config import Job
 from orchestrator.display import Display
-from orchestrator.errors import Interrupted, RunFailed
+from orchestrator.errors import Interrupted, RunFailed, origin
 from orchestrator.pipeline import add_group
 from orchestrator.reading import prepared_rows
 from strategies.core import Columns, Stage
@@ -139,9 +139,7 @@ def _parts(job: Filling, missing: Sequence[int]) -> Iterator[PartInfo]:
         for answer in _drive.options(num_cpus=0, num_returns="streaming").remote(job, tuple(missing)) if missing else ():
             yield PartInfo(**ray.get(answer))
     except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        words = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
-        raise RunFailed(f"asking {job.spec.name!r} for its {job.keep.noun} failed: {words[0]} {kept}") from error
+        raise RunFailed(f"asking {job.spec.name!r} for its {job.keep.noun} failed: {origin(error)}. {kept}") from error
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped while {job.spec.name!r} was asked for its {job.keep.noun}. {kept}") from error
 

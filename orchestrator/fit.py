@@ -17,6 +17,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cluster import session
 from orchestrator.attempt import StreamFactory
 from orchestrator.board import Entry, open_board
+from orchestrator.errors import origin
 from orchestrator.plan import Plan
 from orchestrator.worker import WorkerJob, run_worker
 
@@ -47,9 +48,8 @@ class Fit:
         """Why the run failed, in the words of the first worker that did."""
         failures = getattr(self.error, "worker_failures", None) or {}
         rank, first = next(iter(sorted(failures.items())), (None, self.error))
-        cause = getattr(first, "cause", None) or first
-        words = str(cause).strip().splitlines()[-1:] or [type(cause).__name__]
-        return f"{'the run' if rank is None else f'training worker {rank}'} failed: {words[0]}."
+        words = "without a word" if first is None else origin(first)
+        return f"{'the run' if rank is None else f'training worker {rank}'} failed: {words}."
 
     def ask_to_stop(self) -> None:
         """All ranks write a checkpoint at the same next step, and end."""
