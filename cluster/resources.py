@@ -37,11 +37,12 @@ def machine_cpus() -> int:
 
 
 def demands(config: ClusterConfig, endpoints: Mapping[str, EndpointConfig], workers: int, cpus: float) -> list[Demand]:
-    """Every long-lived process of a run on a machine or cluster of `cpus` logical CPUs."""
-    busy = max(1, workers + sum(e.actors for e in endpoints.values()))
+    """Every long-lived process of a run on a machine or cluster of `cpus` logical CPUs. Compute threads are shared out among those
+    that hold a network; an endpoint that only reads or waits leaves its share to them."""
+    busy = max(1, workers + sum(e.actors for e in endpoints.values() if e.saved_model))
     threads = max(1, int(cpus) // busy)
     wanted = [Demand("worker", workers, _share(config.resources.worker, cpus, threads))]
-    wanted += [Demand(name, e.actors, _share(e.resources, cpus, threads)) for name, e in endpoints.items()]
+    wanted += [Demand(name, e.actors, _share(e.resources, cpus, threads if e.saved_model else 1)) for name, e in endpoints.items()]
     reader = config.resources.reader
     cpus_of_reader = READER_CPUS if reader.cpus is None else reader.cpus
     return [*wanted, Demand("reader", 1, Share(cpus_of_reader, reader.gpus, reader.threads or 1))]

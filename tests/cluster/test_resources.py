@@ -1,0 +1,26 @@
+"""Who gets how many compute threads."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import ClusterConfig, EndpointConfig, FakeEndpoint, StoreEndpoint, TransformersEndpoint
+from cluster.resources import demands
+
+TEACHER = TransformersEndpoint(model="owner/teacher")
+STORE = StoreEndpoint(engine="store", folders=("a",))
+FAKE = FakeEndpoint(engine="fake", vocabulary=9)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "threads"),
+    [(TEACHER, {"worker": 2, "teacher": 2}), (STORE, {"worker": 4, "teacher": 1}), (FAKE, {"worker": 4, "teacher": 1})],
+)
+def test_threads_go_to_those_that_hold_a_network(endpoint: EndpointConfig, threads: dict[str, int]) -> None:
+    found = {d.role: d.share.threads for d in demands(ClusterConfig(), {"teacher": endpoint}, 1, 4)}
+    assert found == threads | {"reader": 1}
+
+
+def test_a_teacher_that_works_alone_has_them_all() -> None:
+    found = {d.role: d.share.threads for d in demands(ClusterConfig(), {"teacher": TEACHER}, 0, 4)}
+    assert found["teacher"] == 4
