@@ -1,7 +1,8 @@
 """How much of a bare batched forward's speed is left when a teacher's signals are captured: tokens/s over tokens/s.
 
 The teacher is 1,024 wide. The bare side runs the model on the same rows of the same parts, batched by length with the same
-padded tokens per forward, and throws its logits away; the product's side is `distill generate` with the packed codec and top 64.
+padded tokens per forward, and throws its logits away; the product's side is `distill generate` with the packed codec and top 64,
+by as many actors of one thread as the bare side has threads: they do not wait for one another where Ray's processes take a core.
 Both are timed from the end of their third part to the end of their last, so that starting up is on neither side.
 """
 
@@ -37,7 +38,7 @@ def measure(settings: Settings) -> Figure:
     """Ratio of medians over the rounds; sides take turns."""
     texts = material.standard_library(settings.folder / "material", settings.smoke)
     teacher = texts.teacher if settings.smoke else wide_teacher(texts, settings.folder / "teacher")
-    setup = Setup("1 scorer", scorer_threads=THREADS)
+    setup = Setup(f"{THREADS} scorers", scorers=THREADS, scorer_threads=1)
     content = recipe(replace(texts, teacher=teacher), setup, {"steps": 1}, _data(settings.smoke), {"top_k": 64})
     content["endpoints"]["teacher"]["forward_tokens"] = FORWARD_TOKENS
     content["signals"] = {"part_tokens": PART_TOKENS}
@@ -74,7 +75,7 @@ def wide_teacher(texts: material.Material, folder: Path) -> Path:
 
 def _data(smoke: bool) -> dict[str, Any]:
     """A few modules of the standard library."""
-    return {"held_out_rows": 16, "max_length_tokens": ROW_TOKENS, "max_rows": 4 if smoke else 30}
+    return {"held_out_rows": 16, "max_length_tokens": ROW_TOKENS, "max_rows": 4 if smoke else 12}
 
 
 def _capture(folder: Path, content: dict[str, Any]) -> float:

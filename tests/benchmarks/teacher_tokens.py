@@ -31,7 +31,7 @@ def measure(settings: Settings) -> Figure:
     students = 1 if settings.smoke else STUDENTS
     with FakeServer(FakeEngine(material.quickstart.VOCABULARY)) as server:
         content = _recipe(texts, server.url, max_rows=1)
-        (kept,) = generate(content, cluster=cluster, display=Display())
+        (kept,) = generate(content, cluster=cluster, display=Display()).signals
         for seed in range(students):
             changes = [f"seed={seed}", f"name=student{seed}", f"train.lr={10.0 ** -(2 + seed % 2)}", f"strategy.temperature={1 + seed}"]
             distill(content, changes, cluster)
