@@ -72,6 +72,8 @@ class TransformersEndpoint(ClusterModel):
     model: ModelName
     """Folder of a saved model, or a hub name."""
     revision: str | None = None
+    follows_student: bool = False
+    """Takes the weights that training publishes instead of the saved ones, as the endpoint `student` does."""
     dtype: Dtype = "auto"
     """Dtype of the weights; `auto` is the one they were saved in. Independent of the student's."""
     quantization: Literal["none", "int8", "int4"] = "none"

@@ -1,11 +1,12 @@
 """The board: one named actor per run, the only state shared between its processes.
 
 It holds nothing that rank 0 cannot push again from a checkpoint: the journal of metrics since the last drain, the
-attempt in charge, and a person's wish to stop.
+attempt in charge, a person's wish to stop, and where the newest versions of the student lie.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -31,17 +32,20 @@ class Entry:
 
 
 class Board:
-    """Methods of the named actor `<run>/board`."""
+    """Methods of the named actor `<run>/board`. Only waiting for a version takes time, and others are served meanwhile."""
 
     def __init__(self) -> None:
         self._attempt = 0
         self._entries: list[Entry] = []
         self._first = 0
         self._stop = False
+        self._versions: dict[int, Any] = {}
+        self._published = asyncio.Condition()
 
     def begin(self, attempt: int, step: int, time: float) -> None:
-        """A worker group starts after `step`; entries of older attempts are refused from now on."""
+        """A worker group starts after `step`; entries and versions of older attempts are refused from now on."""
         self._attempt = attempt
+        self._versions = {}
         self._entries.append(Entry("attempt", attempt, step, time=time))
 
     def post(self, attempt: int, entries: list[Entry]) -> bool:
@@ -59,10 +63,43 @@ class Board:
     def ask_to_stop(self) -> None:
         self._stop = True
 
+    def attempt(self) -> int:
+        """The attempt in charge."""
+        return self._attempt
+
+    async def publish(self, attempt: int, versions: dict[int, list[Any]]) -> None:
+        """All versions of the student that may be asked for, by finished steps: each a list of the reference to its weights."""
+        if attempt < self._attempt:
+            return
+        async with self._published:
+            self._attempt, self._versions = attempt, {step: reference for step, (reference,) in versions.items()}
+            self._published.notify_all()
+
+    async def wait_for_version(self, attempt: int, step: int) -> None:
+        """Returns once the student after `step` steps is there; `RuntimeError` for an attempt that is not in charge any more."""
+        async with self._published:
+            await self._published.wait_for(lambda: attempt < self._attempt or any(v >= step for v in self._versions))
+        self._check(attempt)
+
+    async def version(self, attempt: int, step: int | None) -> tuple[int, list[Any]]:
+        """The student after `step` finished steps, the newest without one; waits for it after a restart of this actor."""
+        async with self._published:
+            await self._published.wait_for(lambda: attempt < self._attempt or self._has(step))
+        self._check(attempt)
+        number = max(self._versions) if step is None else step
+        return number, [self._versions[number]]
+
+    def _has(self, step: int | None) -> bool:
+        return bool(self._versions) if step is None else step in self._versions
+
+    def _check(self, attempt: int) -> None:
+        if attempt < self._attempt:
+            raise RuntimeError(f"got a question of attempt {attempt}; expected {self._attempt}, which is in charge")
+
 
 def open_board(run: str) -> Any:
     """Handle of the run's board, started with this driver and restarted for ever."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Board)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3, max_concurrency=1000)(Board)
     return actor.options(name=f"{run}/board").remote()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,8 @@ class Position:
     """The latest journal entries, so that none is lost with a driver."""
 
 
-def save(players: Mapping[str, Layout], position: Position, rank: int) -> Checkpoint:
-    """This rank's part of a checkpoint in a temporary folder. Collective: every rank calls it."""
+def save(players: Mapping[str, Layout], position: Position, rank: int, more: Callable[[Path], None] | None = None) -> Checkpoint:
+    """This rank's part of a checkpoint in a temporary folder, into which rank 0 also writes `more`. Collective: every rank calls it."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp  # takes a second, and the first step must not wait for it
     from ray.train import Checkpoint
@@ -47,6 +47,8 @@ def save(players: Mapping[str, Layout], position: Position, rank: int) -> Checkp
     dcp.save(_states(players), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=not dist.is_initialized())
     if rank == 0:
         Path(folder, PROGRESS).write_text(json.dumps(asdict(position)), encoding="utf-8")
+        if more is not None:
+            more(Path(folder))
     return Checkpoint.from_directory(folder)
 
 

@@ -34,7 +34,7 @@ from strategies.core import Columns, Stage
 
 WRITERS = 2
 """Parts that are encoded and written at once, beside the teacher."""
-UNTRAINED = {"step": 0, "attempt": 0, "rows_total": 0}
+UNTRAINED = {"step": 0, "attempt": 0, "rows_total": 0, "steps": 0}
 """Control columns of rows that belong to no step."""
 
 

@@ -60,14 +60,24 @@ def start_fit(plan: Plan) -> Fit:
     """Starts training; returns at once."""
     board = open_board(plan.name)
     workers = plan.shares["worker"]
+    freshness = plan.freshness(board)
     job = WorkerJob(
-        plan.job.run, plan.steps, plan.folder, plan.held_out, board, workers.threads, plan.vocabulary, plan.loaded, plan.measured
+        run=plan.job.run,
+        steps=plan.steps,
+        folder=plan.folder,
+        held_out=plan.held_out,
+        board=board,
+        threads=workers.threads,
+        vocabulary=plan.vocabulary,
+        loaded=plan.loaded,
+        freshness=freshness,
+        measured=plan.measured,
     )
     fit = Fit(threading.Thread(target=lambda: None), board)
 
     def run() -> None:
         try:
-            _trainer(plan, job, StreamFactory(plan.stream(), plan.folder, plan.held_out, board)).fit()
+            _trainer(plan, job, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
         except TrainingFailedError as error:
             fit.error = error
 

@@ -5,7 +5,7 @@ Sizes are bytes. Constants of a process without a network were measured with the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -86,11 +86,18 @@ class Work:
     steps: int
 
 
-def largest_work(run: RunConfig, order: Order, endpoints: Mapping[str, EndpointConfig], signal_bytes: int) -> Work:
-    """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token."""
+def largest_work(
+    run: RunConfig,
+    order: Order,
+    endpoints: Mapping[str, EndpointConfig],
+    signal_bytes: int,
+    become: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda lengths: lengths,
+) -> Work:
+    """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token, and `become`
+    says how long the rows are that may become of rows of the data."""
     rows = Rows(order.folder, "train")
     steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
-    bundles = [np.asarray(rows.lengths[b], dtype=np.int64) for s in steps.tolist() for b in order.bundles(s) if len(b)]
+    bundles = [become(np.asarray(rows.lengths[b], dtype=np.int64)) for s in steps.tolist() for b in order.bundles(s) if len(b)]
     limit = run.train.micro_batch_tokens
     micros = [_groups(b, limit) for b in bundles]
     largest = max((g for groups in micros for g in groups), key=lambda g: g[0] * g[1])

@@ -18,8 +18,10 @@ from cluster.endpoints import make_engine
 from cluster.resources import Share
 from orchestrator.bundle import from_table, to_table
 from orchestrator.order import Order
-from orchestrator.reading import OrderSource
+from orchestrator.reading import OPEN, OrderSource
+from orchestrator.versions import FollowingEngine, Freshness
 from strategies.core import Stage
+from strategies.stages.rollout import STUDENT
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class StreamSpec:
     """Resources by role: `reader` and every endpoint's name."""
     vocabulary: int
     """Token ids the student can be asked about; teachers drop the rest."""
+    freshness: Freshness | None = None
+    """How old the student may be that writes; None where it does not write."""
+
+    def followers(self, name: str | None) -> Freshness | None:
+        """How an endpoint's engine follows the student; None for one that stays as it is."""
+        return self.freshness if name == STUDENT else None
 
 
 def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: bool) -> ray.data.Dataset:
@@ -41,11 +49,13 @@ def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: 
     context.target_max_block_size = 1  # else map_batches merges bundles into one block
     context.enable_progress_bars = False
     reader = spec.shares["reader"]
-    source = OrderSource(spec.order, start_step, attempt, with_held_out)
+    gate = spec.freshness.gate if spec.freshness else OPEN
+    source = OrderSource(spec.order, start_step, attempt, with_held_out, gate)
     stream = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=reader.cpus)
     for group in stage_groups(spec.stages):
         name = next((s.endpoint for s in group if s.endpoint), None)
-        stream = add_group(stream, group, spec.endpoints[name] if name else None, spec.shares[name or "reader"], spec.vocabulary)
+        config = spec.endpoints[name] if name else None
+        stream = add_group(stream, group, config, spec.shares[name or "reader"], spec.vocabulary, spec.followers(name))
     return stream
 
 
@@ -61,12 +71,17 @@ def stage_groups(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
 
 
 def add_group(
-    stream: ray.data.Dataset, group: tuple[Stage, ...], config: EndpointConfig | None, share: Share, vocabulary: int
+    stream: ray.data.Dataset,
+    group: tuple[Stage, ...],
+    config: EndpointConfig | None,
+    share: Share,
+    vocabulary: int,
+    freshness: Freshness | None = None,
 ) -> ray.data.Dataset:
     """The stream through stages of one endpoint, whose engine lives in an actor pool of its own."""
     return stream.map_batches(
         StageGroup,
-        fn_constructor_args=(group, config, share.threads, vocabulary),
+        fn_constructor_args=(group, config, share.threads, vocabulary, freshness),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.actors if config else 1, max_tasks_in_flight_per_actor=2),
@@ -78,12 +93,17 @@ def add_group(
 class StageGroup:
     """Consecutive stages inside one actor, with the engine of their endpoint loaded once."""
 
-    def __init__(self, stages: tuple[Stage, ...], config: EndpointConfig | None, threads: int, vocabulary: int):
+    def __init__(
+        self, stages: tuple[Stage, ...], config: EndpointConfig | None, threads: int, vocabulary: int, freshness: Freshness | None = None
+    ):
         self._stages = stages
         self._engine = make_engine(config, vocabulary=vocabulary, threads=threads) if config else None
+        self._following = FollowingEngine(self._engine, freshness) if self._engine and freshness else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         columns = from_table(table)
+        if self._following:
+            columns = self._following.follow(columns)
         for stage in self._stages:
             columns = stage(columns, self._engine if stage.endpoint else None)
         return to_table(columns)

@@ -6,7 +6,9 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.codecs import codec_for
 from cluster.config import EndpointConfig
@@ -42,10 +44,13 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
 from orchestrator.result import RECIPE, RESULT
+from orchestrator.rollouts import equipped, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
+from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
+from strategies.stages.rollout import rollouts
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -114,9 +119,13 @@ class Plan:
         """What a resumed run must find again; the driver keeps it as `FACTS`."""
         return Facts(self.fingerprints, self.steps, self.vocabulary, self.job.run.train.workers)
 
-    def stream(self) -> StreamSpec:
+    def stream(self, freshness: Freshness | None) -> StreamSpec:
         """The run's stream of bundles."""
-        return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary)
+        return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary, freshness)
+
+    def freshness(self, board: Any) -> Freshness | None:
+        """How old the student may be that writes, by the versions that `board` knows; None where it does not write."""
+        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages)), None)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -148,6 +157,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen = states.frozen_endpoints(job, strategy)
     people, found = networks.cast(job, {**frozen, **authored.writers(job, strategy), **endpoints})
+    strategy = equipped(job, strategy, people.tokenizer)
     inner = states.check_states(job, strategy, people, frozen)
     added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     text, data = _rows(job, strategy, people)
@@ -157,7 +167,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    memory, heavy = _fits(job, people, order, found_sources, wanted, inner, added)
+    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
+    memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     written = _disk(job, people, data, order, added)
     plan = Plan(
         job=job,
@@ -255,12 +266,11 @@ def make_order(job: Job, data: PreparedData) -> Order:
 
 
 def _fits(
-    job: Job, people: Cast, order: Order, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
+    job: Job, people: Cast, work: Work, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
 ) -> tuple[tuple[Memory, ...], list[str]]:
     """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
     run = job.run
     machine.check_processors(job, wanted)
-    work = largest_work(run, order, found.answering, added)
     memory = (
         with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work),
         *_scorers(people, found.answering, work, wanted[1:]),

@@ -5,7 +5,8 @@ Imports neither torch nor a strategy, because the process that reads starts with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,22 @@ if TYPE_CHECKING:
     from strategies.core import Columns
 
 
+Gate = Callable[[int, int], None]
+"""Given an attempt and a step, returns when the step's rows may be read."""
+
+
+def _open_gate(attempt: int, step: int) -> None:
+    """Nothing to wait for."""
+
+
+OPEN: Gate = _open_gate
+
+
 class OrderSource(Datasource):
     """One read task that walks the order; thousands of tasks would take Ray Data minutes to plan."""
 
-    def __init__(self, order: Order, start_step: int, attempt: int, with_held_out: bool):
-        self._walk = (order, start_step, attempt, with_held_out)
+    def __init__(self, order: Order, start_step: int, attempt: int, with_held_out: bool, gate: Gate = OPEN):
+        self._walk = (order, start_step, attempt, with_held_out, gate)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -41,22 +53,23 @@ class OrderSource(Datasource):
         return [ReadTask(lambda: read_bundles(*walk), metadata)]
 
 
-def read_bundles(order: Order, start_step: int, attempt: int, with_held_out: bool) -> Iterator[pa.Table]:
+def read_bundles(order: Order, start_step: int, attempt: int, with_held_out: bool, gate: Gate = OPEN) -> Iterator[pa.Table]:
     """One-row tables of the stream, in order, numbered from 0 within the attempt.
 
-    Held-out rows follow the first step, so that it does not wait for them.
+    Held-out rows follow the first step, so that it does not wait for them. A step's rows are read once `gate(attempt, step)` returns.
     """
-    bundles = _train_bundles(order, start_step)
+    bundles = _train_bundles(order, start_step, partial(gate, attempt))
     first = list(islice(bundles, order.bundles_per_step))
     held_out = _held_out_bundles(order) if with_held_out else iter(())
     for number, (step, rows, total) in enumerate(chain(first, held_out, bundles)):
-        yield to_table(_stamped(rows, step, number, attempt, total))
+        yield to_table(_stamped(rows, step, number, attempt, total, order.steps))
 
 
-def _train_bundles(order: Order, start_step: int) -> Iterator[tuple[int, Columns, int]]:
+def _train_bundles(order: Order, start_step: int, gate: Callable[[int], None]) -> Iterator[tuple[int, Columns, int]]:
     """Step, rows, and rows of the whole step, for every bundle after `start_step`."""
     train = Rows(order.folder, "train")
     for step, parts in steps_from(order, start_step):
+        gate(step)
         total = sum(len(p) for p in parts)
         yield from ((step, train.read(part), total) for part in parts)
 
@@ -83,6 +96,6 @@ def held_out_parts(held_out: Rows, order: Order) -> list[NDArray[np.int64]]:
     return deal(np.arange(len(held_out)), held_out.lengths, rounds * per_step)
 
 
-def _stamped(rows: Columns, step: int, number: int, attempt: int, total: int) -> Columns:
-    control = {"step": step, "bundle": number, "attempt": attempt, "rows_total": total}
+def _stamped(rows: Columns, step: int, number: int, attempt: int, total: int, steps: int) -> Columns:
+    control = {"step": step, "bundle": number, "attempt": attempt, "rows_total": total, "steps": steps}
     return {**rows, **{name: np.asarray([value], dtype=np.int64) for name, value in control.items()}}

@@ -23,6 +23,7 @@ from orchestrator.errors import Refusal
 from orchestrator.rows import Rows
 from orchestrator.settings import SignalsConfig
 from strategies.core import Stage, Strategy
+from strategies.stages.rollout import rollouts
 from strategies.stages.score import Score
 
 State = Literal["finished", "partial", "missing"]
@@ -120,7 +121,7 @@ def _use(signals: SignalsConfig, wanted: Sequence[Wanted], before: str | None) -
 def _wanted(job: Job, strategy: Strategy, people: Cast, data: PreparedData, name: str, config: EndpointConfig) -> list[Wanted]:
     """The stores that would answer an endpoint's stages; none when a stage is not a question about the prepared rows alone."""
     stages = [s for s in strategy.stages if s.endpoint == name]
-    if isinstance(config, StoreEndpoint) or not all(_is_question(s) for s in stages):
+    if isinstance(config, StoreEndpoint) or not all(_is_question(s) for s in stages) or rollouts(strategy.stages):
         return []
     return [_find(job, people, data, name, config, s) for s in stages if isinstance(s, Score)]
 

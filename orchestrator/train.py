@@ -10,12 +10,14 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.causal_lm import bound_kernel_cache
 from orchestrator import checkpoint, evaluate, held_out_store
@@ -29,6 +31,7 @@ from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers
+from orchestrator.versions import VERSION, Publisher, kept_versions
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
 from strategies.sources import Source, Taught, scored_columns
@@ -53,15 +56,20 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     resumed = ray.train.get_checkpoint()
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
-    journal.begin(stream.attempt)
-    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal)
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
+    publisher = _publisher(job, next(iter(players.values())), rank)
+    if publisher:
+        publisher.begin(ray.get(job.board.attempt.remote()), step, _older_versions(resumed))
+    journal.begin(stream.attempt)
+    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, publisher)
     first = step + 1
     for bundle in stream.after(step):
         step = scalar(bundle, "step")
         stop = trainer.step(step, bundle, stream.waited_seconds)
+        if publisher and step < job.steps:
+            publisher.publish(step)
         if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(next(iter(players.values())).held_bytes())
             trainer.held_out = _held_out(job, stream, rank)
@@ -71,6 +79,21 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
             return
     if step != job.steps:
         raise RunFailed(f"the stream ended after step {step} of {job.steps}")
+
+
+def _publisher(job: WorkerJob, student: Layout, rank: int) -> Publisher | None:
+    """Who sends the student's versions out; None where nobody writes with them."""
+    if job.freshness is None:
+        return None
+    lora = job.run.student.lora
+    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, lora.alpha / lora.r if lora else None)
+
+
+def _older_versions(checkpoint: Checkpoint | None) -> dict[int, dict[str, torch.Tensor]]:
+    if checkpoint is None:
+        return {}
+    with checkpoint.as_directory() as folder:
+        return kept_versions(Path(folder))
 
 
 @dataclass(frozen=True)
@@ -119,9 +142,10 @@ class Trainer:
         strategy: Strategy,
         networks: Networks,
         journal: RankJournal,
+        publisher: Publisher | None = None,
     ):
         self._job, self._strategy, self._networks = job, strategy, networks
-        self._journal = journal
+        self._journal, self._publisher = journal, publisher
         self.held_out = HeldOut([], [], 0)
         """Nothing until the first step is over."""
         self._terms = evaluate.evaluation_terms(job.measured)
@@ -151,6 +175,7 @@ class Trainer:
         tokens, row_ids, waited, *summed = ranks.sum(0).tolist()
         dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
         seconds = time.perf_counter() - began + waited_seconds
+        age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
         timing = {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
@@ -158,7 +183,7 @@ class Trainer:
             "row_id_sum": row_ids,
             "stream_wait_seconds": waited / world_size(),
             "step_seconds": seconds,
-            "age_steps": 0.0,
+            "age_steps": age,
         }
         timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
         timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
@@ -185,10 +210,13 @@ class Trainer:
             self._journal.evaluated(attempt, step, metrics)
         if not (stop or step == self._job.steps or self._checkpoint_due(step)):
             return
+        more = self._publisher.keep if self._publisher else None
         position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
         ray.train.report(
             metrics,
-            checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank),
+            checkpoint=checkpoint.save(
+                self._networks.players, position, self._journal.rank, self._publisher.keep if self._publisher else None
+            ),
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )

@@ -12,6 +12,7 @@ from cluster.config import EndpointConfig
 from cluster.storage import Folder
 from orchestrator.config import RunConfig
 from orchestrator.stream import Stream
+from orchestrator.versions import Freshness
 
 if TYPE_CHECKING:
     from strategies.sources import Taught
@@ -33,8 +34,16 @@ class WorkerJob:
     """Token ids, from 0, that student and teachers share."""
     loaded: Mapping[str, EndpointConfig] = field(default_factory=dict)
     """Endpoints whose models workers load, as frozen players or for their output heads."""
+    freshness: Freshness | None = None
+    """How old the student may be that writes rows; None where it writes none."""
     measured: Mapping[str, Taught] = field(default_factory=dict)
     """Signals that held-out rows carry, a control's too."""
+
+    @property
+    def read_ahead_bundles(self) -> int:
+        """An iterator that wants a later bundle before it gives this one must not want one that waits for this one's step."""
+        ahead = self.run.train.read_ahead_bundles
+        return ahead if self.freshness is None else min(ahead, self.freshness.staleness)
 
 
 def run_worker(config: dict[str, WorkerJob]) -> None:
@@ -42,7 +51,7 @@ def run_worker(config: dict[str, WorkerJob]) -> None:
     job = config["job"]
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
-    stream = Stream(shard, context.get_world_rank(), context.get_world_size(), job.run.train.read_ahead_bundles)
+    stream = Stream(shard, context.get_world_rank(), context.get_world_size(), job.read_ahead_bundles)
     from orchestrator.train import train_worker
 
     train_worker(job, stream)

@@ -12,12 +12,14 @@ from strategies.core import StrategyConfig
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
+from strategies.on_policy import GKD
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
     "filtered-layers": Ted,
+    "gkd": GKD,
     "inner-states": InnerStates,
     "logits": Logits,
     "seq-kd": SeqKD,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cluster.answers import draw, token_keys
 from cluster.engines import Columns, Request, Sampling
@@ -61,6 +63,9 @@ class FakeEngine:
             "finished": np.asarray([t[-1] in sampling.stop for t in texts], dtype=np.uint8),
             "logprobs": np.full(len(tokens), -np.log(self.vocabulary), dtype=np.float32),
         }
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """See `cluster.engines.Follower.publish`: there is nothing that could move."""
 
     def _text(self, seed: bytes, sampling: Sampling) -> NDArray[np.int32]:
         """Ids that are no `stop`, then one of those unless the text is as long as it may be."""

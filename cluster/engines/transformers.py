@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from cluster.answers import answer, refuse_dropped, token_keys
 from cluster.causal_lm import (
@@ -119,6 +119,8 @@ def load_frozen(config: TransformersEndpoint, device: torch.device) -> PreTraine
             f"endpoint quantization: got {config.quantization!r} in a process without a GPU; expected 'none' there. "
             "Give the endpoint resources.gpus, or drop its quantization."
         )
+    if config.follows_student:
+        return _unfilled(config, device)
     model: Any = AutoModelForCausalLM.from_pretrained(
         config.model,
         revision=config.revision or "main",
@@ -133,6 +135,18 @@ def load_frozen(config: TransformersEndpoint, device: torch.device) -> PreTraine
     loaded.requires_grad_(False)
     loaded.eval()
     return loaded
+
+
+def _unfilled(config: TransformersEndpoint, device: torch.device) -> PreTrainedModel:
+    """The model of a configuration, whose weights are published later."""
+    shape = AutoConfig.from_pretrained(config.model, revision=config.revision or "main", trust_remote_code=config.trust_remote_code)
+    dtype = (shape.dtype or torch.float32) if config.dtype == "auto" else getattr(torch, config.dtype)
+    made: Any = AutoModelForCausalLM.from_config(
+        shape, dtype=dtype, attn_implementation=attention_argument(config.attention), trust_remote_code=config.trust_remote_code
+    )
+    made.to(device).requires_grad_(False)
+    model: PreTrainedModel = made.eval()
+    return model
 
 
 def _quantization(config: TransformersEndpoint) -> BitsAndBytesConfig | None:

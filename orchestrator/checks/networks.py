@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cluster.config import EndpointConfig, SavedModel
+from cluster.config import EndpointConfig, SavedModel, TransformersEndpoint
 from orchestrator.checks.recipe import check_attention
 from orchestrator.config import DataConfig, Job, RunConfig, StudentConfig
 from orchestrator.data import PreparedData, template_digest
@@ -38,7 +38,8 @@ class Cast:
 def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[str]]:
     """Opens every network and tokenizer of a run and compares them; also returns warnings."""
     run = job.run
-    saved = {name: model for name, config in endpoints.items() if (model := config.saved_model)}
+    following = {n for n, c in endpoints.items() if isinstance(c, TransformersEndpoint) and c.follows_student}
+    saved = {name: model for name, config in endpoints.items() if name not in following and (model := config.saved_model)}
     for name, model in saved.items():
         _check_endpoint(name, model, endpoints[name].resources.gpus)
     tokenizer = load_tokenizer(run.student)
@@ -52,6 +53,7 @@ def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[
     for name, theirs in own.items():
         warnings += _compare_tokenizers(name, tokenizer, theirs)
     warnings += _about_weights(run, student, teachers)
+    teachers |= dict.fromkeys(following, student)
     return Cast(student, tokenizer, teachers, own, _shared_vocabulary(student, tokenizer, teachers, endpoints)), warnings
 
 

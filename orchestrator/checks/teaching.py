@@ -18,11 +18,11 @@ from orchestrator.bundle import HELD_OUT_STEP
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
-from strategies.core import AnyTerm, Columns, Progress, ScoreRequest, Stage, StatesTerm, Strategy, Term
+from strategies.core import AnyTerm, Columns, Progress, Sampling, ScoreRequest, Stage, StatesTerm, Strategy, Term
 from strategies.sources import Taught, scored_columns
 
 ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
-CONTROL_COLUMNS = frozenset({"step", "bundle", "attempt", "rows_total"})
+CONTROL_COLUMNS = frozenset({"step", "bundle", "attempt", "rows_total", "steps"})
 SAMPLED_STEPS = 257
 READS = {
     "expectation": "averages under the teacher",
@@ -162,6 +162,10 @@ class _Rehearsal:
     asked: list[ScoreRequest]
     """Everything that it was asked."""
 
+    def write(self, columns: Columns, sampling: Sampling) -> Columns:
+        """See `cluster.engines.Writer.write`."""
+        return FakeEngine(self.vocabulary).write(columns, sampling)
+
     def score(self, columns: Columns, request: ScoreRequest) -> Columns:
         """See `cluster.engines.Engine.score`."""
         self.asked.append(request)
@@ -204,7 +208,7 @@ def _play(where: str, stage: Stage, columns: Columns, endpoint: _Rehearsal) -> C
 
 
 def _smallest_bundle() -> Columns:
-    control: Mapping[str, int] = {"step": HELD_OUT_STEP, "bundle": 0, "attempt": 1, "rows_total": 1}
+    control: Mapping[str, int] = {"step": HELD_OUT_STEP, "bundle": 0, "attempt": 1, "rows_total": 1, "steps": 1}
     return {
         "tokens": np.asarray([0, 0], dtype=np.int32),
         "lengths": np.asarray([2], dtype=np.int32),

@@ -115,6 +115,19 @@ class DeepSpeed:
         everything = self._engine.module.state_dict(keep_vars=True)
         return {name: value for name, value in everything.items() if not isinstance(value, nn.Parameter)}
 
+    def gathered(self) -> dict[str, Tensor]:
+        rank = torch.distributed.get_rank()
+        if self._stage < 3:
+            return {} if rank else {name: value.detach().cpu() for name, value in self._engine.module.state_dict().items()}
+        from deepspeed.zero import GatheredParameters
+
+        found: dict[str, Tensor] = {} if rank else dict(self._buffers())
+        for name, parameter in self._engine.module.named_parameters():
+            with GatheredParameters([parameter]):
+                if not rank:
+                    found[name] = parameter.detach().cpu().clone()
+        return found
+
     def held_bytes(self) -> dict[str, int]:
         """`optimizer` counts the flat float32 weights too, which ZeRO keeps beside those that the forward reads."""
         parameters = [t for p in self._engine.module.parameters() for t in (p.data, getattr(p, "ds_tensor", None)) if t is not None]

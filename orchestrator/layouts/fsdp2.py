@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,6 +33,11 @@ class Fsdp2(Single):
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.module, options=options)
+        return weights
 
     def _grad_norm(self) -> torch.Tensor:
         norm = super()._grad_norm()

@@ -67,6 +67,12 @@ class Single:
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
 
+    def gathered(self) -> dict[str, torch.Tensor]:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return {}
+        whole = self.module.module if isinstance(self.module, DistributedDataParallel) else self.module
+        return {name: value.detach().cpu() for name, value in whole.state_dict().items()}
+
     def held_bytes(self) -> dict[str, int]:
         states = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         return {"parameters": _local_bytes(list(self.module.parameters())), "optimizer": _local_bytes(states)}

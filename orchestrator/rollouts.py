@@ -1,0 +1,43 @@
+"""Rows that the student writes during training: what the door adds to the stage that writes, and how large they may be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from orchestrator.authored import stop_tokens
+from orchestrator.config import Job
+from orchestrator.errors import Refusal
+from strategies.core import Strategy
+from strategies.stages.rollout import rollouts
+
+
+def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -> Strategy:
+    """The strategy whose stage that writes knows the tokens that end a text, the longest row, and the run's seed.
+
+    `Refusal` for more than one such stage, and for texts that leave no room for a prompt.
+    """
+    found = rollouts(strategy.stages)
+    if not found:
+        return strategy
+    if len(found) > 1:
+        raise Refusal(f"strategy.{job.run.strategy.type}", f"{len(found)} stages that write", "one", "Mend the strategy.")
+    (stage,) = found
+    longest, new = job.run.data.max_length_tokens, stage.sampling.max_new_tokens
+    if new >= longest:
+        do = f"Set data.max_length_tokens to more than {new}, by the length of a prompt, or lower strategy.max_new_tokens."
+        raise Refusal("data.max_length_tokens", f"{longest} for prompts and {new} new tokens", "room for both", do)
+    sampling = replace(stage.sampling, stop=stop_tokens(tokenizer), seed=job.run.seed)
+    whole = replace(stage, sampling=sampling, longest_tokens=longest)
+    return replace(strategy, stages=tuple(whole if s is stage else s for s in strategy.stages))
+
+
+def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Lengths of the rows that may become of rows of the data, at most."""
+    for stage in rollouts(strategy.stages):
+        new = np.minimum(lengths + stage.sampling.max_new_tokens, stage.longest_tokens)
+        lengths = np.repeat(np.maximum(lengths, new), stage.sampling.samples)
+    return lengths

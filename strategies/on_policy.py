@@ -1,0 +1,80 @@
+"""Distillation on text that the student writes while it learns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from strategies.core import Objective, Player, Sampling, Strategy, StrategyConfig, Term, TwoPass, lm_update
+from strategies.objectives.likelihood import CrossEntropy
+from strategies.objectives.mixtures import JSD
+from strategies.schedule import ScheduleConfig, schedule
+from strategies.sources import Take, TakeConfig, TakeTopK, Taught
+from strategies.stages.rollout import Rollout, RowsOf
+from strategies.stages.score import Score
+
+
+class OnPolicy(StrategyConfig):
+    """What is common to strategies in which the student writes."""
+
+    teacher: str = "teacher"
+    """Name of the endpoint that scores the rows."""
+    student_share: ScheduleConfig = 1.0
+    """Share of the rows that the student writes; the others keep the data's own completions."""
+    samples: PositiveInt = 1
+    """Texts for each prompt."""
+    sample_temperature: PositiveFloat = 1.0
+    """At which the student writes."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draws from the likeliest tokens that hold this much probability."""
+    sample_top_k: NonNegativeInt = 0
+    """Draws from this many of the likeliest tokens; 0 from all."""
+    max_new_tokens: PositiveInt = 256
+    """Longest text, in tokens."""
+    prompt_tokens: PositiveInt = 32
+    """Of a row without a prompt, such as plain text, the student continues so many first tokens."""
+    staleness: NonNegativeInt = 0
+    """Each step is written by the student of exactly so many steps before; 1 lets it write while it trains."""
+    newest: bool = False
+    """The newest student writes instead, at most that old: faster where steps are uneven, and not repeatable."""
+
+    def rollout(self) -> Rollout:
+        """The stage in which the student writes."""
+        sampling = Sampling(self.samples, self.sample_temperature, self.top_p, self.sample_top_k, self.max_new_tokens)
+        return Rollout(sampling, schedule(self.student_share), self.prompt_tokens, self.staleness, self.newest)
+
+    def taught(self, objective: Objective | TwoPass, take: Take, kd_weight: ScheduleConfig, ce_weight: ScheduleConfig) -> Strategy:
+        """One objective on the teacher's scores of every row, and cross-entropy on the data's own completions."""
+        kd = Term("kd", objective, schedule(kd_weight), signal=self.teacher)
+        ce = Term("ce", CrossEntropy(), schedule(ce_weight))
+        return Strategy(
+            players={"student": Player()},
+            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), RowsOf("ce", "given")),
+            updates=(lm_update(kd, ce),),
+            signals={self.teacher: Taught(take, endpoint=self.teacher)},
+        )
+
+
+class GKD(OnPolicy):
+    """The generalised Jensen-Shannon divergence to the teacher on the student's own text, mixed with the data's.
+
+    Generalised knowledge distillation (arXiv:2306.13649, algorithm 1): a share of the rows, `student_share` (its lambda), is written
+    by the student, without a gradient through the sampling; the divergence counts on all rows. `beta` weighs the teacher: 0 is
+    forward KL, 1 reverse KL. Has no reward term.
+    """
+
+    type: Literal["gkd"] = "gkd"
+    take: TakeConfig = TakeTopK()
+    """What is asked of the teacher."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Weight of the teacher in the mixture that both are compared with."""
+    temperature: PositiveFloat = 1.0
+    """Divides both sides' logits in the divergence."""
+    kd_weight: ScheduleConfig = 1.0
+    """Weight of the divergence."""
+    ce_weight: ScheduleConfig = 0.0
+    """Weight of the cross-entropy on the data's own completions."""
+
+    def build(self) -> Strategy:
+        return self.taught(JSD(beta=self.beta, temperature=self.temperature), self.take, self.kd_weight, self.ce_weight)

@@ -1,0 +1,218 @@
+"""Rollout: the student continues prompts, and what it wrote takes the place of the data's own completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.core import Author, Columns, Endpoint, Progress, Sampling, Schedule, Stage
+from strategies.schedule import constant
+
+STUDENT = "student"
+"""The endpoint that has the weights of the student in training."""
+LONGEST_ROW = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Replaces rows by texts that `endpoint` writes after their prompts: loss tokens are then what it wrote.
+
+    A row's prompt ends before its first loss token; a row without one, such as plain text, lends its first `prompt_tokens`.
+    `share` of the rows are written, drawn row by row from seed, step and row (GKD's lambda, arXiv:2306.13649, algorithm 1);
+    the others stay as they are, as do held-out rows (`step` 0). A prompt that leaves no room for a single token is left out and
+    counted. Texts of one row follow each other under its `row_id`.
+
+    Adds for R rows with N loss tokens: `written` (R,) uint8, `sample` (R,) int32, `finished` (R,) uint8, 1 for a row that ends
+    as it should; `behaviour` (N,) float32, log-probabilities of written tokens at temperature 1 under the weights that wrote
+    them, 0 for others; `reference` (Q,) int32 and `reference_lengths` (R,) int32, the rows' own completions;
+    `rollout/seconds` and `rollout/left_out` (1,).
+    """
+
+    sampling: Sampling
+    share: Schedule = constant(1.0)
+    prompt_tokens: int = 32
+    staleness: int = 0
+    """Step t is written by the student of t - 1 - staleness finished steps, the first ones by the student as it began."""
+    newest: bool = False
+    """By the newest student instead, at most that old: faster where steps are uneven, and not repeatable."""
+    endpoint: str = STUDENT
+    longest_tokens: int = LONGEST_ROW
+    """Of a prompt with its text; whoever runs the strategy knows it."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"tokens", "lengths", "loss_mask", "row_id", "step", "steps"})
+
+    @property
+    def adds(self) -> frozenset[str]:
+        own = {"written", "sample", "finished", "behaviour", "reference", "reference_lengths"}
+        return frozenset(own | {"rollout/seconds", "rollout/left_out"})
+
+    def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
+        if not isinstance(endpoint, Author):
+            raise ValueError(f"stage Rollout needs an endpoint that writes; {self.endpoint!r} does not")
+        rows = _split(columns, self.prompt_tokens)
+        drawn, room = self._drawn(columns), self.longest_tokens - np.asarray([len(r.prompt) for r in rows], dtype=np.int64)
+        asked = np.flatnonzero(drawn & (room > 0))
+        began = time.perf_counter()
+        texts = self._texts([rows[i] for i in asked], room[asked], columns, endpoint)
+        seconds = time.perf_counter() - began
+        found: list[_Line] = []
+        for i, row in enumerate(rows):
+            if not drawn[i]:
+                found.append(row.given())
+            found += texts.get(row.row_id, []) if drawn[i] else []
+        left_out = int(np.count_nonzero(drawn & (room <= 0)))
+        kept = {name: values for name, values in columns.items() if name not in _ROWS}
+        return {**kept, **_joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
+
+    def _drawn(self, columns: Columns) -> NDArray[np.bool_]:
+        """Which rows are written, `(R,)`."""
+        step, row_ids = int(columns["step"][0]), columns["row_id"]
+        if step == 0:
+            return np.zeros(len(row_ids), dtype=bool)
+        share = self.share(Progress(step - 1, int(columns["steps"][0])))
+        draws = [np.random.default_rng((self.sampling.seed, step, int(r))).random() for r in row_ids]
+        return np.asarray(draws, dtype=np.float64) < share
+
+    def _texts(self, rows: list[_Row], room: NDArray[np.int64], columns: Columns, author: Author) -> dict[int, list[_Line]]:
+        """The texts of each row, by its id."""
+        if not rows:
+            return {}
+        prompts = {
+            "tokens": np.concatenate([r.prompt for r in rows]),
+            "lengths": np.asarray([len(r.prompt) for r in rows], dtype=np.int32),
+            "row_id": np.asarray([r.row_id for r in rows], dtype=np.int64),
+            "max_new_tokens": np.minimum(room, self.sampling.max_new_tokens).astype(np.int32),
+        }
+        written = author.write(prompts, self._sampling(int(columns["step"][0])))
+        lengths = written["lengths"].astype(np.int64)
+        ends = np.cumsum(lengths)
+        found: dict[int, list[_Line]] = {}
+        for n, (size, end) in enumerate(zip(lengths, ends, strict=True)):
+            row = rows[n // self.sampling.samples]
+            part = slice(int(end - size), int(end))
+            line = row.continued(
+                written["tokens"][part], written["logprobs"][part], int(written["sample"][n]), bool(written["finished"][n])
+            )
+            found.setdefault(row.row_id, []).append(line)
+        return found
+
+    def _sampling(self, step: int) -> Sampling:
+        """Draws of their own for every step, so that a row of a later epoch is written anew."""
+        seed = int(np.random.SeedSequence((self.sampling.seed, step)).generate_state(1, np.uint64)[0] >> 2)
+        return replace(self.sampling, seed=seed)
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Lets `term` count on some rows only: those that the student wrote, or the data's own. Adds `weights/<term>` (N,) float32."""
+
+    term: str
+    rows: Literal["written", "given"]
+
+    endpoint = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"written", "lengths", "loss_mask"})
+
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({f"weights/{self.term}"})
+
+    def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
+        chosen = columns["written"] == (self.rows == "written")
+        mask = columns["loss_mask"].astype(bool)
+        weights = np.repeat(chosen, columns["lengths"].astype(np.int64))[mask].astype(np.float32)
+        return {**columns, f"weights/{self.term}": weights}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One row as it leaves the stage."""
+
+    tokens: NDArray[np.generic]
+    loss_mask: NDArray[np.generic]
+    row_id: int
+    behaviour: NDArray[np.generic]
+    reference: NDArray[np.generic]
+    written: bool = False
+    sample: int = 0
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row as it came."""
+
+    tokens: NDArray[np.generic]
+    loss_mask: NDArray[np.generic]
+    row_id: int
+    prompt_length: int
+
+    @property
+    def prompt(self) -> NDArray[np.generic]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def reference(self) -> NDArray[np.generic]:
+        return self.tokens[self.prompt_length :]
+
+    def given(self) -> _Line:
+        behaviour = np.zeros(int(np.count_nonzero(self.loss_mask)), dtype=np.float32)
+        return _Line(self.tokens, self.loss_mask, self.row_id, behaviour, self.reference)
+
+    def continued(self, text: NDArray[np.generic], logprobs: NDArray[np.generic], sample: int, finished: bool) -> _Line:
+        tokens = np.concatenate([self.prompt, text])
+        mask = np.concatenate([np.zeros(self.prompt_length, np.uint8), np.ones(len(text), np.uint8)])
+        return _Line(tokens, mask, self.row_id, logprobs, self.reference, True, sample, finished)
+
+
+def rollouts(stages: Sequence[Stage]) -> list[Rollout]:
+    """Those of `stages` in which the student writes."""
+    return [s for s in stages if isinstance(s, Rollout)]
+
+
+_ROWS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
+
+
+def _split(columns: Columns, prompt_tokens: int) -> list[_Row]:
+    ends = np.cumsum(columns["lengths"].astype(np.int64))
+    rows = []
+    for end, size, row_id in zip(ends, columns["lengths"], columns["row_id"], strict=True):
+        part = slice(int(end - size), int(end))
+        mask = columns["loss_mask"][part]
+        first = int(np.argmax(mask)) if mask.any() else len(mask)
+        prompt = first if first > 1 else min(prompt_tokens, max(1, len(mask) - 1))
+        rows.append(_Row(columns["tokens"][part], mask, int(row_id), prompt))
+    return rows
+
+
+def _joined(lines: list[_Line]) -> Columns:
+    """Lines as flat columns."""
+
+    def flat(values: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
+        return np.concatenate([np.zeros(0, dtype), *values]).astype(dtype, copy=False)
+
+    return {
+        "tokens": flat([line.tokens for line in lines], np.int32),
+        "lengths": np.asarray([len(line.tokens) for line in lines], dtype=np.int32),
+        "loss_mask": flat([line.loss_mask for line in lines], np.uint8),
+        "row_id": np.asarray([line.row_id for line in lines], dtype=np.int64),
+        "behaviour": flat([line.behaviour for line in lines], np.float32),
+        "reference": flat([line.reference for line in lines], np.int32),
+        "reference_lengths": np.asarray([len(line.reference) for line in lines], dtype=np.int32),
+        "written": np.asarray([line.written for line in lines], dtype=np.uint8),
+        "sample": np.asarray([line.sample for line in lines], dtype=np.int32),
+        "finished": np.asarray([line.finished for line in lines], dtype=np.uint8),
+    }
+
+
+def _one(value: float) -> NDArray[np.float32]:
+    return np.asarray([value], dtype=np.float32)
