@@ -214,9 +214,7 @@ class Trainer:
         position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
         ray.train.report(
             metrics,
-            checkpoint=checkpoint.save(
-                self._networks.players, position, self._journal.rank, self._publisher.keep if self._publisher else None
-            ),
+            checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more),
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
