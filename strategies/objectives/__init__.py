@@ -16,6 +16,7 @@ from strategies.objectives.features import GramMatrices, HiddenStates
 from strategies.objectives.filtered import FilteredLayers, FilterTask
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.mixtures import JSD, AlphaDivergence, Renyi, SkewKL, SkewReverseKL
+from strategies.objectives.policy import PolicyGradient
 from strategies.objectives.preference import DPO, REDI, SimPO
 from strategies.objectives.relations import Relations
 from strategies.objectives.sampled import ForwardKLK3, RefusedK1, ReverseKLPolicyGradient, ReverseKLRewardToGo, ReverseKLSquared
@@ -40,6 +41,7 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "hidden-states": HiddenStates,
     "jeffreys": Jeffreys,
     "jsd": JSD,
+    "policy-gradient": PolicyGradient,
     "redi": REDI,
     "relations": Relations,
     "renyi": Renyi,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
+from strategies.objectives.base import RATIO_LIMIT
 from strategies.objectives.parts import advantage, student_label_logprobs, surrogate, teacher_label_logprobs, token_rows
 from strategies.schedule import PositiveSchedule, Share, schedule
 from strategies.signals import Signal
@@ -61,9 +62,10 @@ def clipped(log_ratios: Tensor, limit: PositiveSchedule | None, progress: Progre
 def clipped_surrogate(log_q: Tensor, log_behaviour: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
     """`-min(r A, clamp(r, 1 - low, 1 + high) A)` per token, `(N,)`, r = q / q_behaviour. Schulman et al., arXiv:1707.06347, eq. 7.
 
-    For several updates on one rollout. `log_q` carries the gradient; the other two, `(N,)`, do not.
+    For several updates on one rollout. `log_q` carries the gradient; the other two, `(N,)`, do not. A ratio beyond
+    `exp(RATIO_LIMIT)` is held there and passes none.
     """
-    ratio = (log_q - log_behaviour.detach()).exp()
+    ratio = (log_q - log_behaviour.detach()).clamp(max=RATIO_LIMIT).exp()
     gain = advantages.detach()
     return -torch.minimum(ratio * gain, ratio.clamp(1.0 - low, 1.0 + high) * gain)
 

@@ -39,6 +39,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "hidden-states": {"layers": ("output",), "distance": "mse", "filter": "linear"},
     "jeffreys": {"temperature": 1.0, "t_scale": "auto"},
     "jsd": {"temperature": 1.0, "t_scale": "auto", "beta": 0.5, "rescale": True},
+    "policy-gradient": {
+        "outcome_weight": 0.0,
+        "teacher_weight": 1.0,
+        "switch_after": None,
+        "teacher_mask": "all",
+        "teacher_form": "advantage",
+        "clip_advantage": None,
+        "extrapolation": 1.0,
+        "clip_ratio": None,
+        "ratio_anchor": 1.0,
+        "importance_cap": None,
+    },
     "redi": {"alpha": 0.8},
     "relations": {
         "layer": {"number": None, "depth": 1.0},
