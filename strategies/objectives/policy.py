@@ -31,7 +31,7 @@ from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenLogits
 from strategies.objectives.base import RATIO_LIMIT, weighted_sum
 from strategies.objectives.parts import advantage, student_label_logprobs, surrogate
-from strategies.objectives.sampled import clipped, clipped_surrogate, k2
+from strategies.objectives.sampled import clipped, clipped_surrogate, importance, k2
 from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
 from strategies.signals import Signal
 
@@ -52,11 +52,6 @@ def anchored(log_old: Tensor, log_p: Tensor, share: float) -> Tensor:
     if share in (0.0, 1.0):
         return log_old if share else log_p
     return share * log_old + (1.0 - share) * log_p
-
-
-def importance(log_q: Tensor, behaviour: Tensor, cap: float) -> Tensor:
-    """`min(q / q_behaviour, cap)`, `(N,)` without gradient: truncated weights of tokens that other weights wrote."""
-    return (log_q.detach() - behaviour.detach()).exp().clamp(max=cap)
 
 
 def ratio_surrogate(log_q: Tensor, log_anchor: Tensor, advantages: Tensor) -> Tensor:

@@ -63,7 +63,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "renyi": {"temperature": 1.0, "t_scale": "auto", "alpha": 0.5},
     "reverse-kl": {"temperature": 1.0, "t_scale": "auto"},
     "reverse-kl-policy-gradient": {"temperature": 1.0, "clip": None},
-    "reverse-kl-reward-to-go": {"temperature": 1.0, "clip": None, "discount": 1.0},
+    "reverse-kl-reward-to-go": {
+        "temperature": 1.0,
+        "clip": None,
+        "discount": 1.0,
+        "later_only": False,
+        "length_normalised": False,
+        "teacher_share": 0.0,
+        "importance_cap": None,
+    },
     "reverse-kl-squared": {"temperature": 1.0, "clip": None},
     "selected-tokens": {
         "divergence": {"type": "forward-kl", "temperature": 1.0, "t_scale": "auto"},

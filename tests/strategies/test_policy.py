@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from strategies.acted import Acted
 from strategies.core import Progress, TwoPass
-from strategies.objectives.policy import PolicyGradient, anchored, extrapolated, importance, ratio_surrogate
-from strategies.objectives.sampled import clipped_surrogate
+from strategies.objectives.policy import PolicyGradient, anchored, extrapolated, ratio_surrogate
+from strategies.objectives.sampled import clipped_surrogate, importance
 from strategies.schedule import Ramp
 from tests.strategies import reference
 from tests.strategies import reference_policy as exact
