@@ -23,6 +23,7 @@ from strategies.objectives.sampled import ForwardKLK3, RefusedK1, ReverseKLPolic
 from strategies.objectives.taid import Taid
 from strategies.objectives.token_weighting import SelectedTokens, SelectedTokensAbsolute
 from strategies.objectives.transport import ULD, Sinkhorn
+from strategies.objectives.tsd_kd import Entropy, PlackettLuce
 
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "adakd": AdaKD,
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "atkd-absolute": ATKDAbsolute,
     "cross-entropy": CrossEntropy,
     "dpo": DPO,
+    "entropy": Entropy,
     "filter-task": FilterTask,
     "filtered-layers": FilteredLayers,
     "forward-kl": ForwardKL,
@@ -41,6 +43,7 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "hidden-states": HiddenStates,
     "jeffreys": Jeffreys,
     "jsd": JSD,
+    "plackett-luce": PlackettLuce,
     "policy-gradient": PolicyGradient,
     "redi": REDI,
     "relations": Relations,

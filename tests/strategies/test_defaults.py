@@ -31,6 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "atkd-absolute": {"easy_weight": 0.2, "threshold": 0.5, "direction": "forward"},
     "cross-entropy": {"smoothing": 0.0},
     "dpo": {"beta": 0.1, "length_normalised": False},
+    "entropy": {"quantile": 0.1},
     "filter-task": {"filter": "linear"},
     "filtered-layers": {"filter": "linear"},
     "forward-kl": {"temperature": 1.0, "t_scale": "auto"},
@@ -39,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "hidden-states": {"layers": ("output",), "distance": "mse", "filter": "linear"},
     "jeffreys": {"temperature": 1.0, "t_scale": "auto"},
     "jsd": {"temperature": 1.0, "t_scale": "auto", "beta": 0.5, "rescale": True},
+    "plackett-luce": {"candidates": 10, "entropy_share": 0.1},
     "policy-gradient": {
         "outcome_weight": 0.0,
         "teacher_weight": 1.0,
