@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 
+from orchestrator.config import Job
+from orchestrator.errors import Refusal
 from orchestrator.microbatch import cut
+from orchestrator.plan import make_plan
 from orchestrator.teachers import Teachers
 from strategies.acted import Acted
-from strategies.core import Columns, Term
+from strategies.core import Columns, Player, Strategy, StrategyConfig, Term, lm_update
 from strategies.objectives.policy import PolicyGradient
 from strategies.schedule import constant
-from strategies.sources import TakenActions, scored_columns
+from strategies.sources import TakenActions, TakeTopK, Taught, scored_columns
+from tests.orchestrator.bench import Bench
 
 TERMS = (Term("pg", PolicyGradient(), constant(1.0), signal="acts"),)
 SOURCES = {"acts": TakenActions(teacher="judge", reference="start", outcome=True)}
@@ -54,3 +58,26 @@ def test_a_micro_batch_without_loss_tokens_needs_none() -> None:
     (micro, *_) = cut(bundle(), scored_columns(SOURCES), "bucketed", 4, 4)
     assert Teachers(SOURCES).teach(micro.dummy(), TERMS).signals == {}
     assert torch.equal(micro.dummy().columns["advantage"], torch.zeros(0, 1))
+
+
+STRATEGY = Strategy(players={"student": Player()}, updates=(lm_update(*TERMS),), signals=SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        (STRATEGY, ["the signal column", "which no stage adds"]),
+        (replace(STRATEGY, signals={"acts": Taught(TakeTopK(), endpoint="judge")}), ["'pg', which reads what is known of tokens"]),
+    ],
+)
+def test_a_strategy_without_such_text_is_refused_before_it_runs(bench: Bench, strategy: Strategy, words: list[str]) -> None:
+    class Own(StrategyConfig):
+        type: str = "own"
+
+        def build(self) -> Strategy:
+            return strategy
+
+    job = bench.job()
+    with pytest.raises(Refusal) as caught:
+        make_plan(Job(run=job.run.model_copy(update={"strategy": Own(), "endpoints": {}}), cluster=job.cluster), "own")
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
