@@ -14,7 +14,7 @@ from orchestrator.microbatch import MicroBatch
 from strategies.core import AnyTerm, Player, StatesTerm
 from strategies.head import Head
 from strategies.signals import Signal
-from strategies.sources import Blended, Source, Taught
+from strategies.sources import Blended, Source, TakenActions, Taught
 from strategies.taps import OUTPUT, Tap, Tapped
 
 
@@ -74,7 +74,9 @@ class Teachers:
             found[name] = source.of(found) if isinstance(source, Blended) else self._signal(micro, name, source, shown)
         return found
 
-    def _signal(self, micro: MicroBatch, name: str, source: Taught, shown: Mapping[str, Tapped]) -> Signal:
+    def _signal(self, micro: MicroBatch, name: str, source: Taught | TakenActions, shown: Mapping[str, Tapped]) -> Signal:
+        if isinstance(source, TakenActions):
+            return source.read(micro.columns)
         if source.player is None:
             columns = {c: micro.columns[f"{name}/{c}"] for c in source.take.columns}
             return source.take.read(columns, self.heads.get(source.endpoint or ""))

@@ -1,5 +1,6 @@
 """Signals: what teaches, typed. Distributions meet the student through `pair`, and draws through `expect`, so that no
-objective asks which signal it got. Teacher tensors never carry a gradient. `blend.py` makes one signal of several.
+objective asks which signal it got. Teacher tensors never carry a gradient. `blend.py` makes one signal of several; `acted.py`
+holds what is known of the student's own text.
 
 Where vocabularies differ in size (padding of one tokenizer), ids that the teacher lacks have probability 0 on its side, and
 mass on ids that the student lacks goes to the others in proportion (strategies book C12, `pad`); it is not measured here.
@@ -26,7 +27,8 @@ TAIL_FLOOR = 1e-9
 WOULD_WORK: dict[Reads, str] = {
     "pair": "whole distributions (Dense, Hidden, TopK, Blend)",
     "expectation": "an average under the teacher (Dense, Hidden, TopK, Blend, Sampled)",
-    "label": "the teacher's log-probability of the given token (PerToken, Dense, Hidden, Blend of those)",
+    "label": "the teacher's log-probability of the given token (PerToken, Dense, Hidden, Blend of those, Acted with a teacher)",
+    "acted": "what is known of tokens that a policy wrote (Acted)",
 }
 
 
@@ -206,7 +208,7 @@ class TopK(Distribution):
         return (tail.log() / temperature + spread).float()
 
 
-class _Scarce:
+class Scarce:
     """What is less than a distribution: it refuses everything that it does not define."""
 
     @property
@@ -230,7 +232,7 @@ class _Scarce:
 
 
 @dataclass(frozen=True)
-class Sampled(_Scarce):
+class Sampled(Scarce):
     """Tokens drawn from the teacher, for averages under it: random-sampling distillation (arXiv:2503.16870).
 
     n draws x_j from a proposal r, with replacement, weigh `w_j = p(x_j) / (n r(x_j))`, so that `sum_j w_j f(x_j)` is unbiased
@@ -259,7 +261,7 @@ class Sampled(_Scarce):
 
 
 @dataclass(frozen=True)
-class PerToken(_Scarce):
+class PerToken(Scarce):
     """The teacher's log-probability of each given token and nothing else, for estimators on sampled tokens."""
 
     logprobs: Tensor

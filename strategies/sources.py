@@ -1,7 +1,8 @@
 """Sources: where a term's signal comes from, and what is taken of a teacher.
 
 A take is what is asked about every loss token. A stage of the stream answers it, or a frozen player inside the training
-worker; both arrive as the same columns and make the same signal. `Blended` makes one signal of several.
+worker; both arrive as the same columns and make the same signal. `Blended` makes one signal of several, and `TakenActions`
+one of columns that came with the student's own text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from strategies.acted import Acted
 from strategies.blend import Blend
 from strategies.core import Reads, ScoreRequest, Settings
 from strategies.head import Head
@@ -151,9 +153,49 @@ class Blended:
         return Blend(known, tuple(self.members.values()), self.kind)
 
 
-Source = Taught | Blended
+@dataclass(frozen=True)
+class TakenActions:
+    """What is known of the tokens that a policy wrote: the bundle's own columns, and answers that other signals asked for.
+
+    Columns hold one number for each loss token: `behaviour`, and with `outcome` the verifier's `advantage`, `token_reward` and
+    `group_failed`, as `strategies.acted.Acted` names them. `teacher` and `reference` name signals of a Score stage, whose `logprob`
+    is read: it stands beside every answer but `hidden`, and costs least with `per-token`. Adds no column and asks nobody.
+    """
+
+    teacher: str | None = None
+    """Signal of whoever teaches."""
+    reference: str | None = None
+    """Signal of whoever the teacher's log-probabilities are compared with."""
+    outcome: bool = False
+    """Whether a verifier's numbers come along."""
+
+    @property
+    def gives(self) -> frozenset[Reads]:
+        return frozenset({"acted", "label"} if self.teacher else {"acted"})
+
+    def columns(self, name: str) -> tuple[str, ...]:
+        """Columns of a bundle that the signal is made of, whatever its own name."""
+        return tuple(self._by_field.values())
+
+    def read(self, columns: Mapping[str, Tensor]) -> Acted:
+        """The signal, from the columns `(N, 1)` or `(N,)` of a micro-batch."""
+        return Acted(**{field: columns[name].flatten().float() for field, name in self._by_field.items()})
+
+    @property
+    def _by_field(self) -> dict[str, str]:
+        """Columns by the field of `Acted` that they fill."""
+        found = {"behaviour": "behaviour"}
+        found |= {role: f"{signal}/logprob" for role, signal in (("teacher", self.teacher), ("reference", self.reference)) if signal}
+        return found | (OUTCOME if self.outcome else {})
+
+
+OUTCOME = {"advantage": "advantage", "reward": "token_reward", "group_failed": "group_failed"}
+"""Columns of a verifier by the field of `Acted` that they fill."""
+
+Source = Taught | Blended | TakenActions
 
 
 def scored_columns(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """Columns of a bundle that all `sources` together are made of."""
-    return tuple(c for name, source in sources.items() if isinstance(source, Taught) for c in source.columns(name))
+    """Columns of a bundle that all `sources` together are made of, each once."""
+    wanted = (c for name, source in sources.items() if not isinstance(source, Blended) for c in source.columns(name))
+    return tuple(dict.fromkeys(wanted))

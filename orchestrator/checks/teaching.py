@@ -28,6 +28,7 @@ READS = {
     "expectation": "averages under the teacher",
     "pair": "whole distributions",
     "label": "the teacher's log-probability of the given token",
+    "acted": "what is known of tokens that a policy wrote",
 }
 """What an objective reads, in words."""
 

@@ -16,12 +16,14 @@ from strategies.objectives.features import GramMatrices, HiddenStates
 from strategies.objectives.filtered import FilteredLayers, FilterTask
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.mixtures import JSD, AlphaDivergence, Renyi, SkewKL, SkewReverseKL
+from strategies.objectives.policy import PolicyGradient
 from strategies.objectives.preference import DPO, REDI, SimPO
 from strategies.objectives.relations import Relations
 from strategies.objectives.sampled import ForwardKLK3, RefusedK1, ReverseKLPolicyGradient, ReverseKLRewardToGo, ReverseKLSquared
 from strategies.objectives.taid import Taid
 from strategies.objectives.token_weighting import SelectedTokens, SelectedTokensAbsolute
 from strategies.objectives.transport import ULD, Sinkhorn
+from strategies.objectives.tsd_kd import Entropy, PlackettLuce
 
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "adakd": AdaKD,
@@ -32,6 +34,7 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "atkd-absolute": ATKDAbsolute,
     "cross-entropy": CrossEntropy,
     "dpo": DPO,
+    "entropy": Entropy,
     "filter-task": FilterTask,
     "filtered-layers": FilteredLayers,
     "forward-kl": ForwardKL,
@@ -40,6 +43,8 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "hidden-states": HiddenStates,
     "jeffreys": Jeffreys,
     "jsd": JSD,
+    "plackett-luce": PlackettLuce,
+    "policy-gradient": PolicyGradient,
     "redi": REDI,
     "relations": Relations,
     "renyi": Renyi,

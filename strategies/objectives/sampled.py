@@ -22,11 +22,13 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
+from strategies.acted import acted
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
+from strategies.objectives.base import RATIO_LIMIT
 from strategies.objectives.parts import advantage, student_label_logprobs, surrogate, teacher_label_logprobs, token_rows
 from strategies.schedule import PositiveSchedule, Share, schedule
 from strategies.signals import Signal
@@ -61,9 +63,10 @@ def clipped(log_ratios: Tensor, limit: PositiveSchedule | None, progress: Progre
 def clipped_surrogate(log_q: Tensor, log_behaviour: Tensor, advantages: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
     """`-min(r A, clamp(r, 1 - low, 1 + high) A)` per token, `(N,)`, r = q / q_behaviour. Schulman et al., arXiv:1707.06347, eq. 7.
 
-    For several updates on one rollout. `log_q` carries the gradient; the other two, `(N,)`, do not.
+    For several updates on one rollout. `log_q` carries the gradient; the other two, `(N,)`, do not. A ratio beyond
+    `exp(RATIO_LIMIT)` is held there and passes none.
     """
-    ratio = (log_q - log_behaviour.detach()).exp()
+    ratio = (log_q - log_behaviour.detach()).clamp(max=RATIO_LIMIT).exp()
     gain = advantages.detach()
     return -torch.minimum(ratio * gain, ratio.clamp(1.0 - low, 1.0 + high) * gain)
 
@@ -82,6 +85,27 @@ def reward_to_go(rewards: Tensor, rows: Tensor, discount: float) -> Tensor:
         total = torch.cat([total[:-reach] + discount**reach * later, total[-reach:]])
         reach *= 2
     return torch.empty_like(total).scatter(0, order, total)
+
+
+def next_in_row(values: Tensor, rows: Tensor) -> Tensor:
+    """What stands at the next token of the same row, `(N,)`; 0 at a row's last one."""
+    order = torch.argsort(rows, stable=True)
+    row, result = rows[order], torch.zeros_like(values)
+    follows = torch.where(row[1:] == row[:-1], values[order][1:], 0.0)
+    return result.scatter(0, order[:-1], follows)
+
+
+def importance(log_q: Tensor, behaviour: Tensor, cap: float) -> Tensor:
+    """`min(q / q_behaviour, cap)`, `(N,)` without gradient: truncated weights of tokens that something else than q wrote."""
+    return (log_q.detach() - behaviour.detach()).exp().clamp(max=cap)
+
+
+def mixed_importance(log_ratios: Tensor, teacher_share: float) -> Tensor:
+    """`q / ((1 - a) q + a p)`, `(N,)`, of `d = log p - log q`: weights of tokens drawn from that mixture, at most 1 / (1 - a).
+
+    Gu et al., arXiv:2306.08543, section 2.2, with each token weighed by its own ratio alone.
+    """
+    return 1.0 / ((1.0 - teacher_share) + teacher_share * log_ratios.exp())
 
 
 class ReverseKLPolicyGradient(ObjectiveSettings):
@@ -109,11 +133,17 @@ class ReverseKLPolicyGradient(ObjectiveSettings):
 class ReverseKLRewardToGo(ObjectiveSettings):
     """Sequence-level reverse KL by policy gradient: the gradient of `-sg[G_t] log q(y_t)`, G the discounted sum of d from t on.
 
-    Gu et al., arXiv:2306.08543, section 2.2, at `discount` 1 without length normalisation and without splitting off the
-    single step in closed form (strategies book C10, horizon `sequence`). The value is k1, as in `ReverseKLPolicyGradient`.
-    Looks at whole rows of the micro-batch; rows are never split over micro-batches, so the result does not depend on how
-    a step is split. Tokens of weight 0 earn no d, and tokens that carry no loss take no step of discount. No baseline is
-    subtracted.
+    Gu et al., arXiv:2306.08543, section 2.2, which is this at `discount` 1 (strategies book C10, horizon `sequence`). The whole of
+    MiniLLM is `later_only` beside `reverse-kl`, which is the single step in closed form, with `length_normalised` and a
+    `teacher_share` of 0.2; the single step then stays without its importance weight. Its released code doubles d and cuts it at
+    100: that is `clip` 50 and twice the term's weight.
+
+    The **value** is k1 of each token, uncut, as in `ReverseKLPolicyGradient`, times the token's importance weight where there is
+    one: it estimates the divergence of sequences, whatever G is. Looks at whole rows of the micro-batch; rows are never split
+    over micro-batches, so the result does not depend on how a step is split. Tokens of weight 0 earn no d and count in no
+    length, and tokens that carry no loss take no step of discount. No baseline is subtracted, and nothing is whitened (C16). It
+    has no ratio that is cut, so several updates on one text need `importance_cap`, which weighs a token by its own ratio and not
+    by that of its prefix.
     """
 
     reads: ClassVar[Reads] = "label"
@@ -124,16 +154,44 @@ class ReverseKLRewardToGo(ObjectiveSettings):
     """Largest |d| of a token that is summed, in nats; None leaves the estimator unbiased."""
     discount: Share = 1.0
     """What a reward one loss token later is worth; 0 is `reverse-kl-policy-gradient`."""
+    later_only: bool = False
+    """Whether a token's own d is left out, which `reverse-kl` beside it holds in closed form."""
+    length_normalised: bool = False
+    """Whether the sum is divided by its number of tokens, so that early ones do not outweigh late ones."""
+    teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """a: share of the teacher in the mixture `(1 - a) q + a p` that the tokens were drawn from; weighs each by `q / mixture`."""
+    importance_cap: PositiveFloat | None = None
+    """Largest weight `q / behaviour` of a token, whose signal tells the log-probability under what wrote it; None: no such weights."""
+
+    @model_validator(mode="after")
+    def _one_correction(self) -> ReverseKLRewardToGo:
+        if self.importance_cap is not None and (self.teacher_share or self.temperature != 1.0):
+            raise ValueError("expected importance_cap without teacher_share, at temperature 1: `behaviour` is that of what wrote the token")
+        return self
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)
-        return advantage(teacher_label_logprobs(signal, outputs, self.type), log_q)[:, None]
+        d = advantage(teacher_label_logprobs(signal, outputs, self.type), log_q)
+        return torch.stack([d, self._importance(d, log_q, signal)], -1)
 
     def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
-        d = torch.where(weights != 0, surveyed[:, 0], 0.0)
+        live = weights != 0
+        d, importances = torch.where(live[:, None], surveyed, 0.0).unbind(-1)
         rows = token_rows(batch.rows, len(d), d.device, self.type)
-        to_go = reward_to_go(clipped(d, self.clip, progress), rows, schedule(self.discount)(progress))
-        return torch.stack([k1(d), -to_go], -1)
+        to_go = self._to_go(clipped(d, self.clip, progress), rows, schedule(self.discount)(progress))
+        if self.length_normalised:
+            to_go = to_go / self._to_go(live.to(d.dtype), rows, 1.0).clamp_min(1.0)
+        return importances[:, None] * torch.stack([k1(d), -to_go], -1)
+
+    def _importance(self, d: Tensor, log_q: Tensor, signal: Signal | None) -> Tensor:
+        """Weights `(n,)` for tokens that something else than the student in hand wrote; 1 where that is not asked."""
+        if self.importance_cap is not None:
+            return importance(log_q, acted(signal, self.type).behaviour, self.importance_cap)
+        return mixed_importance(d, self.teacher_share) if self.teacher_share else torch.ones_like(d)
+
+    def _to_go(self, rewards: Tensor, rows: Tensor, discount: float) -> Tensor:
+        to_go = reward_to_go(rewards, rows, discount)
+        return discount * next_in_row(to_go, rows) if self.later_only else to_go
 
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)

@@ -59,9 +59,9 @@ def apply(divergence: ObjectiveSettings, outputs: TokenLogits, signal: Signal | 
 
 
 def entropy(logprobs: Tensor) -> Tensor:
-    """`-sum p log p` in nats of log-probabilities `(N, M)`, `(N,)`, with 0 log 0 = 0."""
+    """`-sum p log p` in nats of log-probabilities `(N, M)`, `(N,)`, with 0 log 0 = 0, in its gradient too."""
     p = logprobs.exp()
-    return -torch.where(p > 0, p * logprobs, 0.0).sum(-1)
+    return -(p * torch.where(p > 0, logprobs, 0.0)).sum(-1)
 
 
 def single_tokens(signal: Signal, outcomes: int) -> int:

@@ -41,3 +41,13 @@ def sequence_kl(q1: Any, q2: Any, p1: Any, p2: Any) -> Any:
     """KL(q || p) over sequences of two tokens, of probabilities of the first `(V,)` and of the second given it `(V, V)`. Tensors."""
     later = (q2 * (q2.log() - p2.log())).sum(-1)
     return (q1 * (q1.log() - p1.log() + later)).sum()
+
+
+def long_term(rewards: Any, rows: Any, live: Any, discount: float, later_only: bool, normalised: bool) -> Array:
+    """Discounted sum of `rewards` from each token on, or from the next one on; divided by how many live tokens it is of, if any."""
+    result = np.zeros(len(rewards))
+    for t in range(len(rewards)):
+        ahead = [(k, u) for k, u in enumerate(u for u in range(t, len(rewards)) if rows[u] == rows[t]) if k or not later_only]
+        count = sum(bool(live[u]) for _, u in ahead)
+        result[t] = sum(discount**k * rewards[u] for k, u in ahead if live[u]) / (max(count, 1) if normalised else 1)
+    return result

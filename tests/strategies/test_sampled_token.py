@@ -29,6 +29,7 @@ from strategies.schedule import Ramp
 from tests.strategies import reference
 from tests.strategies import reference_sampled as exact
 from tests.strategies.chunking import Tokens, floats, given_tokens, run, same
+from tests.strategies.two_steps import TwoSteps
 
 SEEDS = range(4)
 VOCABULARY = 7
@@ -146,39 +147,18 @@ def test_what_is_backpropagated_is_what_autograd_makes_of_its_value(objective: A
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_reward_to_go_over_whole_sequences_has_the_gradient_of_their_divergence(seed: int) -> None:
-    """All sequences of two tokens: first logits `(V,)`, second `(V, V)` by the first; the token horizon misses the long term."""
-    v = 4
-    z1, z2, p1, p2 = (torch.from_numpy(logits(seed + i, *s)).double() for i, s in enumerate([(v,), (v, v), (v,), (v, v)]))
-    z1.requires_grad_()
-    z2.requires_grad_()
-    whole = exact.sequence_kl(z1.softmax(-1), z2.softmax(-1), p1.softmax(-1), p2.softmax(-1))
-    want1, want2 = torch.autograd.grad(whole, (z1, z2))
-    first, second = np.meshgrid(np.arange(v), np.arange(v), indexing="ij")
-    first, second = first.ravel(), second.ravel()
-    a1, a2, b1, b2 = (z.detach().numpy() for z in (z1, z2, p1, p2))
-    z = np.stack([np.tile(a1, (v * v, 1)), a2[first]], 1).reshape(-1, v)
-    labels = np.stack([first, second], 1).ravel()
-    log_p = exact.label_logprobs(np.stack([np.tile(b1, (v * v, 1)), b2[first]], 1).reshape(-1, v), labels)
-    probability = reference.softmax(a1)[first] * reference.softmax(a2)[first, second]
-    rows = np.repeat(np.arange(v * v), 2)
-    tokens = Tokens(labels, given_tokens(log_p), np.repeat(probability, 2), rows)
-
-    def by_logits(objective: Any) -> tuple[float, np.ndarray, np.ndarray]:
-        value, gradient = run(objective, z, tokens, chunk_tokens=5)
-        by2 = np.zeros((v, v))
-        np.add.at(by2, first, gradient[1::2].astype(np.float64))
-        return value, gradient[::2].astype(np.float64).sum(0), by2
-
-    value, by1, by2 = by_logits(ReverseKLRewardToGo())
-    np.testing.assert_allclose(by1, want1.numpy(), atol=3e-6)
-    np.testing.assert_allclose(by2, want2.numpy(), atol=3e-6)
-    assert value == pytest.approx(whole.item(), rel=1e-4)
-    value, by1, by2 = by_logits(ReverseKLPolicyGradient())
-    single = exact.reverse_kl_gradient(a1[None], b1[None])[0]
-    long = want1.numpy() - single
+    """The token horizon misses the long term."""
+    texts = TwoSteps.of(seed)
+    whole, want1, want2 = texts.divergence
+    value, by1, by2 = texts.estimate(ReverseKLRewardToGo())
+    np.testing.assert_allclose(by1, want1, atol=3e-6)
+    np.testing.assert_allclose(by2, want2, atol=3e-6)
+    assert value == pytest.approx(whole, rel=1e-4)
+    value, by1, by2 = texts.estimate(ReverseKLPolicyGradient())
+    single = exact.reverse_kl_gradient(texts.first[None], texts.teacher_first[None])[0]
     np.testing.assert_allclose(by1, single, atol=3e-6)
-    np.testing.assert_allclose(by2, want2.numpy(), atol=3e-6)
-    assert np.abs(long).max() > 0.01 and value == pytest.approx(whole.item(), rel=1e-4)
+    np.testing.assert_allclose(by2, want2, atol=3e-6)
+    assert np.abs(want1 - single).max() > 0.01 and value == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 0.97, 1.0])
