@@ -20,10 +20,11 @@ from pydantic import (
     ValidationError,
 )
 
-from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName, TransformersEndpoint
+from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
+from orchestrator.student_endpoint import fill_student_endpoint, student_endpoint
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
 from strategies.stages.rollout import STUDENT
@@ -173,16 +174,7 @@ class Job(Model):
     @property
     def endpoints(self) -> Mapping[str, EndpointConfig]:
         """All that are defined, by name. The student's own has its model unless the recipe says more of it."""
-        student = self.run.student
-        own = TransformersEndpoint(
-            model=student.model,
-            revision=student.revision,
-            follows_student=True,
-            dtype=student.dtype,
-            attention=student.attention,
-            trust_remote_code=student.trust_remote_code,
-        )
-        return {STUDENT: own, **self.cluster.endpoints, **self.run.endpoints}
+        return {STUDENT: student_endpoint(self.run.student), **self.cluster.endpoints, **self.run.endpoints}
 
 
 def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cluster: Path | Mapping[str, Any] | None = None) -> Job:
@@ -197,7 +189,7 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
     cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
     _merge_endpoints(content, cluster_content)
-    _fill_student_endpoint(content)
+    fill_student_endpoint(content)
     content["strategy"] = _strategy(content.get("strategy"), where)
     run = _validated(RunConfig, content, where)
     return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))
@@ -216,18 +208,6 @@ def _merge_endpoints(recipe: dict[str, Any], cluster: Mapping[str, Any]) -> None
     for name, given in own.items():
         if isinstance(given, dict) and isinstance(shared.get(name), dict):
             own[name] = {**shared[name], **given}
-
-
-def _fill_student_endpoint(recipe: dict[str, Any]) -> None:
-    """What a recipe says of the student's own endpoint, such as its actors, goes with the student's model."""
-    endpoints, student = recipe.get("endpoints"), recipe.get("student")
-    given = endpoints.get(STUDENT) if isinstance(endpoints, dict) else None
-    if not isinstance(given, dict) or given.get("engine", "transformers") != "transformers":
-        return
-    own = student if isinstance(student, dict) else {"model": student}
-    shared = {key: own[key] for key in ("model", "revision", "attention", "trust_remote_code") if key in own}
-    assert isinstance(endpoints, dict)
-    endpoints[STUDENT] = {**shared, "dtype": own.get("dtype", "float32"), "follows_student": True, **given}
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +18,7 @@ from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
 from orchestrator.checks import machine, networks, recipe, resumed, served, states, teaching
+from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
@@ -43,7 +42,6 @@ from orchestrator.memory import (
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
-from orchestrator.result import RECIPE, RESULT
 from orchestrator.rollouts import equipped, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
@@ -53,9 +51,6 @@ from strategies.sources import Taught
 from strategies.stages.rollout import rollouts
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
-
-BASELINE = "-baseline"
-"""Follows a run's name in that of its control."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,6 @@ class Plan:
     strategy: Strategy
     data: PreparedData
     order: Order
-    vocabulary: int
-    """Token ids, from 0, that student and teachers share."""
     endpoints: Mapping[str, EndpointConfig]
     """Those that stages name."""
     text: Text | None
@@ -99,6 +92,11 @@ class Plan:
     def local(self) -> Path:
         """Local folder of the run's own small files."""
         return self.folder.local or Path("runs") / self.name
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids, from 0, that student and teachers share."""
+        return self.cast.vocabulary
 
     @property
     def done_steps(self) -> int:
@@ -152,7 +150,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     run, train, strategy = job.run, job.run.train, job.run.strategy.build()
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     endpoints = teaching.used_endpoints(job, strategy)
-    folder = _folder(job, recipe_name, resume)
+    folder = run_folder(job, recipe_name, resume)
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen = states.frozen_endpoints(job, strategy)
@@ -169,7 +167,6 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
-    written = _disk(job, people, data, order, added)
     plan = Plan(
         job=job,
         name=folder.root.rpartition("/")[2],
@@ -177,7 +174,6 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         strategy=strategy,
         data=data,
         order=order,
-        vocabulary=people.vocabulary,
         endpoints=endpoints,
         text=text,
         sources=found_sources,
@@ -188,33 +184,13 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         demands=wanted,
         held_out=folder.child("held_out"),
         cast=people,
-        disk=written,
+        disk=_disk(job, people, data, order, added),
         memory=memory,
         fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
         warnings=(*warnings, *heavy),
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan
-
-
-def _folder(job: Job, recipe_name: str, resume: Folder | None) -> Folder:
-    """The run's folder: a new one that nobody has, or the earlier run's."""
-    machine.check_storage(job.cluster.storage)
-    if resume is not None:
-        resumed.check_resumable(resume, job, RECIPE, RESULT)
-        return resume
-    stem = re.sub(r"[^\w.+=-]+", "-", recipe_name, flags=re.ASCII).strip("-.") or "run"
-    name = job.run.name or _free_name(job.cluster.storage, f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    recipe.check_name(name)
-    names = [name, name + BASELINE] if job.run.baseline else [name]
-    machine.check_folders_free([Folder.of(job.cluster.storage, n) for n in names], RESULT)
-    return Folder.of(job.cluster.storage, name)
-
-
-def _free_name(storage: str, name: str) -> str:
-    """The name, or the first of its kind that nobody has: runs may begin in one second."""
-    names = (name, *(f"{name}-{i}" for i in range(2, 100)))
-    return next(n for n in names if not Folder.of(storage, n).exists())
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData]:

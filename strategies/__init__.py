@@ -13,15 +13,18 @@ from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.on_policy import GKD
+from strategies.policy import GOPD, OPD
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
     "filtered-layers": Ted,
+    "g-opd": GOPD,
     "gkd": GKD,
     "inner-states": InnerStates,
     "logits": Logits,
+    "opd": OPD,
     "seq-kd": SeqKD,
     "terms": Terms,
     "verified-cot": VerifiedCoT,
