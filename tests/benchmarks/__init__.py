@@ -80,6 +80,11 @@ BENCHMARKS: dict[str, Entry] = {
         "tokens/s of capturing signals over a bare batched forward of the same teacher, 1,024 wide",
         "ratio >= 0.90",
     ),
+    "rollout-vs-generate": Entry(
+        "tests.benchmarks.rollout_vs_generate",
+        "useful tokens/s of writing texts of uneven length over transformers' generate in batches of 16",
+        "ratio >= 1.5",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",
