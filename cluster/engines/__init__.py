@@ -87,7 +87,8 @@ class Writer(Protocol):
 
         `tokens` (S,) int32 of the written texts alone, `lengths` (R*n,) int32, `row_id` (R*n,) int64, `sample` (R*n,) int32 from 0,
         `finished` (R*n,) uint8: 1 for a text that ended with one of `stop`, 0 for one that met `max_new_tokens`; `logprobs` (S,)
-        float32 of the written tokens at temperature 1 among the usable ids. Only usable ids are written. A text is a function
-        of the prompt, the seed, the row's id and the sample, up to the rounding that the shape of a batch brings.
+        float32 of the written tokens at temperature 1 among the usable ids, NaN where an engine is not told. Only usable ids are
+        written. `cost` (1,) float32 as in `Engine.score`. A text is a function of the prompt, the seed, the row's id and the
+        sample, up to the rounding that the shape of a batch brings.
         """
         ...
