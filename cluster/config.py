@@ -112,12 +112,13 @@ class TransformersEndpoint(ClusterModel):
 
 
 class OpenAIEndpoint(ClusterModel):
-    """A model behind any OpenAI-compatible server that scores the tokens of a prompt, such as vLLM. Loads none here.
+    """A model behind any OpenAI-compatible server. Loads none here.
 
-    Rows go as token ids and come back as log-probabilities at temperature 1. A server that cannot do that is refused.
+    To score, rows go as token ids and come back as log-probabilities at temperature 1, as vLLM gives them; a server that cannot
+    do that is refused. To write, any server will do: prompts go as ids or as text, and texts come back as either.
     """
 
-    writes: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
     engine: Literal["openai"]
     base_url: str
     """Up to and with the version, such as `http://host:8000/v1`."""
@@ -128,7 +129,8 @@ class OpenAIEndpoint(ClusterModel):
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key, on this machine and on every node; servers on this machine need none."""
     tokenizer: ModelName | None = None
-    """Folder or hub name of its tokenizer, compared with the student's; taken to be the student's when absent."""
+    """Folder or hub name of its tokenizer, compared with the student's; taken to be the student's when absent. It makes ids of
+    texts that come without."""
     local_model: ModelName | None = None
     """Folder or hub name of the same weights. The first rows are scored with them too, and answers that differ are refused."""
     calibration_rows: PositiveInt = 8
@@ -145,6 +147,7 @@ class OpenAIEndpoint(ClusterModel):
     """Repetitions of a request that the server was too busy or too broken for, at growing distances."""
     price_per_million_tokens: NonNegativeFloat = 0.0
     """Of prompts, in any currency; what a step cost is logged as `cost/NAME`."""
+    price_per_million_written_tokens: NonNegativeFloat = 0.0
     actors: PositiveInt = 1
     resources: Resources = Resources()
     max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
@@ -238,6 +241,12 @@ EndpointConfig = Annotated[
     | Annotated[StoreEndpoint, Tag("store")],
     Discriminator(_engine_of),
 ]
+
+
+def with_tokenizer(config: EndpointConfig, folder: str) -> EndpointConfig:
+    """The endpoint with the tokenizer in `folder`, where it may need one to make ids of text and names none."""
+    needs = isinstance(config, OpenAIEndpoint) and config.tokenizer is None
+    return config.model_copy(update={"tokenizer": folder}) if needs else config
 
 
 class Roles(ClusterModel):

@@ -6,7 +6,7 @@ import numpy as np
 
 from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint
 from cluster.engines import Columns, Engine, Request
-from cluster.offers import Offer
+from cluster.offers import Offer, WritingOffer
 
 DOOR_RETRIES = 2
 """Repetitions of a probe's requests: a person waits for it."""
@@ -52,6 +52,23 @@ def probe(config: EndpointConfig, top_k: int = 1) -> Offer | None:
         server.close()
 
 
+def probe_writer(config: EndpointConfig) -> WritingOffer | None:
+    """How the server of an endpoint was found to write; None for one that writes in its own actors.
+
+    Sends a few tiny requests. `cluster.offers.Unfit` when it cannot be reached or does not write.
+    """
+    if not isinstance(config, OpenAIEndpoint):
+        return None
+    from cluster.engines.openai_client import Server
+    from cluster.engines.openai_probe import probe_writing
+
+    server = Server(config, max_retries=min(DOOR_RETRIES, config.max_retries))
+    try:
+        return probe_writing(server, config)[0]
+    finally:
+        server.close()
+
+
 def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary: int) -> None:
     """`ValueError` saying which promise of `Engine.score` the answer breaks."""
     tokens = int(np.count_nonzero(columns["loss_mask"]))
@@ -60,9 +77,7 @@ def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary
         if got is None or got.shape != (size,) or got.dtype != dtype:
             found = "nothing" if got is None else f"{got.shape} {got.dtype}"
             raise ValueError(f"column {name!r} of the scores: got {found}; expected ({size},) {dtype}")
-    cost = scores.get("cost")
-    if cost is not None and not (cost.shape == (1,) and cost.dtype == np.float32 and cost[0] >= 0):
-        raise ValueError(f"column 'cost' of the scores: got {cost.shape} {cost.dtype}; expected (1,) float32, not negative")
+    _check_cost(scores, "scores")
     if "ids" in scores:
         _check_ids(scores, tokens, request, vocabulary)
 
@@ -76,8 +91,15 @@ def check_written(columns: Columns, written: Columns, samples: int, vocabulary: 
         if got is None or got.shape != (size,) or got.dtype != dtype:
             found = "nothing" if got is None else f"{got.shape} {got.dtype}"
             raise ValueError(f"column {name!r} of the texts: got {found}; expected ({size},) {dtype}")
+    _check_cost(written, "texts")
     if tokens and not (written["tokens"].min() >= 0 and written["tokens"].max() < vocabulary):
         raise ValueError(f"tokens of the texts: got {written['tokens'].min()} to {written['tokens'].max()}; expected 0 to {vocabulary - 1}")
+
+
+def _check_cost(columns: Columns, what: str) -> None:
+    cost = columns.get("cost")
+    if cost is not None and not (cost.shape == (1,) and cost.dtype == np.float32 and cost[0] >= 0):
+        raise ValueError(f"column 'cost' of the {what}: got {cost.shape} {cost.dtype}; expected (1,) float32, not negative")
 
 
 def _promised(request: Request, vocabulary: int) -> dict[str, tuple[int, str]]:

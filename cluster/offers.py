@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.engines import Kind
+from cluster.engines import Kind, Sampling
 
 
 class Unfit(ValueError):
@@ -50,3 +50,29 @@ class Offer:
         if kind == "topk" and top_k > self.top_k:
             do = f"Set top_k to at most {self.top_k}, or raise the server's limit (vLLM: --max-logprobs {top_k})."
             raise Unfit("base_url", f"a server that gives {self.top_k} ids of a token ({self.url})", f"the {top_k} of top_k", do)
+
+
+@dataclass(frozen=True)
+class WritingOffer:
+    """How a server was found to write."""
+
+    url: str
+    model: str
+    manner: str
+    """How prompts are sent, and with which settings."""
+    sets_top_k: bool
+    """Whether it was told how many ids to draw from, besides what OpenAI's schema knows."""
+    context_tokens: int | None
+    """Longest prompt and text together; None when it does not say."""
+
+    @property
+    def line(self) -> str:
+        """The offer in some words."""
+        context = f"{self.context_tokens:,} tokens of prompt and text" if self.context_tokens else "a context that it does not tell"
+        return f"{self.model} at {self.url} ({self.manner}), {context}"
+
+    def check(self, sampling: Sampling) -> None:
+        """`Unfit` when it cannot be asked to draw so."""
+        if sampling.top_k and not self.sets_top_k:
+            do = "Set strategy.top_k=0 (and strategy.top_p instead), or serve the model with vLLM."
+            raise Unfit("base_url", f"a server that knows no top_k ({self.url})", f"draws from {sampling.top_k} ids", do)

@@ -40,6 +40,7 @@ class KeepTexts:
             checksum=content_checksum(content),
             dropped_mass=0.0,
             seconds=float(written["seconds"][0]),
+            cost=float(written["cost"][0]) if "cost" in written else 0.0,
         )
         return info, content
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cluster.config import EndpointConfig
+from cluster.offers import WritingOffer
 from cluster.storage import Folder
 from cluster.stores.key import StoreKey
 from orchestrator.chat import ChatTemplate
@@ -52,6 +54,8 @@ class Text:
     """The rows: those chosen from the stores, or stand-ins of the greatest length while a store is not finished."""
     selected: Selected | None
     """None while a store is not finished."""
+    offers: Mapping[str, WritingOffer] = field(default_factory=dict)
+    """How the servers write that are still to be asked, by endpoint."""
 
     @property
     def missing(self) -> tuple[WantedText, ...]:
@@ -72,7 +76,9 @@ def writers(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
     found = named_endpoints(job, {a.write.endpoint for a in strategy.authors})
     for name, config in found.items():
         if not config.writes:
-            do = f"Name a saved model in endpoints.{name}.model, with engine transformers; or train on rows that were written elsewhere."
+            do = (
+                f"Name a saved model in endpoints.{name}.model, or a server (engine: openai); or train on rows that were written elsewhere."
+            )
             raise Refusal(f"endpoints.{name}.engine", f"{config.engine!r}, which does not write text", "an engine that does", do)
     return found
 

@@ -33,6 +33,8 @@ class Wrote:
     written_tokens: int
     """Those of this call; 0 when everything was there."""
     seconds: float
+    cost: float
+    """Of those tokens and their prompts, where the endpoint has a price."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _wrote(plan: Plan, took: Mapping[str, Filled], tracker: Tracker) -> tuple[Wr
         root, parts = wanted.files.folder.root, wanted.files.parts
         now = took.get(root, Filled())
         texts = wanted.spec.rows * wanted.authored.write.sampling.samples
-        found.append(Wrote(wanted.spec.name, root, texts, sum(p.loss_tokens for p in parts), now.tokens, now.seconds))
+        found.append(Wrote(wanted.spec.name, root, texts, sum(p.loss_tokens for p in parts), now.tokens, now.seconds, now.cost))
     for name, content in plan.text.about().items():
         tracker.log_text(content, name)
     return tuple(found)

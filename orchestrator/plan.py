@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import machine, networks, recipe, resumed, served, states, teaching
+from orchestrator.checks import authors, machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -28,7 +28,6 @@ from orchestrator.memory import (
     Disk,
     Memory,
     Work,
-    author_memory,
     disk,
     largest_work,
     part_work,
@@ -138,7 +137,10 @@ class Plan:
             return []
         keeps = [KeepTexts(w.authored.write.sampling.samples, w.spec.key.vocabulary) for w in self.text.missing]
         wanted = zip(self.text.missing, keeps, strict=True)
-        return [Filling.by(self.job, w.files, w.spec, w.authored.write, keep, self.text.prompts.folder) for w, keep in wanted]
+        prompts = self.text.prompts
+        return [
+            Filling.by(self.job, w.files, w.spec, w.authored.write, keep, prompts.folder, prompts.tokenizer_folder) for w, keep in wanted
+        ]
 
 
 def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
@@ -158,12 +160,12 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     strategy = equipped(job, strategy, people.tokenizer)
     inner = states.check_states(job, strategy, people, frozen)
     added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
-    text, data = _rows(job, strategy, people)
+    text, data, silent = _rows(job, strategy, people)
     found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
     offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
-    warnings += found + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
+    warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
@@ -193,22 +195,13 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     return plan
 
 
-def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData]:
-    """The rows to train on, and the text that they are made of where teachers write it."""
+def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:
+    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes."""
     cache, data = _data_cache(job), job.run.data
     text = authored.prepare_text(job, strategy, people, cache)
-    for wanted in text.missing if text else ():
-        _check_author(job, people, wanted.spec.name)
-    return text, prepare(text.data if text else data, people.tokenizer, data.split_seed, cache)
-
-
-def _check_author(job: Job, people: Cast, name: str) -> None:
-    """The processes of an endpoint that writes fit while nothing else runs."""
-    model = job.endpoints[name].saved_model
-    wanted = demands(job.cluster, {name: job.endpoints[name]}, 0, machine_cpus())[1:]
-    machine.check_processors(job, wanted)
-    held = [author_memory(people.teachers[name], model, d) if model and d.role == name else small_process(d) for d in wanted]
-    machine.check_memory(job, [*held, surroundings()], 0)
+    offers, warnings = authors.check_authors(job, people, text)
+    told = replace(text, offers=offers) if text else None
+    return told, prepare(told.data if told else data, people.tokenizer, data.split_seed, cache), warnings
 
 
 def _disk(job: Job, people: Cast, data: PreparedData, order: Order, added: int) -> Disk:

@@ -99,16 +99,23 @@ def _teachers(plan: Plan) -> Iterator[str]:
         network, offer = plan.cast.teachers.get(name), plan.offers.get(name)
         described = _network(network, plan) if network else offer.line if offer else ""
         yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'}) {described}".rstrip()
-    for wanted in plan.text.stores if plan.text else ():
-        name = wanted.spec.name
-        network = plan.cast.teachers.get(name)
-        yield f"{name} ({plan.job.endpoints[name].engine}, writes) {_network(network, plan) if network else ''}".rstrip()
+    yield from _authors(plan)
     yield from (_stored(w) for w in plan.sources.read)
     yield from plan.sources.notes
     for name in plan.frozen:
         yield f"{name} (frozen in every training worker) {_network(plan.cast.teachers[name], plan)}"
     if plan.endpoints or plan.frozen:
         yield f"{plan.vocabulary:,} token ids are shared by all"
+
+
+def _authors(plan: Plan) -> Iterator[str]:
+    """Who writes before training."""
+    if plan.text is None:
+        return
+    for name in (w.spec.name for w in plan.text.stores):
+        network, offer = plan.cast.teachers.get(name), plan.text.offers.get(name)
+        described = _network(network, plan) if network else offer.line if offer else ""
+        yield f"{name} ({plan.job.endpoints[name].engine}, writes) {described}".rstrip()
 
 
 def _stored(wanted: Wanted) -> str:

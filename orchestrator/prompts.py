@@ -1,8 +1,8 @@
 """Prompts that teachers write for, and the rows that nobody writes for because students are measured on them.
 
 `prepare_prompts` reads the data once per fingerprint into a folder of the cache: `train` (a split of `Rows` whose rows are
-prompts), `questions.jsonl` (what a judge and a reader want to know of each), `held_out.jsonl` and `left_out.jsonl`. It holds all
-prompts in memory meanwhile.
+prompts), `questions.jsonl` (what a judge and a reader want to know of each), `held_out.jsonl`, `left_out.jsonl` and `tokenizer`.
+It holds all prompts in memory meanwhile.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from orchestrator.rows import RowWriter
 from orchestrator.sources import PROMPT_KINDS, Source, open_source
 
 BATCH = 1024
+VERSION = 2
+"""Raised when the same data would make another folder."""
 DUPLICATE, TOO_LONG, HELD_OUT = "the same prompt as before", "longer than data.max_length_tokens - max_new_tokens", "held out too"
 
 
@@ -59,6 +61,11 @@ class Prompts:
     def held_out_file(self) -> str:
         return str(Path(self.folder) / "held_out.jsonl")
 
+    @property
+    def tokenizer_folder(self) -> str:
+        """The student's tokenizer, for whoever writes text and not ids."""
+        return str(Path(self.folder) / "tokenizer")
+
     def questions(self) -> Iterator[dict[str, object]]:
         """`prompt` and `reference` of every prompt, in order."""
         with (Path(self.folder) / "questions.jsonl").open(encoding="utf-8") as file:
@@ -82,13 +89,14 @@ def prepare_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed
     train = open_source(config.train, config, config.split, "data.train", PROMPT_KINDS)
     held_out = None if config.held_out is None else open_source(config.held_out, config, config.held_out_split, "data.held_out")
     files = [s.files for s in (train, held_out) if s is not None]
-    name = hashlib.sha256(f"{data_fingerprint(files, config, seed, tokenizer)} {room}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{VERSION} {data_fingerprint(files, config, seed, tokenizer)} {room}".encode()).hexdigest()[:16]
     folder = cache.absolute() / f"prompts-{name}"
     if not (folder / "prompts.json").exists():
         work = folder.with_name(f".{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         work.mkdir(parents=True)
         try:
             _make(work, train, held_out, config, tokenizer, seed, room)
+            tokenizer.save_pretrained(str(work / "tokenizer"))
             _publish(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -60,7 +60,7 @@ class Selected:
     @property
     def rows_file(self) -> Path:
         """Rows that any recipe can read: `tokens` and `loss_mask`, beside `prompt`, `completion`, `author`, `row`, `sample`,
-        `correct`, `finished` and `logprob`."""
+        `correct`, `finished` and `logprob`, which is null where the engine was not told it."""
         return Path(self.folder) / "rows.jsonl"
 
     @property
@@ -156,7 +156,7 @@ def _about(author: str, text: WrittenText, prompt: object, words: str, correct: 
         "sample": text.sample,
         "correct": correct,
         "finished": text.finished,
-        "logprob": round(float(text.logprobs.sum(dtype=np.float64)), 4),
+        "logprob": None if np.isnan(known := float(text.logprobs.sum(dtype=np.float64))) else round(known, 4),
     }
 
 

@@ -102,7 +102,8 @@ class Author(Protocol):
 
     def write(self, columns: Columns, sampling: Sampling) -> Columns:
         """Texts after each row's tokens: `tokens` (S,) int32, `lengths`, `sample` (n,) int32, `row_id` (n,) int64, `finished`
-        (n,) uint8, and `logprobs` (S,) float32 of the written tokens at temperature 1."""
+        (n,) uint8, and `logprobs` (S,) float32 of the written tokens at temperature 1, NaN where it is not told them. `cost` (1,)
+        float32 from one whose tokens have a price."""
         ...
 
 

@@ -92,8 +92,9 @@ class Writer(Protocol):
         `columns` may carry `max_new_tokens` (R,) int32, at least 1: a row's own limit, and the smaller of it and the sampling's counts.
         `tokens` (S,) int32 of the written texts alone, `lengths` (R*n,) int32, `row_id` (R*n,) int64, `sample` (R*n,) int32 from 0,
         `finished` (R*n,) uint8: 1 for a text that ended with one of `stop`, 0 for one that met its limit; `logprobs` (S,)
-        float32 of the written tokens at temperature 1 among the usable ids. Only usable ids are written. A text is a function
-        of the prompt, the seed, the row's id and the sample, up to the rounding that the shape of a batch brings.
+        float32 of the written tokens at temperature 1 among the usable ids, NaN where an engine is not told. Only usable ids are
+        written. `cost` (1,) float32 as in `Engine.score`. A text is a function of the prompt, the seed, the row's id and the
+        sample, up to the rounding that the shape of a batch brings.
         """
         ...
 

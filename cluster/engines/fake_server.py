@@ -1,26 +1,25 @@
-"""An OpenAI-compatible server without a GPU: scores of a small model or of hashed distributions, and faults on demand.
+"""An OpenAI-compatible server without a GPU: scores and texts of a small model or of hashed distributions, and faults on demand.
 
-For tests and dry runs of endpoints behind a URL: `python -m cluster.engines.fake_server --vocabulary 512`. It scores prompts of token
-ids under `/v1/completions` and writes one token that means nothing. Its `identity` is what `/v1/models` lists.
+For tests and dry runs of endpoints behind a URL: `python -m cluster.engines.fake_server --vocabulary 512`. Under `/v1/completions` it
+scores prompts of token ids, beside one token that means nothing, or writes, where no scores are asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.engines import Columns, Engine, Kind
+from cluster.engines.fake_server_http import Handler, Http, Refused
+from cluster.engines.fake_server_write import Speaks, Tokenizer, Unwritten, write
 
 Dialect = Literal["vllm", "echo", "text", "none"]
 """How it gives scores: `prompt_logprobs`; echoed with ids as names; echoed with text as names; not at all."""
@@ -56,6 +55,10 @@ class Behaviour:
     """Asked of every request."""
     listing: Literal["model", "nothing", "error"] = "model"
     """What `/v1/models` answers."""
+    speaks: Speaks = "ids"
+    """How it writes."""
+    refuses: tuple[str, ...] = ()
+    """Fields of a request that it does not take."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,6 @@ class _Dense:
     exponent: float = 1.0
 
 
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, message: str, **headers: str):
-        self.status, self.message, self.headers = status, message, headers
-        super().__init__(message)
-
-
 @dataclass
 class FakeServer:
     """Serves on a free port of this machine between `start` and `stop`, or inside a `with`."""
@@ -82,6 +77,8 @@ class FakeServer:
     model: str = "fake"
     behaviour: Behaviour = field(default_factory=Behaviour)
     port: int = 0
+    tokenizer: Tokenizer | None = None
+    """Needed to write where it speaks text."""
     requests: list[Json] = field(default_factory=list)
     """Bodies of the prompts that came, in order."""
 
@@ -95,6 +92,10 @@ class FakeServer:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def api_key(self) -> str | None:
+        return self.behaviour.api_key
 
     def start(self) -> FakeServer:
         self._thread.start()
@@ -120,6 +121,10 @@ class FakeServer:
     def complete(self, body: Json) -> Json:
         """Answer of `/v1/completions`; `Refused` for what it does not do."""
         self._take_fault(body)
+        if unknown := [name for name in self.behaviour.refuses if name in body]:
+            raise Refused(422, f"Unexpected fields in the request: {unknown}")
+        if "prompt_logprobs" not in body and not body.get("echo"):
+            return self._written(body)
         prompt, top_k = self._checked(body)
         sent = [0, *prompt] if self.behaviour.adds_bos else prompt
         choice: Json = {"index": 0, "text": "", "finish_reason": "length"}
@@ -127,6 +132,20 @@ class FakeServer:
             choice |= self._scores(body, sent, top_k)
         usage = {"prompt_tokens": len(sent), "completion_tokens": body.get("max_tokens", 1)}
         return {"object": "text_completion", "model": self.model, "choices": [choice], "usage": usage}
+
+    def _written(self, body: Json) -> Json:
+        how = self.behaviour
+        self._check_model(body)
+        try:
+            with self._lock:
+                choice, usage = write(self.engine, body, how.speaks, self.tokenizer)
+        except Unwritten as error:
+            raise Refused(400, str(error)) from error
+        return {"object": "text_completion", "model": self.model, "choices": [choice], "usage": usage}
+
+    def _check_model(self, body: Json) -> None:
+        if body.get("model") != self.model:
+            raise Refused(404, f"The model `{body.get('model')}` does not exist.")
 
     def _take_fault(self, body: Json) -> None:
         with self._lock:
@@ -144,8 +163,7 @@ class FakeServer:
     def _checked(self, body: Json) -> tuple[list[int], int | None]:
         """The prompt, and how many ids of a token are given; None when none are asked for in this server's dialect."""
         prompt, how = body.get("prompt"), self.behaviour
-        if body.get("model") != self.model:
-            raise Refused(404, f"The model `{body.get('model')}` does not exist.")
+        self._check_model(body)
         if not isinstance(prompt, list) or not all(isinstance(token, int) for token in prompt):
             raise Refused(400, "prompt must be a list of token ids")
         written = int(body.get("max_tokens", 1))
@@ -201,59 +219,6 @@ class FakeServer:
         return own | ranked
 
 
-class Http(ThreadingHTTPServer):
-    """A socket with the server that answers behind it."""
-
-    daemon_threads = True
-    fake: FakeServer
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Quiet about clients that left before their answer; errors of the server itself are printed."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # an answer leaves as one packet: the second of two would wait for the client's word on the first
-    server: Http
-
-    def do_GET(self) -> None:
-        self._answer(self.server.fake.models)
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._answer(lambda: self.server.fake.complete(body))
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-    def _answer(self, make: Callable[[], Json]) -> None:
-        try:
-            self._check()
-            self._send(200, make(), {})
-        except Refused as refused:
-            self._send(refused.status, {"error": {"message": refused.message, "code": refused.status}}, refused.headers)
-
-    def _check(self) -> None:
-        key = self.server.fake.behaviour.api_key
-        given = self.headers.get("Authorization", "")
-        if key and given != f"Bearer {key}":
-            raise Refused(401, f"Incorrect API key provided: {given.removeprefix('Bearer ')}")
-        if self.path not in ("/v1/models", "/v1/completions"):
-            raise Refused(404, "not found")
-
-    def _send(self, status: int, content: Json, headers: dict[str, str]) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text)
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Serves until it is interrupted; prints its URL first."""
     parser = argparse.ArgumentParser(prog="python -m cluster.engines.fake_server", description=(__doc__ or "").partition("\n")[0])
@@ -262,6 +227,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="fake", help="name of the model")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--dialect", choices=get_args(Dialect), default="vllm")
+    parser.add_argument("--speaks", choices=get_args(Speaks), default="ids", help="how it writes")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer, to write where it speaks text")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-top-k", type=int)
     parser.add_argument("--context-tokens", type=int)
@@ -270,13 +237,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="sleep before every second answer")
     parser.add_argument("--api-key-env", help="environment variable with the key that is asked for")
     given = parser.parse_args(words)
-    names = ("dialect", "temperature", "max_top_k", "context_tokens", "busy", "broken", "seconds")
+    names = ("dialect", "speaks", "temperature", "max_top_k", "context_tokens", "busy", "broken", "seconds")
     key = os.environ[given.api_key_env] if given.api_key_env else None
     behaviour = Behaviour(**{name: getattr(given, name) for name in names}, api_key=key)
-    server = FakeServer(make_scorer(given.model, given.vocabulary), given.name, behaviour, given.port)
+    server = FakeServer(
+        make_scorer(given.model, given.vocabulary), given.name, behaviour, given.port, tokenizer=make_tokenizer(given.tokenizer)
+    )
     print(server.url, flush=True)
     with server:
         threading.Event().wait()
+
+
+def make_tokenizer(folder: str | None) -> Tokenizer | None:
+    """The tokenizer in a folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder) if folder else None
 
 
 def make_scorer(model: str | None, vocabulary: int) -> Engine:

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server as an engine: rows go as token ids, their scores come back.
+"""A model behind an OpenAI-compatible server as an engine: rows go as token ids, their scores come back; or prompts, and texts.
 
 Nothing is re-tempered here: temperature 1 is asked for, and a server that answers at another one is found by comparing some
 rows with a local forward (`local_model`).
@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 
 from cluster.answers import refuse_dropped
 from cluster.config import OpenAIEndpoint
-from cluster.engines import Columns, Request
+from cluster.engines import Columns, Request, Sampling
 from cluster.engines.openai_calibration import check_calibration
 from cluster.engines.openai_client import Server
-from cluster.engines.openai_dialects import NotScored, Said
+from cluster.engines.openai_dialects import Dialect, NotScored, Said
 from cluster.engines.openai_probe import Reply, ask, most_ids, probe_server
+from cluster.engines.openai_write import Pen
 from cluster.forwards import BundleRows, bundle_rows
-from cluster.offers import Unfit
+from cluster.offers import Offer, Unfit
 
 MOST_MASS = 1.001
 """Of the kept ids of one token: more than 1 by rounding alone."""
@@ -47,28 +49,51 @@ class Numbers:
 
 
 class OpenAIEngine:
-    """Scores rows at a server, several requests at once; answers keep the order of the rows."""
+    """Scores rows and writes texts at a server, several requests at once; answers keep the order of the rows.
+
+    The server is probed for what is asked first of it: one that gives no scores may write.
+    """
 
     def __init__(self, config: OpenAIEndpoint, vocabulary: int | None = None, threads: int | None = None):
-        """Probes the server. `vocabulary` is how many ids, from 0, may be named; all of the server's when absent.
+        """`vocabulary` is how many ids, from 0, may be named; all of the server's when absent.
 
-        `Unfit`, a `ValueError`, when it cannot be reached or gives no prompt scores by id.
+        `Unfit`, a `ValueError`, for an address or a key that cannot be right.
         """
         self.config = config
         self.vocabulary = min(config.vocabulary, vocabulary or config.vocabulary)
         self._threads = threads
         self._server = Server(config)
-        self.offer, self._dialect = probe_server(self._server, config)
         self._pool = ThreadPoolExecutor(config.requests_at_once, thread_name_prefix="requests")
-        self._searched = self.offer.top_k
+        self._given = self._searched = 1  # ids of a token: seen to be given, and looked for
         self._spare = min(SPARE_IDS, config.vocabulary - self.vocabulary)
         self._calibrated = config.local_model is None
+
+    @cached_property
+    def _scoring(self) -> tuple[Offer, Dialect]:
+        return probe_server(self._server, self.config)
+
+    @property
+    def offer(self) -> Offer:
+        """What the server gives of tokens that are scored. `Unfit` when it cannot be reached or gives no prompt scores by id."""
+        return dataclasses.replace(self._scoring[0], top_k=self._given)
+
+    @property
+    def _dialect(self) -> Dialect:
+        return self._scoring[1]
+
+    @cached_property
+    def _pen(self) -> Pen:
+        return Pen(self._server, self.config, self.vocabulary, self._pool)
+
+    def write(self, columns: Columns, sampling: Sampling) -> Columns:
+        """See `cluster.engines.Writer.write` and `Pen.write`. `Unfit` when the server cannot be reached or does not write."""
+        return self._pen.write(columns, sampling)
 
     def score(self, columns: Columns, request: Request) -> Columns:
         """See `cluster.engines.Engine.score`; of kinds `topk` and `per-token`.
 
         Of ids that are not usable only those among a token's top ids are seen, so only they count as dropped.
-        `ServerFailed` when a request was not answered after all its repetitions.
+        `ServerFailed` when a request was not answered after all its repetitions, `Unfit` when the server gives no such scores.
         """
         kept = self._kept(columns, request)
         rows = bundle_rows(columns)
@@ -102,7 +127,7 @@ class OpenAIEngine:
             )
         wanted = kept + self._spare
         if kept and wanted > self._searched:
-            self.offer = dataclasses.replace(self.offer, top_k=most_ids(self._server, self.config, self._dialect, wanted))
+            self._given = most_ids(self._server, self.config, self._dialect, wanted)
             self._searched = wanted
         self.offer.check(request.kind, kept)
         return kept

@@ -1,8 +1,9 @@
-"""Asks a server what it can give, with a few tiny requests: its models, its context, prompt scores by id, most ids of a token."""
+"""Asks a server what it can give, with a few tiny requests: its models, its context, prompt scores by id, most ids of a token;
+and how it can be asked to write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 from cluster.config import OpenAIEndpoint
 from cluster.engines.openai_client import Server, ServerFailed
 from cluster.engines.openai_dialects import DIALECTS, Dialect, NotScored, Said, ids_given
-from cluster.offers import Offer, Unfit
+from cluster.engines.openai_manners import MANNERS, Manner, NotWritten, read_answer
+from cluster.offers import Offer, Unfit, WritingOffer
 
 PROBE_TOKENS = 8
 """Of the prompt that a server is tried with."""
+WORDS = "Once upon a time"
+"""The same in words."""
 SHOWN_NAMES = 5
 KEY_STATUSES = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 WORKS = "Serve the model with vLLM (`vllm serve MODEL`), or name a saved model as endpoint and let its own actors score."
@@ -25,6 +29,19 @@ class Reply:
 
     said: list[Said]
     prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class _OneToken:
+    """Drawn from all ids."""
+
+    samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1
+    seed: int = 0
+    stop: tuple[int, ...] = ()
 
 
 def ask(server: Server, config: OpenAIEndpoint, dialect: Dialect, tokens: list[int], top_k: int) -> Reply:
@@ -55,6 +72,19 @@ def probe_server(server: Server, config: OpenAIEndpoint, top_k: int = 1) -> tupl
         identity={**config.identity, **reported},
     )
     return offer, dialect
+
+
+def probe_writing(server: Server, config: OpenAIEndpoint) -> tuple[WritingOffer, Manner]:
+    """How the server writes; scores are not asked for. `Unfit` when it cannot be reached, does not list the model, or does not write."""
+    context = _model_card(server, config).get("max_model_len")
+    manner = _manner(server, config)
+    return WritingOffer(
+        url=server.url,
+        model=config.model,
+        manner=manner.name,
+        sets_top_k=manner.settings is not None,
+        context_tokens=context if isinstance(context, int) else None,
+    ), manner
 
 
 def most_ids(server: Server, config: OpenAIEndpoint, dialect: Dialect, wanted: int) -> int:
@@ -105,14 +135,37 @@ def _dialect(server: Server, config: OpenAIEndpoint) -> Dialect:
         except NotScored as error:
             answers[dialect.name] = str(error)
         except ServerFailed as failure:
-            if not failure.refused or failure.status in KEY_STATUSES:
-                raise _unanswered(failure, config) from failure
-            answers[dialect.name] = f"status {failure.status}, {failure.words!r}"
+            answers[dialect.name] = _refused(failure, config)
         else:
             return dialect
     got = "; ".join(f"asked by {name}: {what}" for name, what in answers.items())
     expected = "log-probabilities of a prompt's tokens by id (`prompt_logprobs`, or `echo` whose tokens are named `token_id:123`)"
     raise Unfit("base_url", f"a server that does not score the token ids of a prompt ({server.url}; {got})", expected, WORKS)
+
+
+def _manner(server: Server, config: OpenAIEndpoint) -> Manner:
+    """The first manner in which the server writes a token."""
+    answers = {}
+    for manner in MANNERS:
+        prompt: Sequence[int] | str = _prompt(config) if manner.ids else WORDS
+        try:
+            read_answer(server.post("/completions", {"model": config.model, **manner.body(prompt, _OneToken(), 0)}))
+        except NotWritten as error:
+            answers[manner.name] = str(error)
+        except ServerFailed as failure:
+            answers[manner.name] = _refused(failure, config)
+        else:
+            return manner
+    got = "; ".join(f"asked with {name}: {what}" for name, what in answers.items())
+    do = "Serve the model where /completions goes on from a prompt (`vllm serve MODEL`, `transformers serve MODEL`)."
+    raise Unfit("base_url", f"a server that does not write ({server.url}; {got})", "a text under /completions", do)
+
+
+def _refused(failure: ServerFailed, config: OpenAIEndpoint) -> str:
+    """What a server refuses, in words. `Unfit` when it did not answer, or refuses the key."""
+    if not failure.refused or failure.status in KEY_STATUSES:
+        raise _unanswered(failure, config) from failure
+    return f"status {failure.status}, {failure.words!r}"
 
 
 def _unanswered(failure: ServerFailed, config: OpenAIEndpoint) -> Unfit:

@@ -27,7 +27,7 @@ class WrittenText:
     tokens: NDArray[np.int32]
     """`(T,)`, the one that ended it included."""
     logprobs: NDArray[np.float32]
-    """`(T,)` at temperature 1."""
+    """`(T,)` at temperature 1; NaN where the engine was not told."""
 
 
 def texts_content(written: Columns) -> pa.Buffer:

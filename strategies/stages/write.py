@@ -16,7 +16,8 @@ WRITTEN = ("tokens", "lengths", "row_id", "sample", "finished", "logprobs")
 
 @dataclass(frozen=True)
 class Write:
-    """Adds `written/<column>`: what `endpoint` writes after each row's tokens, and `written/seconds` (1,).
+    """Adds `written/<column>`: what `endpoint` writes after each row's tokens, and `written/seconds` (1,). An endpoint with a
+    price adds `written/cost` (1,).
 
     The rows of a bundle are prompts; each gets `sampling.samples` texts, all samples of a row together, rows in order.
     """

@@ -16,6 +16,7 @@ from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint
 from cluster.endpoints import check_scores, make_engine, probe
 from cluster.engines import Columns, Engine, openai_client
 from cluster.engines.fake_server import Behaviour, FakeServer
+from cluster.engines.openai import OpenAIEngine
 from cluster.engines.openai_calibration import first_rows
 from cluster.engines.openai_client import Pace, ServerFailed
 from cluster.engines.openai_dialects import Echo, PromptLogprobs, Said
@@ -55,6 +56,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def ready(config: OpenAIEndpoint) -> Engine:
+    """The engine, whose server was probed."""
+    engine = make_engine(config)
+    assert isinstance(engine, OpenAIEngine) and engine.offer.top_k == 1
+    return engine
+
+
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the client would have slept, in seconds."""
@@ -92,7 +100,7 @@ def test_scores_of_a_served_network_are_those_of_the_network_here(served: Served
 
 def test_rows_go_as_ids_up_to_their_last_loss_token_at_temperature_1(served: Served) -> None:
     config, server = served()
-    engine = make_engine(config)
+    engine = ready(config)
     del server.requests[:]
     columns = bundle([6, 5])
     columns["loss_mask"][:] = [0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]
@@ -242,7 +250,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(served: Served) -> None:
 
 def test_a_busy_server_is_asked_again_when_it_says_so(served: Served, naps: list[float]) -> None:
     config, server = served()
-    engine = make_engine(config)
+    engine = ready(config)
     server.behaviour.busy, server.behaviour.retry_after = 2, "7"
     columns = bundle([9, 6])
     columns["loss_mask"][9:] = 0
@@ -252,7 +260,7 @@ def test_a_busy_server_is_asked_again_when_it_says_so(served: Served, naps: list
 
 def test_pauses_grow_and_are_left_to_chance_by_half(naps: list[float], served: Served) -> None:
     config, server = served(endpoint={"max_retries": 4})
-    engine = make_engine(config)
+    engine = ready(config)
     server.behaviour.broken = 4
     engine.score(bundle([9, 0]), LABELS)
     assert len(naps) == 4
@@ -261,7 +269,7 @@ def test_pauses_grow_and_are_left_to_chance_by_half(naps: list[float], served: S
 
 def test_a_server_that_stays_broken_is_named_with_its_words(served: Served, naps: list[float]) -> None:
     config, server = served(endpoint={"max_retries": 2})
-    engine = make_engine(config)
+    engine = ready(config)
     server.behaviour.broken = 99
     with pytest.raises(ServerFailed, match=rf"{server.url}/completions: status 500 after 3 tries.*the engine is broken"):
         engine.score(bundle([9, 6]), LABELS)
@@ -269,7 +277,7 @@ def test_a_server_that_stays_broken_is_named_with_its_words(served: Served, naps
 
 def test_a_server_that_is_too_slow_counts_as_lost(served: Served, naps: list[float]) -> None:
     config, server = served(endpoint={"max_retries": 0, "timeout_seconds": 0.3})
-    engine = make_engine(config)
+    engine = ready(config)
     server.behaviour.seconds = 1.0
     with pytest.raises(ServerFailed, match=r"no answer after 1 try.*ReadTimeout"):
         engine.score(bundle([9, 6, 4]), LABELS)
@@ -277,7 +285,7 @@ def test_a_server_that_is_too_slow_counts_as_lost(served: Served, naps: list[flo
 
 def test_a_refused_request_is_not_repeated(served: Served, naps: list[float]) -> None:
     config, _ = served(context_tokens=20)
-    engine = make_engine(config)
+    engine = ready(config)
     with pytest.raises(ServerFailed, match="status 400 after 1 try.*maximum context length is 20"):
         engine.score(bundle([30, 6], keep=1.0), LABELS)
     assert naps == []
@@ -311,7 +319,7 @@ def test_requests_are_paced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_actors_share_the_requests_of_a_minute(served: Served, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_client, "monotonic", lambda: 100.0)
     config, _ = served(endpoint={"requests_per_minute": 60, "actors": 2})
-    engine = make_engine(config)
+    engine = ready(config)
     del naps[:]
     engine.score(bundle([5, 5, 5, 5, 0]), LABELS)
     assert np.diff(sorted(naps)).tolist() == [2.0, 2.0, 2.0]

@@ -1,4 +1,4 @@
-"""A real server that gives no scores, `transformers serve`: found at the door, and named with what to do."""
+"""A real server that gives no scores, `transformers serve`: it writes, and is refused for scores in words that say what to do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from transformers import AutoTokenizer
 
-from cluster.config import OpenAIEndpoint
-from cluster.endpoints import make_engine, probe
+from cluster.config import OpenAIEndpoint, TransformersEndpoint
+from cluster.endpoints import check_written, make_engine, probe, probe_writer
+from cluster.engines import Engine, Writer
 from cluster.offers import Unfit
+from strategies.core import Sampling, ScoreRequest
+from tests.cluster.test_engines import bundle
+from tests.cluster.test_writers import bundle as asked
+from tests.cluster.test_writers import texts
 from tests.tiny import tiny_model, tiny_tokenizer
 
 START_SECONDS = 120.0
@@ -65,10 +71,40 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def test_a_server_without_prompt_scores_is_refused_in_words(serving: OpenAIEndpoint) -> None:
-    for ask in (probe, make_engine):
+    for ask in (probe, lambda config: make_engine(config).score(bundle([9, 6]), ScoreRequest("per-token"))):
         with pytest.raises(Unfit) as caught:
-            ask(serving)  # type: ignore[operator]
+            ask(serving)
         words = ["base_url", serving.base_url, "does not score", "asked by prompt_logprobs", "asked by echo", "token_id:123", "vllm serve"]
         assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
         assert len(str(caught.value)) < 900
     print(caught.value)
+
+
+def author(engine: Engine) -> Writer:
+    assert isinstance(engine, Writer)
+    return engine
+
+
+def test_it_writes_what_the_model_writes_here(serving: OpenAIEndpoint) -> None:
+    offer = probe_writer(serving)
+    assert offer is not None and offer.manner == "prompts as text, generation_config"
+    tokenizer = AutoTokenizer.from_pretrained(serving.model)
+    prompts = asked([tokenizer(words)["input_ids"] for words in ("def f(x):", "<|im_start|>user\nparse<|im_end|>\n", "return")])
+    sampling = Sampling(max_new_tokens=12, stop=(0, 2))
+    here = author(make_engine(TransformersEndpoint(model=serving.model), threads=1)).write(prompts, sampling)
+    there = author(make_engine(serving.model_copy(update={"tokenizer": serving.model}))).write(prompts, sampling)
+    check_written(prompts, there, 1, 512)
+    words = [[tokenizer.decode(t, skip_special_tokens=True).rstrip("\ufffd") for t in texts(w)] for w in (there, here)]
+    assert [a for a, b in zip(*words, strict=True) if not (a and b.startswith(a))] == [], words
+
+
+def test_its_draws_differ_by_sample_and_follow_top_k(serving: OpenAIEndpoint) -> None:
+    """Its seeds are those of the whole process, so texts that are asked for at once are not told apart by them."""
+    engine = author(make_engine(serving.model_copy(update={"tokenizer": serving.model, "requests_at_once": 1})))
+    prompts = asked([[20, 21, 22]])
+    drawn = Sampling(max_new_tokens=12, stop=(0, 2), temperature=1.0, samples=4)
+    first = texts(engine.write(prompts, drawn))
+    assert len({tuple(t) for t in first}) > 1 and texts(engine.write(prompts, drawn)) == first
+    narrow = texts(engine.write(prompts, Sampling(**{**vars(drawn), "top_k": 1})))
+    greedy = texts(engine.write(prompts, Sampling(max_new_tokens=12, stop=(0, 2))))
+    assert narrow == greedy * 4

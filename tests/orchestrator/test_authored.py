@@ -79,11 +79,6 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
         put("endpoints.teacher", {"engine": "store", "folders": []}),
         ["endpoints.teacher.engine", "'store'", "does not write"],
     ),
-    (
-        "a server",
-        put("endpoints.teacher", {"engine": "openai", "base_url": "http://x/v1", "model": "m", "vocabulary": 512}),
-        ["endpoints.teacher.engine", "'openai'", "engine transformers"],
-    ),
     ("unknown endpoint", put("strategy.teacher", "nobody"), ["'nobody'", "endpoints.nobody.model"]),
     ("no prompts", data_of(*[{"text": "a b c"}] * 20), ["data.train", "the columns text", "prompt or messages"]),
     ("judge without references", both(data_of(*[{"prompt": f"a {i}"} for i in range(30)]), put("strategy.judge", "numeric")), ["held_out"]),

@@ -1,0 +1,66 @@
+"""Checks of endpoints that write text which is not there yet: their processes fit, and their servers write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.endpoints import probe_writer
+from cluster.offers import Unfit, WritingOffer
+from cluster.resources import demands, machine_cpus
+from orchestrator.authored import Text, WantedText
+from orchestrator.checks import machine
+from orchestrator.checks.networks import Cast
+from orchestrator.config import Job
+from orchestrator.errors import Refusal
+from orchestrator.memory import author_memory, small_process, surroundings
+from orchestrator.prompts import Prompts
+
+
+def check_authors(job: Job, people: Cast, text: Text | None) -> tuple[dict[str, WritingOffer], list[str]]:
+    """How the servers among them write, by endpoint, and warnings. `Refusal` for one that cannot."""
+    offers: dict[str, WritingOffer] = {}
+    for wanted in text.missing if text else ():
+        _check_fits(job, people, wanted.spec.name)
+        offer = _offer(job, wanted)
+        if offer is not None and text is not None:
+            _check_length(job, offer, text.prompts, wanted)
+            offers[wanted.spec.name] = offer
+    return offers, _unknown(job, offers)
+
+
+def _check_fits(job: Job, people: Cast, name: str) -> None:
+    """The processes of an endpoint that writes fit while nothing else runs."""
+    model = job.endpoints[name].saved_model
+    wanted = demands(job.cluster, {name: job.endpoints[name]}, 0, machine_cpus())[1:]
+    machine.check_processors(job, wanted)
+    held = [author_memory(people.teachers[name], model, d) if model and d.role == name else small_process(d) for d in wanted]
+    machine.check_memory(job, [*held, surroundings()], 0)
+
+
+def _offer(job: Job, wanted: WantedText) -> WritingOffer | None:
+    name = wanted.spec.name
+    try:
+        offer = probe_writer(job.endpoints[name])
+        if offer is not None:
+            offer.check(wanted.authored.write.sampling)
+    except Unfit as error:
+        raise Refusal(f"endpoints.{name}.{error.field}", error.got, error.expected, error.do) from error
+    return offer
+
+
+def _check_length(job: Job, offer: WritingOffer, prompts: Prompts, wanted: WantedText) -> None:
+    """The longest prompt and text fit a server's context."""
+    new = wanted.authored.write.sampling.max_new_tokens
+    if offer.context_tokens is not None and prompts.longest_tokens + new > offer.context_tokens:
+        do = f"Set data.max_length_tokens={offer.context_tokens} or less, or serve {offer.model!r} with a longer context."
+        got = f"prompts of {prompts.longest_tokens} tokens and {new} new ones"
+        expected = f"at most the {offer.context_tokens} together that endpoints.{wanted.spec.name} holds ({offer.url})"
+        raise Refusal("data.max_length_tokens", got, expected, do)
+
+
+def _unknown(job: Job, offers: Mapping[str, WritingOffer]) -> list[str]:
+    unnamed = [name for name in offers if job.endpoints[name].own_tokenizer is None]
+    silent = [name for name, offer in offers.items() if offer.context_tokens is None]
+    return [f"endpoint {n!r} names no tokenizer; its model is taken to share the student's." for n in unnamed] + [
+        f"the server of endpoint {n!r} does not tell its context." for n in silent
+    ]
