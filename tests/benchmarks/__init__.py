@@ -85,6 +85,11 @@ BENCHMARKS: dict[str, Entry] = {
         "useful tokens/s of writing texts of uneven length over transformers' generate in batches of 16",
         "ratio >= 1.5",
     ),
+    "staleness-speedup": Entry(
+        "tests.benchmarks.staleness_speedup",
+        "steps/s with staleness 1 over staleness 0, writing and training being sleeps of equal length",
+        "ratio >= 1.6",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",

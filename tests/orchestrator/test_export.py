@@ -17,8 +17,8 @@ from orchestrator import checkpoint, export
 from orchestrator.config import to_yaml
 from orchestrator.errors import Refusal, RunFailed
 from orchestrator.export import export_from_run, export_student, prove_export
-from orchestrator.plan import RECIPE
 from orchestrator.reload import load_saved
+from orchestrator.result import RECIPE
 from tests.checkpoints import IDS, PADDED, Change, recipe, rewritten, save_models, trained
 
 LINEAGE = {"run": "tiny", "data": "nowhere"}
