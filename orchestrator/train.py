@@ -29,6 +29,7 @@ from orchestrator.errors import RunFailed
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
+from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers
 from orchestrator.versions import VERSION, Publisher, kept_versions
@@ -171,8 +172,9 @@ class Trainer:
         worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
         paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
         lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-        ranks = gather([len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
-        tokens, row_ids, waited, *summed = ranks.sum(0).tolist()
+        texts = rollout_sums(bundle)
+        ranks = gather([*texts, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
+        tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(texts) :]
         dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
         seconds = time.perf_counter() - began + waited_seconds
         age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
@@ -185,6 +187,7 @@ class Trainer:
             "step_seconds": seconds,
             "age_steps": age,
         }
+        timing |= rollout_metrics(ranks.sum(0).tolist()[: len(texts)])
         timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
         timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
         return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}

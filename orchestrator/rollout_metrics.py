@@ -1,0 +1,60 @@
+"""What a step's own texts were like: enough to see a student that falls silent, rambles, repeats itself or loses its doubts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from strategies.core import Columns
+
+SUMS = ("rows", "texts", "tokens", "finished", "surprise", "repeated", "places", "left_out", "seconds")
+"""What is summed over the bundles of a step."""
+NGRAM = 4
+"""Tokens of the pieces whose repetition within a text is counted."""
+
+
+def rollout_sums(bundle: Columns) -> list[float]:
+    """`SUMS` of a bundle; nothing of one in which nobody writes."""
+    if "written" not in bundle:
+        return []
+    written = bundle["written"].astype(bool)
+    lengths, mask = bundle["lengths"].astype(np.int64), bundle["loss_mask"].astype(bool)
+    mine = np.repeat(written, lengths)[mask]
+    texts = [row[loss] for row, loss, w in zip(_rows(bundle["tokens"], lengths), _rows(mask, lengths), written, strict=True) if w]
+    pieces = [np.lib.stride_tricks.sliding_window_view(t, NGRAM) for t in texts if len(t) >= NGRAM]
+    places = sum(len(p) for p in pieces)
+    return [
+        float(len(written)),
+        float(written.sum()),
+        float(mine.sum()),
+        float(bundle["finished"][written].sum()),
+        -float(bundle["behaviour"][mine].sum(dtype=np.float64)),
+        float(places - sum(len(np.unique(p, axis=0)) for p in pieces)),
+        float(places),
+        float(bundle["rollout/left_out"][0]),
+        float(bundle["rollout/seconds"][0]),
+    ]
+
+
+def rollout_metrics(sums: Sequence[float]) -> dict[str, float]:
+    """Of a step over all ranks: `rollout/share` of the rows that the student wrote, mean `rollout/length` in tokens, share of
+    `rollout/finished` texts, `rollout/surprise`, the mean -log q of written tokens at temperature 1, which estimates the student's
+    entropy in nats, share of `rollout/repeated` four-token pieces, prompts `rollout/left_out`, and `write_seconds`."""
+    if not sums:
+        return {}
+    of = dict(zip(SUMS, sums, strict=True))
+    texts, tokens = max(1.0, of["texts"]), max(1.0, of["tokens"])
+    return {
+        "rollout/share": of["texts"] / max(1.0, of["rows"]),
+        "rollout/length": of["tokens"] / texts,
+        "rollout/finished": of["finished"] / texts,
+        "rollout/surprise": of["surprise"] / tokens,
+        "rollout/repeated": of["repeated"] / max(1.0, of["places"]),
+        "rollout/left_out": of["left_out"],
+        "write_seconds": of["seconds"],
+    }
+
+
+def _rows(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(lengths)[:-1])

@@ -1,0 +1,43 @@
+"""Numbers of a step's texts, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
+from strategies.core import Columns
+
+
+def bundle() -> Columns:
+    """A row of the data's, a text that repeats one token, and one that does not and was cut off."""
+    given, dull, cut = [9, 1, 2], [9, 5, 5, 5, 5, 5, 5], [9, 1, 2, 3, 4]
+    return {
+        "tokens": np.asarray([*given, *dull, *cut], np.int32),
+        "lengths": np.asarray([3, 7, 5], np.int32),
+        "loss_mask": np.asarray([0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1], np.uint8),
+        "written": np.asarray([0, 1, 1], np.uint8),
+        "finished": np.asarray([1, 1, 0], np.uint8),
+        "behaviour": np.asarray([0, 0, *[-0.5] * 6, *[-2.0] * 4], np.float32),
+        "rollout/left_out": np.asarray([3], np.float32),
+        "rollout/seconds": np.asarray([0.25], np.float32),
+    }
+
+
+def test_a_steps_texts_in_numbers() -> None:
+    found = rollout_metrics(rollout_sums(bundle()))
+    assert found["rollout/share"] == pytest.approx(2 / 3) and found["rollout/length"] == 5 and found["rollout/finished"] == 0.5
+    assert found["rollout/surprise"] == pytest.approx((6 * 0.5 + 4 * 2.0) / 10)
+    assert found["rollout/repeated"] == pytest.approx(2 / 4)  # three equal pieces of the dull text, one of the other
+    assert found["rollout/left_out"] == 3 and found["write_seconds"] == 0.25
+
+
+def test_bundles_add_up_and_one_without_texts_has_none() -> None:
+    twice = np.add(rollout_sums(bundle()), rollout_sums(bundle()))
+    once, both = rollout_metrics(rollout_sums(bundle())), rollout_metrics(twice.tolist())
+    assert all(both[name] == pytest.approx(once[name]) for name in once if name not in ("rollout/left_out", "write_seconds"))
+    plain = bundle()
+    del plain["written"]
+    assert rollout_metrics(rollout_sums(plain)) == {}
+    silent = bundle() | {"written": np.zeros(3, np.uint8)}
+    assert rollout_metrics(rollout_sums(silent))["rollout/length"] == 0
