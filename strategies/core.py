@@ -107,6 +107,18 @@ class Author(Protocol):
         ...
 
 
+@runtime_checkable
+class Verifier(Protocol):
+    """An endpoint that says whether texts are right."""
+
+    def judge(self, columns: Columns) -> Columns:
+        """Verdicts on the loss tokens of R rows, of a bundle with `reference` (Q,) int32, the ids of the rows' own completions, and
+        `reference_lengths` (R,) int32: `reward` (R,) float32 from 0 to 1; `judged` (R,) uint8, 0 where no verdict was reached (its
+        reward is 0); and of those `failed` (1,) int64, whose verifier gave way, and `unjudgeable` (1,) int64, without an answer
+        to compare with."""
+        ...
+
+
 class Stage(Protocol):
     """Columns to columns, before the gradient. A stage never moves rows between bundles and has no side effects."""
 

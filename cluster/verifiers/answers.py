@@ -53,13 +53,15 @@ def final_answer(text: str) -> str | None:
 
 
 def number(text: str) -> Fraction | None:
-    """The last number in a text, exactly: thousands commas, decimals and fractions are understood, units are passed over."""
+    """The last number in a text, exactly: thousands commas, decimals and fractions are understood, units are passed over.
+
+    None where there is none, it divides by 0, or it has more digits than Python reads (4300)."""
     found = _NUMBER.findall(text.replace("\\!", "").replace("\\,", ""))
     if not found:
         return None
     try:
         return Fraction(re.sub(r"[,\s]", "", found[-1]).replace("\u2212", "-"))
-    except ZeroDivisionError:
+    except (ZeroDivisionError, ValueError):
         return None
 
 
