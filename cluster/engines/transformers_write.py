@@ -165,7 +165,7 @@ def _batch(model: PreTrainedModel, prompts: Sequence[NDArray[Any]], limits: Ints
     )
     tokens = whole[:, width:].cpu().numpy().astype(np.int32)
     logprobs = torch.stack(forced.logprobs, dim=-1).cpu().numpy()
-    return [_until_stop(t, p, stop) for t, p, most in zip(tokens, logprobs, limits, strict=True)]
+    return [_until_stop(t[:most], p[:most], stop) for t, p, most in zip(tokens, logprobs, limits, strict=True)]
 
 
 def _until_stop(tokens: NDArray[np.int32], logprobs: NDArray[np.float32], stop: tuple[int, ...]) -> Text:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig
 
 from cluster.config import FakeEndpoint, TransformersEndpoint
 from cluster.endpoints import check_written, make_engine
@@ -119,14 +119,16 @@ def test_the_narrowest_draw_is_the_likeliest_token(engine: TransformersEngine, s
 
 
 @pytest.mark.parametrize(
-    "limits", [{}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.97}, {"top_k": 80, "top_p": 0.9}, {"top_k": 3, "top_p": 0.9}]
+    "limits",
+    [{}, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.97, "temperature": 4.0}, {"top_k": 80, "top_p": 0.9}, {"top_k": 3, "top_p": 0.9}],
 )
 def test_draws_follow_the_tempered_distribution(engine: TransformersEngine, limits: dict[str, Any]) -> None:
     count = 3000
     many = bundle([PROMPTS[0]], [0])
-    drawn = engine.write(many, Sampling(max_new_tokens=1, temperature=0.5, samples=count, **limits))["tokens"]
+    sampling = Sampling(**{"max_new_tokens": 1, "temperature": 0.5, "samples": count, **limits})
+    drawn = engine.write(many, sampling)["tokens"]
     with torch.no_grad():
-        p = (engine.model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.5).softmax(-1).double()
+        p = (engine.model(torch.tensor([PROMPTS[0]])).logits[0, -1] / sampling.temperature).softmax(-1).double()
     order = p.argsort(descending=True)
     kept = torch.zeros_like(p, dtype=torch.bool)
     below = torch.cumsum(p[order], 0) - p[order] < limits.get("top_p", 1.0)
@@ -141,13 +143,21 @@ SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "
 ENDS = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA = LlamaConfig(**SMALL, **ENDS, num_key_value_heads=2)
 GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS)
-SLIDING = MistralConfig(**SMALL, **ENDS, num_key_value_heads=2, sliding_window=4)
+SLIDING = MistralConfig(**SMALL, **ENDS, num_key_value_heads=2, sliding_window=8)
 STATES = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, **ENDS)
+UNPLACED = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **ENDS)
 
 
 @pytest.mark.parametrize(
     ("config", "attention", "slots"),
-    [(LLAMA, "sdpa", True), (LLAMA, "eager", True), (GPT2, "sdpa", True), (SLIDING, "sdpa", False), (STATES, "sdpa", False)],
+    [
+        (LLAMA, "sdpa", True),
+        (LLAMA, "eager", True),
+        (GPT2, "sdpa", True),
+        (SLIDING, "sdpa", False),
+        (STATES, "sdpa", False),
+        (UNPLACED, "sdpa", False),
+    ],
     ids=lambda value: getattr(value, "model_type", str(value)),
 )
 def test_architectures_write_what_a_plain_loop_does(config: PreTrainedConfig, attention: Any, slots: bool, tmp_path: Path) -> None:
@@ -277,6 +287,13 @@ def test_other_weights_are_refused_and_change_nothing(follower: TransformersEngi
         follower.publish(weights, 1)
     assert follower.version is None
     assert all(torch.equal(values, before[name]) for name, values in follower.model.state_dict().items())
+
+
+def test_a_quantised_model_takes_no_weights(follower: TransformersEngine) -> None:
+    weights = follower.model.state_dict()
+    follower.config = follower.config.model_copy(update={"quantization": "int8"})
+    with pytest.raises(ValueError, match="expected 'none' where weights are published"):
+        follower.publish(weights, 1)
 
 
 def test_an_empty_prompt_is_refused(engine: TransformersEngine) -> None:
