@@ -85,8 +85,9 @@ class Writer(Protocol):
     def write(self, columns: Columns, sampling: Sampling) -> Columns:
         """Texts that follow each row's `tokens`, n = samples of them for every row: rows in order, then samples.
 
+        `columns` may carry `max_new_tokens` (R,) int32, at least 1: a row's own limit, and the smaller of it and the sampling's counts.
         `tokens` (S,) int32 of the written texts alone, `lengths` (R*n,) int32, `row_id` (R*n,) int64, `sample` (R*n,) int32 from 0,
-        `finished` (R*n,) uint8: 1 for a text that ended with one of `stop`, 0 for one that met `max_new_tokens`; `logprobs` (S,)
+        `finished` (R*n,) uint8: 1 for a text that ended with one of `stop`, 0 for one that met its limit; `logprobs` (S,)
         float32 of the written tokens at temperature 1 among the usable ids. Only usable ids are written. A text is a function
         of the prompt, the seed, the row's id and the sample, up to the rounding that the shape of a batch brings.
         """

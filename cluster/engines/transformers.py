@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from cluster.causal_lm import (
 )
 from cluster.config import TransformersEndpoint
 from cluster.engines import Columns, Request, Sampling
+from cluster.engines.slots import has_slots
 from cluster.engines.transformers_write import write
 from cluster.forwards import bundle_rows, group_by_length, lay_out
 
@@ -78,7 +80,11 @@ class TransformersEngine:
     def write(self, columns: Columns, sampling: Sampling) -> Columns:
         """See `cluster.engines.Writer.write`."""
         self._refuse_unknown(columns)
-        return write(self.model, columns, sampling, self.vocabulary, self.config.forward_tokens)
+        return write(self.model, columns, sampling, self.vocabulary, self.config.forward_tokens, self._has_slots)
+
+    @cached_property
+    def _has_slots(self) -> bool:
+        return has_slots(self.model)
 
     def _nothing(self, request: Request) -> dict[str, Tensor]:
         """The answer about no token."""
