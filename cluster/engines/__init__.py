@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Columns = dict[str, NDArray[np.generic]]
 """One bundle, or a part of it: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8."""
@@ -90,5 +94,19 @@ class Writer(Protocol):
         `finished` (R*n,) uint8: 1 for a text that ended with one of `stop`, 0 for one that met its limit; `logprobs` (S,)
         float32 of the written tokens at temperature 1 among the usable ids. Only usable ids are written. A text is a function
         of the prompt, the seed, the row's id and the sample, up to the rounding that the shape of a batch brings.
+        """
+        ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """An engine whose weights move with a student."""
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replaces the weights of the engine's model in place by floating-point `weights`, cast to the model's dtype, and remembers
+        `version`; whatever is asked from then on is answered by them.
+
+        Names are those of `model.state_dict()`; of names for one tied tensor, all but one may be absent. `ValueError` naming up to
+        three when names are missing or unexpected or shapes differ, and then no weight has changed.
         """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +44,8 @@ class TransformersEngine:
         self.device = compute_device()
         self.config = config
         self.model = load_frozen(config, self.device)
+        self.version: int | None = None
+        """Of the weights that were published last; None for those that were loaded."""
         embedding: Any = self.model.get_input_embeddings()
         self.embedded = int(embedding.weight.shape[0])
         self.predicted = len(output_head(self.model).weight)
@@ -82,6 +85,20 @@ class TransformersEngine:
         self._refuse_unknown(columns)
         return write(self.model, columns, sampling, self.vocabulary, self.config.forward_tokens, self._has_slots)
 
+    @torch.no_grad()
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """See `cluster.engines.Follower.publish`. Nothing else that this engine keeps is made of weights."""
+        if self.config.quantization != "none":
+            raise ValueError(f"endpoint quantization: got {self.config.quantization!r}; expected 'none' where weights are published")
+        own = {name: values for name, values in self.model.state_dict().items() if values.is_floating_point()}
+        given = {own[name].data_ptr() for name in weights if name in own}
+        _refuse_names("missing", (n for n, values in own.items() if values.data_ptr() not in given))
+        _refuse_names("unexpected", (n for n in weights if n not in own))
+        _refuse_names("of another shape", (n for n, values in weights.items() if values.shape != own[n].shape))
+        for name, values in weights.items():
+            own[name].copy_(values)
+        self.version = version
+
     @cached_property
     def _has_slots(self) -> bool:
         return has_slots(self.model)
@@ -115,6 +132,13 @@ class TransformersEngine:
                 f"tokens: got the id {highest}; expected less than the {self.embedded} ids that this endpoint's model embeds. "
                 "Teacher and student must share a tokenizer."
             )
+
+
+def _refuse_names(what: str, names: Iterable[str]) -> None:
+    found = sorted(names)
+    if found:
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ValueError(f"published weights: got {len(found)} {what}: {some}; expected the names and shapes of the engine's model")
 
 
 def load_frozen(config: TransformersEndpoint, device: torch.device) -> PreTrainedModel:

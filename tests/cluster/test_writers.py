@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 
 from cluster.config import FakeEndpoint, TransformersEndpoint
 from cluster.endpoints import check_written, make_engine
-from cluster.engines import Columns, Writer
+from cluster.engines import Columns, Follower, Writer
 from cluster.engines.slots import Network, has_slots
 from cluster.engines.transformers import TransformersEngine
-from strategies.core import Sampling
+from strategies.core import Sampling, ScoreRequest
 from tests.tiny import tiny_model
 
 VOCABULARY = 96
@@ -246,6 +246,54 @@ def test_limits_that_fit_no_rows_are_refused(engine: TransformersEngine, limits:
 
 def test_no_prompts_give_no_texts(engine: TransformersEngine) -> None:
     check_written(bundle([]), engine.write(bundle([]), Sampling()), 1, VOCABULARY)
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> TransformersEngine:
+    tiny_model(tmp_path / "old", vocab_size=VOCABULARY, seed=3)
+    return TransformersEngine(TransformersEndpoint(model=str(tmp_path / "old"), dtype="float32", forward_tokens=64), threads=1)
+
+
+def test_published_weights_answer_from_then_on(follower: TransformersEngine, tmp_path: Path) -> None:
+    assert isinstance(follower, Follower) and follower.version is None
+    sampling, request = Sampling(max_new_tokens=6, temperature=1.0), ScoreRequest(kind="dense")
+    columns = {**bundle(PROMPTS), "loss_mask": np.asarray([int(n > 0) for p in PROMPTS for n in range(len(p))], dtype=np.uint8)}
+    before = follower.write(bundle(PROMPTS), sampling), follower.score(columns, request)
+    new = tiny_model(tmp_path / "new", vocab_size=VOCABULARY, seed=4)
+    weights = {name: values.double() for name, values in new.state_dict().items() if name != "lm_head.weight"}
+    follower.publish(weights, 7)
+    fresh = TransformersEngine(TransformersEndpoint(model=str(tmp_path / "new"), dtype="float32", forward_tokens=64), threads=1)
+    assert follower.version == 7
+    assert texts(follower.write(bundle(PROMPTS), sampling)) == texts(fresh.write(bundle(PROMPTS), sampling)) != texts(before[0])
+    np.testing.assert_array_equal(follower.score(columns, request)["dense"], fresh.score(columns, request)["dense"])
+    assert not np.allclose(follower.score(columns, request)["dense"], before[1]["dense"])
+    assert {p.dtype for p in follower.model.parameters()} == {torch.float32}
+
+
+FAULTS: dict[str, Any] = {
+    r"got 1 missing: model.norm.weight;": lambda w: w.pop("model.norm.weight"),
+    r"got 2 missing: lm_head.weight, model.embed_tokens.weight;": lambda w: [w.pop("lm_head.weight"), w.pop("model.embed_tokens.weight")],
+    r"got 4 unexpected: a, b, c, \.\.\.;": lambda w: w.update(dict.fromkeys("dbca", torch.zeros(1))),
+    r"got 1 of another shape: model.norm.weight;": lambda w: w.update({"model.norm.weight": torch.zeros(31)}),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_other_weights_are_refused_and_change_nothing(follower: TransformersEngine, message: str) -> None:
+    before = {name: values.clone() for name, values in follower.model.state_dict().items()}
+    weights = {name: values + 1 for name, values in before.items()}
+    FAULTS[message](weights)
+    with pytest.raises(ValueError, match=message):
+        follower.publish(weights, 1)
+    assert follower.version is None
+    assert all(torch.equal(values, before[name]) for name, values in follower.model.state_dict().items())
+
+
+def test_a_quantised_model_takes_no_weights(follower: TransformersEngine) -> None:
+    weights = follower.model.state_dict()
+    follower.config = follower.config.model_copy(update={"quantization": "int8"})
+    with pytest.raises(ValueError, match="expected 'none' where weights are published"):
+        follower.publish(weights, 1)
 
 
 def test_an_empty_prompt_is_refused(engine: TransformersEngine) -> None:
