@@ -129,6 +129,7 @@ def test_a_killed_driver_is_resumed_and_a_finished_run_is_not(home: Path, undist
         make_plan(load_job(recipe(home, "driver"), cluster=cluster(home)), "driver")
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(home: Path, undisturbed: dict[int, float]) -> None:
     process = start(home, "stopped")
     wait_for_step(home, "stopped", EVERY + 2)
