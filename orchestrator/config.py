@@ -160,7 +160,8 @@ class RunConfig(Model):
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name: new ones, or fields that differ from those in `ray_config.yaml`."""
     baseline: bool = False
-    """Also train the same student without a teacher, on the same rows and steps, and compare."""
+    """Also train the same student without a teacher, on the same rows and steps, and compare. Refused where a teacher writes the
+    rows and nothing else is learnt of it: the control would be the same run."""
     tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the MLflow run."""
 

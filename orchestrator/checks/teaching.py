@@ -44,8 +44,20 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
     if job.run.baseline and not strategy.signals and not frozen:
-        warnings.append("baseline: true trains the same again, because the strategy has no teacher.")
+        warnings.append(_same_again(job, strategy))
     return warnings
+
+
+def _same_again(job: Job, strategy: Strategy) -> str:
+    """What to say of a control that is its run. `Refusal` where it looks like one: a teacher's text is there, and both learn it."""
+    if not strategy.authors:
+        return "baseline: true trains the same again, because the strategy has no teacher."
+    got = f"true, for {job.run.strategy.type}, which learns a teacher's text by cross-entropy as its control would: the same run twice"
+    do = (
+        "Drop it. What the text is worth shows beside a run of strategy=cross-entropy, which learns the data's own completions; "
+        "name data.held_out, so that both are measured on the same rows."
+    )
+    raise Refusal("baseline", got, "a strategy whose loss asks a teacher", do)
 
 
 def used_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:

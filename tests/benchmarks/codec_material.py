@@ -110,16 +110,30 @@ def _load(path: Path, name: str) -> Distributions:
 def trained(folder: Path, data: Path | None, smoke: bool) -> Distributions:
     """What a teacher says about held-out text, beside a smaller student; both are trained once per `folder`."""
     models = train(folder, data, smoke)
-    pieces = _held_out(models, 64 if smoke else TOKENS)
-    return reduced("trained", pieces, models.about)
+    pieces = ((s.hidden @ s.head.T, s.student) for s in stated(models, smoke))
+    return reduced("trained", ((logits.log_softmax(-1), log_q) for logits, log_q in pieces), models.about)
 
 
-def _held_out(models: Trained, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Stated:
+    """What the trained teacher says about n tokens, as its output head reads it, and the student's log q."""
+
+    hidden: Tensor
+    """`(n, D)` float32."""
+    head: Tensor
+    """`(V, D)`."""
+    student: Tensor
+    """`(n, V)`."""
+
+
+def stated(models: Trained, smoke: bool) -> Iterator[Stated]:
+    """A row of held-out text at a time."""
     teacher, student = (AutoModelForCausalLM.from_pretrained(models.folder / name).eval() for name in ("teacher", "student"))
-    for row in models.held_out[: -(-tokens // models.held_out.shape[1])]:
+    for row in models.held_out[: -(-(64 if smoke else TOKENS) // models.held_out.shape[1])]:
         with torch.no_grad():
-            said = [m(input_ids=row[None]).logits[0].float().log_softmax(-1) for m in (teacher, student)]
-        yield said[0], said[1]
+            hidden = teacher.model(input_ids=row[None]).last_hidden_state[0].float()
+            log_q = student(input_ids=row[None]).logits[0].float().log_softmax(-1)
+            yield Stated(hidden, teacher.lm_head.weight.detach().float(), log_q)
 
 
 def fitted(smoke: bool, seed: int = 0) -> Distributions:
@@ -127,6 +141,12 @@ def fitted(smoke: bool, seed: int = 0) -> Distributions:
 
     Ids are in no order: no codec gains by frequent ids being small ones. The student's logits are the teacher's with noise.
     """
+    scale, pieces = fitted_pieces(smoke, seed)
+    return reduced("fitted", pieces, {"exponent_scale": scale})
+
+
+def fitted_pieces(smoke: bool, seed: int = 0) -> tuple[float, Iterator[tuple[Tensor, Tensor]]]:
+    """The scale of the exponents, and `(64, V)` log p and log q at a time."""
     vocabulary, tokens = (2_000, 64) if smoke else (FITTED_VOCABULARY, TOKENS)
     generator = torch.Generator().manual_seed(seed)
     scale = _fit(vocabulary, generator)
@@ -138,7 +158,7 @@ def fitted(smoke: bool, seed: int = 0) -> Distributions:
             student = 0.9 * logits + 0.7 * torch.randn(logits.shape, generator=generator)
             yield logits.log_softmax(-1), student.log_softmax(-1)
 
-    return reduced("fitted", pieces(), {"exponent_scale": scale})
+    return scale, pieces()
 
 
 def _logits(tokens: int, vocabulary: int, scale: float, generator: torch.Generator) -> Tensor:

@@ -22,12 +22,14 @@ from cluster.codecs.groups import Group, default_groups
 from cluster.codecs.topk import FLOOR
 from cluster.endpoints import check_scores
 from cluster.engines import Columns
-from strategies.core import ScoreRequest
+from strategies.core import Progress, ScoreRequest
+from strategies.objectives.divergence import ForwardKL
 from strategies.outputs import TokenLogits
-from strategies.signals import TopK
+from strategies.signals import Dense, Sampled, TopK
 from tests.benchmarks.codec_errors import errors
 from tests.benchmarks.codec_material import reduced
 from tests.benchmarks.codec_peer import BUDGET, RECOMMENDED
+from tests.benchmarks.codec_states import gradients, squares
 
 FINE = 2e-3
 """Error of a log-probability beside the one of its step: masses are stored to 5e-4, one number a group on the way to it."""
@@ -305,6 +307,29 @@ def test_the_errors_that_benchmarks_state_are_those_of_whole_distributions() -> 
     true = log_q.exp() - log_p.exp()
     assert found.kl == pytest.approx(float(kl), rel=1e-4)
     assert found.gradient == pytest.approx(float((got.double() - true).norm() / true.norm()), rel=1e-4)
+
+
+def test_the_errors_of_hidden_states_and_draws_are_those_of_the_product_s_gradients() -> None:
+    """Autograd through forward KL of the product's own signals: `tests.benchmarks.codec_states` in closed form."""
+    log_p, log_hat, log_q = (torch.from_numpy(dense(6, 300, 2.0, seed)) for seed in (1, 2, 3))
+    answers = sampled_answers(log_p.numpy(), 7, 0.5)
+    ids = torch.from_numpy(answers["ids"].astype(np.int64)).view(6, 7)
+    was = answers["weights"].reshape(6, 7)
+    now = was * np.random.default_rng(0).uniform(0.9, 1.1, was.shape).astype(np.float32)
+
+    def gradient(signal: Dense | Sampled) -> torch.Tensor:
+        logits = log_q.float().requires_grad_()
+        outputs = TokenLogits(logits, torch.zeros(6, dtype=torch.int64))
+        values = ForwardKL().values(outputs, signal, 1.0, Progress(0, 1))
+        return torch.autograd.grad(values.sum(), logits)[0].double()
+
+    p, hat = (gradient(Dense(table.float())) for table in (log_p, log_hat))
+    before, after = (gradient(Sampled(ids, torch.zeros(6, 7), torch.from_numpy(w))) for w in (was, now))
+    kl, wrong, right = squares(log_p.numpy(), log_hat.numpy(), log_q.numpy())
+    assert kl == pytest.approx((log_p.exp() * (log_p - log_hat)).sum(1).numpy(), rel=1e-9)
+    assert (wrong, right) == pytest.approx((float(((hat - p) ** 2).sum()), float((p**2).sum())), rel=1e-4)
+    wanted = [float((g**2).sum()) for g in (after - before, before, before - p, p)]
+    assert gradients(log_p, log_q, ids, was, now) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_peer_s_settings_take_the_bytes_that_it_states() -> None:

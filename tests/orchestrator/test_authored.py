@@ -83,6 +83,11 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
     ("no prompts", data_of(*[{"text": "a b c"}] * 20), ["data.train", "the columns text", "prompt or messages"]),
     ("judge without references", both(data_of(*[{"prompt": f"a {i}"} for i in range(30)]), put("strategy.judge", "numeric")), ["held_out"]),
     ("nothing to measure on", data_of(*[{"prompt": f"a {i}"} for i in range(30)]), ["data.held_out_rows", "0 prompts with a completion"]),
+    (
+        "a control that is its run",
+        put("baseline", True),
+        ["baseline: got true, for seq-kd", "the same run twice", "strategy=cross-entropy", "data.held_out"],
+    ),
     ("no room", put("strategy.max_new_tokens", 64), ["data.max_length_tokens", "room for both"]),
     ("prompts too long", put("strategy.max_new_tokens", 62), ["no prompt to write for", "longer than"]),
     (
