@@ -116,7 +116,7 @@ class Plan:
         """What a resumed run must find again; the driver keeps it as `FACTS`."""
         return Facts(self.fingerprints, self.steps, self.vocabulary, self.job.run.train.workers)
 
-    def stream(self, freshness: Freshness | None) -> StreamSpec:
+    def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
         return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary, freshness)
 
