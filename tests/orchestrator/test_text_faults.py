@@ -130,6 +130,7 @@ def filling(home: Home, seed: int) -> Any:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_killed_driver_leaves_what_was_written(home: Home) -> None:
     home.server.requests.clear()
     process = home.start(1)
