@@ -68,8 +68,9 @@ class Board:
         return self._attempt
 
     async def publish(self, attempt: int, versions: dict[int, list[Any]]) -> None:
-        """All versions of the student that may be asked for, by finished steps: each a list of the reference to its weights."""
-        if attempt < self._attempt:
+        """All versions of the student that may be asked for, by finished steps: each a list of the reference to its weights. What is
+        older than what is known came late, and changes nothing."""
+        if (attempt, max(versions)) < (self._attempt, max(self._versions, default=0)):
             return
         async with self._published:
             self._attempt, self._versions = attempt, {step: reference for step, (reference,) in versions.items()}

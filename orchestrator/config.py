@@ -190,7 +190,7 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
     cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
     _merge_endpoints(content, cluster_content)
-    fill_student_endpoint(content)
+    fill_student_endpoint(content, StudentConfig.model_fields["dtype"].default)
     content["strategy"] = _strategy(content.get("strategy"), where)
     run = _validated(RunConfig, content, where)
     return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))

@@ -14,6 +14,7 @@ from orchestrator.checks.machine import text as size
 from orchestrator.memory import Memory
 from orchestrator.sketch import Network
 from strategies.core import AnyTerm, Progress
+from strategies.stages.rollout import rollouts
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -64,6 +65,9 @@ def _run(plan: Plan) -> list[str]:
 def _strategy(plan: Plan) -> Iterator[str]:
     stages = " -> ".join(f"{type(s).__name__}({s.endpoint})" if s.endpoint else type(s).__name__ for s in plan.strategy.stages)
     yield plan.job.run.strategy.type + (f": {stages} -> train" if stages else "")
+    for stage in rollouts(plan.strategy.stages):
+        bound = "at most" if stage.newest else "exactly"
+        yield f"the student writes up to {stage.sampling.max_new_tokens} tokens after each prompt, {bound} {stage.staleness} steps behind"
     for update in plan.strategy.updates:
         every = f" every {update.every} steps" if update.every > 1 else ""
         yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan.steps) for t in update.terms)

@@ -18,7 +18,8 @@ from strategies.stages.rollout import rollouts
 def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -> Strategy:
     """The strategy whose stage that writes knows the tokens that end a text, the longest row, and the run's seed.
 
-    `Refusal` for more than one such stage, and for texts that leave no room for a prompt.
+    `Refusal` for more than one such stage, for texts that leave no room for a prompt, and for signals to be stored of rows that do
+    not exist yet.
     """
     found = rollouts(strategy.stages)
     if not found:
@@ -26,6 +27,9 @@ def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -
     if len(found) > 1:
         raise Refusal(f"strategy.{job.run.strategy.type}", f"{len(found)} stages that write", "one", "Mend the strategy.")
     (stage,) = found
+    if "missing" in job.run.signals.uses[job.run.signals.mode]:
+        do = "Set signals=auto or signals=live; the teacher is asked while the student writes."
+        raise Refusal("signals.mode", f"{job.run.signals.mode!r}, and rows that the student writes during training", "auto or live", do)
     longest, new = job.run.data.max_length_tokens, stage.sampling.max_new_tokens
     if new >= longest:
         do = f"Set data.max_length_tokens to more than {new}, by the length of a prompt, or lower strategy.max_new_tokens."

@@ -20,12 +20,13 @@ def student_endpoint(student: StudentConfig) -> TransformersEndpoint:
     return TransformersEndpoint(**shared, dtype=student.dtype, follows_student=True)
 
 
-def fill_student_endpoint(recipe: dict[str, Any]) -> None:
-    """What a recipe says of it, such as its actors, goes with the student's model; an engine that it names stands for itself."""
+def fill_student_endpoint(recipe: dict[str, Any], dtype: str) -> None:
+    """What a recipe says of it, such as its actors, goes with the student's model; an engine that it names stands for itself.
+    `dtype` is that of a student whose recipe names none."""
     endpoints, student = recipe.get("endpoints"), recipe.get("student")
     given = endpoints.get(STUDENT) if isinstance(endpoints, dict) else None
     if not isinstance(endpoints, dict) or not isinstance(given, dict) or "engine" in given:
         return
     own = student if isinstance(student, dict) else {"model": student}
     shared = {key: own[key] for key in SHARED if key in own}
-    endpoints[STUDENT] = {**shared, "dtype": own.get("dtype", "float32"), "follows_student": True, **given}
+    endpoints[STUDENT] = {**shared, "dtype": own.get("dtype", dtype), "follows_student": True, **given}

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -29,16 +28,14 @@ from orchestrator.errors import RunFailed
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
-from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
+from orchestrator.step_metrics import gradient_shares, loss_metrics, stream_metrics
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers
-from orchestrator.versions import VERSION, Publisher, kept_versions
+from orchestrator.versions import Publisher, kept_versions
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
-from strategies.sources import Source, Taught, scored_columns
+from strategies.sources import Source, scored_columns
 
-FREE = np.zeros(1, dtype=np.float32)
-"""What an answer without a price costs."""
 MOST_SKIPPED_STEPS = 10
 """Consecutive steps with a gradient that is not finite before the run fails."""
 
@@ -61,19 +58,26 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
     publisher = _publisher(job, next(iter(players.values())), rank)
-    if publisher:
+    if publisher:  # before anything waits for the first rows, which wait for it
         publisher.begin(ray.get(job.board.attempt.remote()), step, _older_versions(resumed))
     journal.begin(stream.attempt)
     trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, publisher)
+    try:
+        _train(job, stream, trainer, journal, step)
+    finally:
+        if publisher:
+            publisher.end()
+
+
+def _train(job: WorkerJob, stream: Stream, trainer: Trainer, journal: RankJournal, step: int) -> None:
+    """Steps, versions and reports after `step`, to the last step or until a person asks to stop."""
     first = step + 1
     for bundle in stream.after(step):
         step = scalar(bundle, "step")
         stop = trainer.step(step, bundle, stream.waited_seconds)
-        if publisher and step < job.steps:
-            publisher.publish(step)
         if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
-            journal.held(next(iter(players.values())).held_bytes())
-            trainer.held_out = _held_out(job, stream, rank)
+            journal.held(trainer.held_bytes())
+            trainer.held_out = _held_out(job, stream, journal.rank)
         if trainer.due(step) or stop:
             trainer.report(step, stream.attempt, stop)
         if stop:
@@ -159,38 +163,15 @@ class Trainer:
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
         stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
-        metrics |= self._timing(bundle, began, waited_seconds)
+        metrics |= stream_metrics(bundle, self._strategy.signals, began, waited_seconds)
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
+        if self._publisher and step < self._job.steps:
+            self._publisher.publish(step)
         return stop
 
-    def _timing(self, bundle: Columns, began: float, waited_seconds: float) -> dict[str, float]:
-        """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
-        a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `dropped_mass` the
-        most that a token of one lost."""
-        scored = [(s.endpoint, name) for name, s in self._strategy.signals.items() if isinstance(s, Taught) and s.endpoint]
-        teachers = sorted({endpoint for endpoint, _ in scored})
-        worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-        paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-        lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-        texts = rollout_sums(bundle)
-        ranks = gather([*texts, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
-        tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(texts) :]
-        dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
-        seconds = time.perf_counter() - began + waited_seconds
-        age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
-        timing = {
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "rows": float(scalar(bundle, "rows_total")),
-            "row_id_sum": row_ids,
-            "stream_wait_seconds": waited / world_size(),
-            "step_seconds": seconds,
-            "age_steps": age,
-        }
-        timing |= rollout_metrics(ranks.sum(0).tolist()[: len(texts)])
-        timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
-        timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
-        return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank holds of the first player."""
+        return next(iter(self._networks.players.values())).held_bytes()
 
     def _count_skipped(self, metrics: dict[str, float]) -> None:
         self._skipped = self._skipped + 1 if metrics["skipped"] else 0
@@ -258,7 +239,7 @@ def train_step(
         lr = run.train.lr * run.train.learning_rate()(progress)
         norm = layout.step(lr)
         values, squares = total(sums).tolist()
-        metrics |= _loss_metrics(update, values, counts, progress) | _gradient_shares(update, squares)
+        metrics |= loss_metrics(update, values, counts, progress) | gradient_shares(update, squares)
         metrics |= {"grad_norm": norm, "lr": lr, "micro_batches": float(rounds)}
         metrics["skipped"] += float(not torch.isfinite(torch.tensor(norm)))
     return asked, metrics
@@ -276,25 +257,3 @@ def _rounds(micros: list[MicroBatch], rounds: int) -> Iterator[tuple[MicroBatch,
     """This rank's micro-batches, then empty ones until every rank has run `rounds`; the flag marks the last."""
     for i in range(rounds):
         yield micros[i] if i < len(micros) else dummy(), i == rounds - 1
-
-
-def _loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, float], progress: Progress) -> dict[str, float]:
-    """Mean of each term, its weight, and its share of the absolute weighted loss."""
-    means = {t.name: s / max(1.0, counts[t.name]) for t, s in zip(update.terms, sums, strict=True)}
-    weighted = {t.name: t.scale(progress) * means[t.name] for t in update.terms}
-    size = sum(abs(v) for v in weighted.values()) or 1.0
-    metrics = {"loss": sum(weighted.values())}
-    for term in update.terms:
-        metrics[f"loss/{term.name}"] = means[term.name]
-        metrics[f"weight/{term.name}"] = term.scale(progress)
-        metrics[f"share/{term.name}"] = abs(weighted[term.name]) / size
-    return metrics
-
-
-def _gradient_shares(update: Update, squares: Iterable[float]) -> dict[str, float]:
-    """Share of each term in the sum of their pulls, as measured on a few tokens of every micro-batch (`strategies.pulls`)."""
-    norms = {t.name: square**0.5 for t, square in zip(update.terms, squares, strict=True)}
-    if len(norms) == 1:
-        return {f"gradient_share/{name}": 1.0 for name in norms}
-    size = sum(norms.values())
-    return {f"gradient_share/{name}": norm / size if size else 0.0 for name, norm in norms.items()}

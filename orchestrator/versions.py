@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from cluster.engines import Follower
@@ -66,8 +67,6 @@ class FollowingEngine:
 
     def follow(self, columns: Columns) -> Columns:
         """Publishes the due version to the engine unless it has it; the bundle with `policy_version`. Held-out rows need none."""
-        import numpy as np
-
         step, attempt = scalar(columns, "step"), scalar(columns, "attempt")
         if step == HELD_OUT_STEP:
             return {**columns, VERSION: np.asarray([-1], dtype=np.int64)}

@@ -49,9 +49,11 @@ class FakeEngine:
         ends = np.cumsum(columns["lengths"].astype(np.int64))
         prompts = [columns["tokens"][end - size : end] for end, size in zip(ends, columns["lengths"], strict=True)]
         asked = [(p, int(r), s) for p, r in zip(prompts, columns["row_id"], strict=True) for s in range(sampling.samples)]
+        own = columns.get("max_new_tokens", np.full(len(prompts), sampling.max_new_tokens))
+        limits = np.repeat(np.minimum(own, sampling.max_new_tokens), sampling.samples).tolist()
         texts = [
-            self._text(prompt.tobytes() + (f"{sampling.seed} {r} {s}".encode() if sampling.temperature else b""), sampling)
-            for prompt, r, s in asked
+            self._text(prompt.tobytes() + (f"{sampling.seed} {r} {s}".encode() if sampling.temperature else b""), sampling.stop, limit)
+            for (prompt, r, s), limit in zip(asked, limits, strict=True)
         ]
         time.sleep(self.seconds_per_bundle)
         tokens = np.concatenate([np.zeros(0, np.int32), *texts])
@@ -67,14 +69,14 @@ class FakeEngine:
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """See `cluster.engines.Follower.publish`: there is nothing that could move."""
 
-    def _text(self, seed: bytes, sampling: Sampling) -> NDArray[np.int32]:
+    def _text(self, seed: bytes, stop: tuple[int, ...], limit: int) -> NDArray[np.int32]:
         """Ids that are no `stop`, then one of those unless the text is as long as it may be."""
         random = np.random.default_rng(zlib.crc32(seed))
-        size = int(random.integers(1, sampling.max_new_tokens + 1))
-        usable = np.setdiff1d(np.arange(self.vocabulary), sampling.stop)
+        size = int(random.integers(1, limit + 1))
+        usable = np.setdiff1d(np.arange(self.vocabulary), stop)
         body = usable[random.integers(0, len(usable), size)].astype(np.int32)
-        if size < sampling.max_new_tokens and sampling.stop:
-            body = np.append(body, np.int32(sampling.stop[0]))
+        if size < limit and stop:
+            body = np.append(body, np.int32(stop[0]))
         return body
 
     def _table(self, rows: BundleRows) -> NDArray[np.float64]:

@@ -22,7 +22,8 @@ LONGEST_ROW = 1 << 30
 class Rollout:
     """Replaces rows by texts that `endpoint` writes after their prompts: loss tokens are then what it wrote.
 
-    A row's prompt ends before its first loss token; a row without one, such as plain text, lends its first `prompt_tokens`.
+    A row's prompt ends before its first loss token; a row without one, such as plain text, lends its first `prompt_tokens`. One token
+    is no prompt: nobody predicts a row's first token, so plain text looks just like that.
     `share` of the rows are written, drawn row by row from seed, step and row (GKD's lambda, arXiv:2306.13649, algorithm 1);
     the others stay as they are, as do held-out rows (`step` 0). A prompt that leaves no room for a single token is left out and
     counted. Texts of one row follow each other under its `row_id`.
@@ -60,13 +61,13 @@ class Rollout:
         drawn, room = self._drawn(columns), self.longest_tokens - np.asarray([len(r.prompt) for r in rows], dtype=np.int64)
         asked = np.flatnonzero(drawn & (room > 0))
         began = time.perf_counter()
-        texts = self._texts([rows[i] for i in asked], room[asked], columns, endpoint)
+        texts = dict(zip(asked.tolist(), self._texts([rows[i] for i in asked], room[asked], columns, endpoint), strict=True))
         seconds = time.perf_counter() - began
         found: list[_Line] = []
         for i, row in enumerate(rows):
             if not drawn[i]:
                 found.append(row.given())
-            found += texts.get(row.row_id, []) if drawn[i] else []
+            found += texts.get(i, [])
         left_out = int(np.count_nonzero(drawn & (room <= 0)))
         kept = {name: values for name, values in columns.items() if name not in _ROWS}
         return {**kept, **_joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
@@ -80,10 +81,10 @@ class Rollout:
         draws = [np.random.default_rng((self.sampling.seed, step, int(r))).random() for r in row_ids]
         return np.asarray(draws, dtype=np.float64) < share
 
-    def _texts(self, rows: list[_Row], room: NDArray[np.int64], columns: Columns, author: Author) -> dict[int, list[_Line]]:
-        """The texts of each row, by its id."""
+    def _texts(self, rows: list[_Row], room: NDArray[np.int64], columns: Columns, author: Author) -> list[list[_Line]]:
+        """The texts of each row."""
         if not rows:
-            return {}
+            return []
         prompts = {
             "tokens": np.concatenate([r.prompt for r in rows]),
             "lengths": np.asarray([len(r.prompt) for r in rows], dtype=np.int32),
@@ -93,14 +94,14 @@ class Rollout:
         written = author.write(prompts, self._sampling(int(columns["step"][0])))
         lengths = written["lengths"].astype(np.int64)
         ends = np.cumsum(lengths)
-        found: dict[int, list[_Line]] = {}
+        found: list[list[_Line]] = [[] for _ in rows]
         for n, (size, end) in enumerate(zip(lengths, ends, strict=True)):
             row = rows[n // self.sampling.samples]
             part = slice(int(end - size), int(end))
             line = row.continued(
                 written["tokens"][part], written["logprobs"][part], int(written["sample"][n]), bool(written["finished"][n])
             )
-            found.setdefault(row.row_id, []).append(line)
+            found[n // self.sampling.samples].append(line)
         return found
 
     def _sampling(self, step: int) -> Sampling:

@@ -63,14 +63,6 @@ def ready(config: OpenAIEndpoint) -> Engine:
     return engine
 
 
-@pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the client would have slept, in seconds."""
-    slept: list[float] = []
-    monkeypatch.setattr(openai_client, "sleep", slept.append)
-    return slept
-
-
 def same(theirs: Columns, ours: Columns) -> None:
     for name in ("logprob", "logprobs"):
         if name in ours:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from cluster.answers import mixed_keys
 from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint, with_tokenizer
 from cluster.endpoints import check_written, make_engine, probe, probe_writer
-from cluster.engines import Columns, Writer, openai_client
+from cluster.engines import Columns, Writer
 from cluster.engines.fake_server import Behaviour, FakeServer
 from cluster.engines.openai_client import ServerFailed
 from cluster.engines.openai_manners import Answer, NotWritten, read_answer
@@ -71,13 +71,6 @@ def served(request: pytest.FixtureRequest, folder: Path, tokenizer: PreTrainedTo
         return OpenAIEndpoint(**{**given, **(endpoint or {})}), server
 
     return start
-
-
-@pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr(openai_client, "sleep", slept.append)
-    return slept
 
 
 def writer(config: OpenAIEndpoint, usable: int | None = None) -> Writer:

@@ -16,7 +16,9 @@ import pytest
 from orchestrator import plan
 from orchestrator.checks import machine
 from orchestrator.config import Job, load_job
+from orchestrator.errors import Refusal
 from orchestrator.plan import Plan, make_plan
+from strategies.core import Strategy, StrategyConfig
 
 Recipe = dict[str, Any]
 ROWS = 40
@@ -51,6 +53,20 @@ class Bench:
 
     def plan(self, *overrides: str) -> Plan:
         return make_plan(self.job(*overrides), "tiny")
+
+    def refusal_of(self, strategy: Strategy) -> str:
+        """What is said of a strategy that somebody wrote in Python."""
+
+        class Own(StrategyConfig):
+            type: str = "own"
+
+            def build(self) -> Strategy:
+                return strategy
+
+        job = self.job()
+        with pytest.raises(Refusal) as caught:
+            make_plan(Job(run=job.run.model_copy(update={"strategy": Own(), "endpoints": {}}), cluster=job.cluster), "own")
+        return str(caught.value)
 
 
 def put(path: str, value: object) -> Callable[[Bench], None]:

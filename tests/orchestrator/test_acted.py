@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import Job
-from orchestrator.errors import Refusal
 from orchestrator.microbatch import cut
-from orchestrator.plan import make_plan
 from orchestrator.teachers import Teachers
 from strategies.acted import Acted
-from strategies.core import Columns, Player, Strategy, StrategyConfig, Term, lm_update
+from strategies.core import Columns, Player, Strategy, Term, lm_update
 from strategies.objectives.policy import PolicyGradient
 from strategies.schedule import constant
 from strategies.sources import TakenActions, TakeTopK, Taught, scored_columns
@@ -71,13 +68,5 @@ STRATEGY = Strategy(players={"student": Player()}, updates=(lm_update(*TERMS),),
     ],
 )
 def test_a_strategy_without_such_text_is_refused_before_it_runs(bench: Bench, strategy: Strategy, words: list[str]) -> None:
-    class Own(StrategyConfig):
-        type: str = "own"
-
-        def build(self) -> Strategy:
-            return strategy
-
-    job = bench.job()
-    with pytest.raises(Refusal) as caught:
-        make_plan(Job(run=job.run.model_copy(update={"strategy": Own(), "endpoints": {}}), cluster=job.cluster), "own")
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    said = bench.refusal_of(strategy)
+    assert [word for word in words if word not in said] == [], said

@@ -124,6 +124,8 @@ def test_the_board_waits_for_a_version_and_refuses_older_attempts(board: Board) 
         await board.publish(2, {4: ["four"], 5: ["five"]})
         assert await waiting == (5, ["five"])
         assert await board.version(2, None) == (5, ["five"])
+        await board.publish(2, {4: ["four"]})  # a repetition that was under way
+        assert await board.version(2, None) == (5, ["five"])
         await board.wait_for_version(2, 3)
         board.begin(3, 4, 0.0)
         with pytest.raises(RuntimeError, match="in charge"):

@@ -66,7 +66,7 @@ def test_every_prompt_is_continued_and_its_own_completion_is_the_reference() -> 
     assert STAGE.adds <= set(out)
 
 
-def test_a_prompt_of_one_token_is_one_and_plain_text_lends_its_first_tokens() -> None:
+def test_plain_text_lends_its_first_tokens() -> None:
     plain = bundle()
     plain["loss_mask"][:] = 1
     plain["loss_mask"][0] = 0
@@ -113,6 +113,13 @@ def test_a_term_may_count_on_written_rows_only() -> None:
     written, given = RowsOf("a", "written")(columns, None)["weights/a"], RowsOf("a", "given")(columns, None)["weights/a"]
     assert np.array_equal(written + given, np.ones(int(columns["loss_mask"].sum())))
     assert np.array_equal(written > 0, columns["behaviour"] < 0)
+
+
+def test_a_row_that_comes_twice_is_written_twice() -> None:
+    twice = bundle()
+    twice["row_id"][:] = 20
+    out = STAGE(twice, Counting())
+    assert [r[:2] for r in rows(out)] == [[5, 6]] * 2 + [[8, 3]] * 2 + [[9, 10]] * 2
 
 
 def test_only_an_author_can_answer() -> None:

@@ -1,0 +1,70 @@
+"""What is logged of an optimizer step, over all ranks: what the stream brought and cost, and what each term contributed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from orchestrator.bundle import scalar
+from orchestrator.collective import gather, world_size
+from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
+from orchestrator.versions import VERSION
+from strategies.core import Columns, Progress, Update
+from strategies.sources import Source, Taught
+
+FREE = np.zeros(1, dtype=np.float32)
+"""What an answer without a price costs."""
+
+
+def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float, waited_seconds: float) -> dict[str, float]:
+    """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
+    a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `dropped_mass` the
+    most that a token of one lost."""
+    scored = [(s.endpoint, name) for name, s in signals.items() if isinstance(s, Taught) and s.endpoint]
+    teachers = sorted({endpoint for endpoint, _ in scored})
+    worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+    paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+    lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+    texts = rollout_sums(bundle)
+    ranks = gather([*texts, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
+    tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(texts) :]
+    dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
+    seconds = time.perf_counter() - began + waited_seconds
+    age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
+    timing = {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "rows": float(scalar(bundle, "rows_total")),
+        "row_id_sum": row_ids,
+        "stream_wait_seconds": waited / world_size(),
+        "step_seconds": seconds,
+        "age_steps": age,
+    }
+    timing |= rollout_metrics(ranks.sum(0).tolist()[: len(texts)])
+    timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
+    timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
+    return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
+
+
+def loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, float], progress: Progress) -> dict[str, float]:
+    """Mean of each term, its weight, and its share of the absolute weighted loss."""
+    means = {t.name: s / max(1.0, counts[t.name]) for t, s in zip(update.terms, sums, strict=True)}
+    weighted = {t.name: t.scale(progress) * means[t.name] for t in update.terms}
+    size = sum(abs(v) for v in weighted.values()) or 1.0
+    metrics = {"loss": sum(weighted.values())}
+    for term in update.terms:
+        metrics[f"loss/{term.name}"] = means[term.name]
+        metrics[f"weight/{term.name}"] = term.scale(progress)
+        metrics[f"share/{term.name}"] = abs(weighted[term.name]) / size
+    return metrics
+
+
+def gradient_shares(update: Update, squares: Iterable[float]) -> dict[str, float]:
+    """Share of each term in the sum of their pulls, as measured on a few tokens of every micro-batch (`strategies.pulls`)."""
+    norms = {t.name: square**0.5 for t, square in zip(update.terms, squares, strict=True)}
+    if len(norms) == 1:
+        return {f"gradient_share/{name}": 1.0 for name in norms}
+    size = sum(norms.values())
+    return {f"gradient_share/{name}": norm / size if size else 0.0 for name, norm in norms.items()}

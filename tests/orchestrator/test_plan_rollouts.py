@@ -1,0 +1,43 @@
+"""The door for runs in which the student writes."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.errors import Refusal
+from orchestrator.plan import plan_text
+from tests.orchestrator.bench import Bench
+
+WRITES = ("strategy=gkd", "strategy.max_new_tokens=16")
+
+
+def test_the_plan_says_who_writes_and_how_old_it_is(bench: Bench) -> None:
+    plan = bench.plan(*WRITES, "strategy.staleness=1", "endpoints.student={actors: 2}")
+    said = " ".join(plan_text(plan).split())
+    assert "Rollout(student) -> Score(teacher)" in said
+    assert "up to 16 tokens after each prompt, exactly 1 steps behind" in said
+    assert "student 2 x" in said
+    (stage, *_) = plan.strategy.stages
+    assert stage.sampling.stop and stage.longest_tokens == 64  # type: ignore[attr-defined]
+
+
+def test_longer_and_more_rows_are_held_than_the_data_has(bench: Bench) -> None:
+    def tokens(*overrides: str) -> int:
+        plan = bench.plan(*WRITES, *overrides)
+        return next(m for m in plan.memory if m.role == "worker").parts["bundles"]
+
+    assert tokens("strategy.samples=4") > 2 * tokens()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("strategy.max_new_tokens=64",), ["data.max_length_tokens", "64 new tokens", "lower strategy.max_new_tokens"]),
+        (("signals=store",), ["signals.mode", "'store'", "signals=live"]),
+        (("strategy=opd", "strategy.sample_temperature=0.7"), ["sample_temperature 1"]),
+    ],
+)
+def test_what_cannot_be_written_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(Refusal) as caught:
+        bench.plan(*WRITES, *overrides)
+    assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
