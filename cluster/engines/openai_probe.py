@@ -3,10 +3,10 @@ and how it can be asked to write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from cluster.config import OpenAIEndpoint
 from cluster.engines.openai_client import Server, ServerFailed
@@ -128,37 +128,48 @@ def _model_card(server: Server, config: OpenAIEndpoint) -> Mapping[str, Any]:
 
 def _dialect(server: Server, config: OpenAIEndpoint) -> Dialect:
     """The first dialect in which the server scores a prompt."""
-    answers = {}
-    for dialect in DIALECTS:
-        try:
-            ask(server, config, dialect, _prompt(config), 1)
-        except NotScored as error:
-            answers[dialect.name] = str(error)
-        except ServerFailed as failure:
-            answers[dialect.name] = _refused(failure, config)
-        else:
-            return dialect
-    got = "; ".join(f"asked by {name}: {what}" for name, what in answers.items())
-    expected = "log-probabilities of a prompt's tokens by id (`prompt_logprobs`, or `echo` whose tokens are named `token_id:123`)"
-    raise Unfit("base_url", f"a server that does not score the token ids of a prompt ({server.url}; {got})", expected, WORKS)
+    found, said = _first(DIALECTS, lambda d: ask(server, config, d, _prompt(config), 1), config)
+    if found is None:
+        expected = "log-probabilities of a prompt's tokens by id (`prompt_logprobs`, or `echo` whose tokens are named `token_id:123`)"
+        raise Unfit("base_url", f"a server that does not score the token ids of a prompt ({server.url}; {said})", expected, WORKS)
+    return found
 
 
 def _manner(server: Server, config: OpenAIEndpoint) -> Manner:
     """The first manner in which the server writes a token."""
-    answers = {}
-    for manner in MANNERS:
+
+    def write(manner: Manner) -> None:
         prompt: Sequence[int] | str = _prompt(config) if manner.ids else WORDS
+        read_answer(server.post("/completions", {"model": config.model, **manner.body(prompt, _OneToken(), 0)}))
+
+    found, said = _first(MANNERS, write, config)
+    if found is None:
+        do = "Serve the model where /completions goes on from a prompt (`vllm serve MODEL`, `transformers serve MODEL`)."
+        raise Unfit("base_url", f"a server that does not write ({server.url}; {said})", "a text under /completions", do)
+    return found
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+W = TypeVar("W", bound=_Named)
+
+
+def _first(ways: Sequence[W], attempt: Callable[[W], object], config: OpenAIEndpoint) -> tuple[W | None, str]:
+    """The first way of asking that the server does not refuse; else None, and what it said to each. `Unfit` when it does not answer."""
+    said = []
+    for way in ways:
         try:
-            read_answer(server.post("/completions", {"model": config.model, **manner.body(prompt, _OneToken(), 0)}))
-        except NotWritten as error:
-            answers[manner.name] = str(error)
+            attempt(way)
+        except (NotScored, NotWritten) as error:
+            said.append(f"asked with {way.name}: {error}")
         except ServerFailed as failure:
-            answers[manner.name] = _refused(failure, config)
+            said.append(f"asked with {way.name}: {_refused(failure, config)}")
         else:
-            return manner
-    got = "; ".join(f"asked with {name}: {what}" for name, what in answers.items())
-    do = "Serve the model where /completions goes on from a prompt (`vllm serve MODEL`, `transformers serve MODEL`)."
-    raise Unfit("base_url", f"a server that does not write ({server.url}; {got})", "a text under /completions", do)
+            return way, ""
+    return None, "; ".join(said)
 
 
 def _refused(failure: ServerFailed, config: OpenAIEndpoint) -> str:

@@ -74,7 +74,15 @@ def test_a_server_without_prompt_scores_is_refused_in_words(serving: OpenAIEndpo
     for ask in (probe, lambda config: make_engine(config).score(bundle([9, 6]), ScoreRequest("per-token"))):
         with pytest.raises(Unfit) as caught:
             ask(serving)
-        words = ["base_url", serving.base_url, "does not score", "asked by prompt_logprobs", "asked by echo", "token_id:123", "vllm serve"]
+        words = [
+            "base_url",
+            serving.base_url,
+            "does not score",
+            "asked with prompt_logprobs",
+            "asked with echo",
+            "token_id:123",
+            "vllm serve",
+        ]
         assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
         assert len(str(caught.value)) < 900
     print(caught.value)
