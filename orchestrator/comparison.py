@@ -27,7 +27,8 @@ def student_row(plan: Plan, who: str, metrics: Mapping[str, float], ledger: Ledg
 def teacher_rows(plan: Plan, metrics: Mapping[str, float], ledger: Ledger) -> list[Row]:
     """One line for every teacher that scored held-out rows."""
     rows = []
-    for name, config in plan.endpoints.items():
+    scoring = {taught.endpoint for taught in plan.measured.values()}
+    for name, config in ((n, c) for n, c in plan.endpoints.items() if n in scoring):
         seconds = ledger.score_seconds.get(name, 0.0)
         rows.append(
             Row(

@@ -99,10 +99,12 @@ def _short(fingerprint: str) -> str:
 
 
 def _teachers(plan: Plan) -> Iterator[str]:
+    writing = {stage.endpoint for stage in rollouts(plan.strategy.stages)}
     for name, config in plan.endpoints.items():
         network, offer = plan.cast.teachers.get(name), plan.offers.get(name)
-        described = _network(network, plan) if network else offer.line if offer else ""
-        yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'}) {described}".rstrip()
+        described = _network(network, plan) if network and name not in writing else offer.line if offer else ""
+        about = ", writes with the weights in training" if name in writing else ""
+        yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'}{about}) {described}".rstrip()
     yield from _authors(plan)
     yield from (_stored(w) for w in plan.sources.read)
     yield from plan.sources.notes

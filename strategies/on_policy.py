@@ -47,11 +47,12 @@ class OnPolicy(StrategyConfig):
     def taught(self, objective: Objective | TwoPass, take: Take, kd_weight: ScheduleConfig, ce_weight: ScheduleConfig) -> Strategy:
         """One objective on the teacher's scores of every row, and cross-entropy on the data's own completions."""
         kd = Term("kd", objective, schedule(kd_weight), signal=self.teacher)
-        ce = Term("ce", CrossEntropy(), schedule(ce_weight))
+        ce = () if ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(ce_weight)),)
+        on_given = tuple(RowsOf(term.name, "given") for term in ce)
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), RowsOf("ce", "given")),
-            updates=(lm_update(kd, ce),),
+            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), *on_given),
+            updates=(lm_update(kd, *ce),),
             signals={self.teacher: Taught(take, endpoint=self.teacher)},
         )
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from orchestrator.comparison import teacher_rows
 from orchestrator.errors import Refusal
+from orchestrator.ledger import Ledger
 from orchestrator.plan import plan_text
 from tests.orchestrator.bench import Bench
 
@@ -16,7 +20,8 @@ def test_the_plan_says_who_writes_and_how_old_it_is(bench: Bench) -> None:
     said = " ".join(plan_text(plan).split())
     assert "Rollout(student) -> Score(teacher)" in said
     assert "up to 16 tokens after each prompt, exactly 1 steps behind" in said
-    assert "student 2 x" in said
+    assert "student 2 x" in said and "student (transformers, 2 actors, writes with the weights in training)" in said
+    assert "weight 0 throughout" not in said
     (stage, *_) = plan.strategy.stages
     assert stage.sampling.stop and stage.longest_tokens == 64  # type: ignore[attr-defined]
 
@@ -27,6 +32,11 @@ def test_longer_and_more_rows_are_held_than_the_data_has(bench: Bench) -> None:
         return next(m for m in plan.memory if m.role == "worker").parts["bundles"]
 
     assert tokens("strategy.samples=4") > 2 * tokens()
+
+
+def test_whoever_writes_is_no_teacher_in_the_closing_comparison(bench: Bench, tmp_path: Path) -> None:
+    rows = teacher_rows(bench.plan(*WRITES), {}, Ledger.of(tmp_path))
+    assert [row.who for row in rows] == ["teacher"]
 
 
 @pytest.mark.parametrize(
