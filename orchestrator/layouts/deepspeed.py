@@ -119,11 +119,11 @@ class DeepSpeed:
         rank = torch.distributed.get_rank()
         if self._stage < 3:
             return {} if rank else {name: value.detach().cpu() for name, value in self._engine.module.state_dict().items()}
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         found: dict[str, Tensor] = {} if rank else dict(self._buffers())
         for name, parameter in self._engine.module.named_parameters():
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 if not rank:
                     found[name] = parameter.detach().cpu().clone()
         return found
