@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(home)
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_worker_r_gets_bundles_r_modulo_workers_in_order(folder: str, ray_session: str, workers: int) -> None:
     order = Order(folder, seed=3, steps=STEPS, bundles_per_step=workers, batch_rows=6)
     shares = {"reader": Share(0.1, 0, 1), "teacher": Share(0.5, 0, 1)}

@@ -91,6 +91,7 @@ def rows_of(files: StoreFiles) -> list[int]:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_killed_driver_leaves_what_was_scored(home: Path) -> None:
     process = start(home, "driver", recipe(home, top_k=8))
     wait_for_parts(home, 8, 4)
