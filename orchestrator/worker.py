@@ -41,9 +41,10 @@ class WorkerJob:
 
     @property
     def read_ahead_bundles(self) -> int:
-        """An iterator that wants a later bundle before it gives this one must not want one that waits for this one's step."""
+        """Ray's iterator gives a bundle once it has so many later ones. Where the student writes, those wait for earlier steps: with as
+        many as `staleness` nothing would be written while it trains, and with more nothing would ever come."""
         ahead = self.run.train.read_ahead_bundles
-        return ahead if self.freshness is None else min(ahead, self.freshness.staleness)
+        return ahead if self.freshness is None else min(ahead, max(0, self.freshness.staleness - 1))
 
 
 def run_worker(config: dict[str, WorkerJob]) -> None:

@@ -15,12 +15,15 @@ from ray.data import ExecutionOptions
 
 from cluster.config import FakeEndpoint
 from cluster.resources import Share
+from cluster.storage import Folder
 from orchestrator.board import Board, open_board
 from orchestrator.bundle import from_table, scalar
+from orchestrator.config import load_job
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec, open_stream
 from orchestrator.published import published_weights
 from orchestrator.versions import Freshness, Publisher, kept_versions
+from orchestrator.worker import WorkerJob
 from strategies.core import Sampling, ScoreRequest
 from strategies.stages.rollout import Rollout
 from strategies.stages.score import Score
@@ -53,7 +56,7 @@ def consume(shard: Any, rank: int, board: Any, staleness: int) -> list[tuple[int
     publisher = Publisher(board, Whole(), rank, staleness, None)  # type: ignore[arg-type]
     publisher.begin(3, 0, {})
     seen = []
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=staleness):
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=max(0, staleness - 1)):
         bundle = from_table(block)
         step = scalar(bundle, "step")
         if step:
@@ -105,6 +108,14 @@ def test_staleness_is_exact_for_any_number_of_workers_and_writers(
 
 def test_the_due_version_grows_with_the_step_and_never_below_the_beginning() -> None:
     assert [Freshness(2, False, None).due(step) for step in (1, 2, 3, 4, 9)] == [0, 0, 0, 1, 6]
+
+
+@pytest.mark.parametrize(("staleness", "ahead"), [(None, 4), (0, 0), (1, 0), (2, 1), (9, 4)])
+def test_an_iterator_waits_for_no_bundle_that_waits_for_it(staleness: int | None, ahead: int) -> None:
+    freshness = None if staleness is None else Freshness(staleness, False, None)
+    run = load_job({"student": "s", "strategy": "cross-entropy", "data": "d"}).run
+    job = WorkerJob(run=run, steps=9, folder=Folder("r"), held_out=Folder("h"), board=None, threads=1, freshness=freshness)
+    assert job.read_ahead_bundles == ahead
 
 
 @pytest.fixture
