@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
 
-from cluster.settings import ClusterModel, Dtype, ModelName, Resources, SavedModel
+from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 
 __all__ = [
@@ -31,11 +31,10 @@ __all__ = [
 ]
 
 
-class TransformersEndpoint(ClusterModel):
+class TransformersEndpoint(EndpointModel):
     """A Hugging Face causal language model inside the stage's own actors; works on CPUs and GPUs."""
 
     writes: ClassVar[bool] = True
-    """Whether it can write text, and not only score it."""
     engine: Literal["transformers"] = "transformers"
     model: ModelName
     """Folder of a saved model, or a hub name."""
@@ -58,28 +57,16 @@ class TransformersEndpoint(ClusterModel):
 
     @property
     def saved_model(self) -> SavedModel | None:
-        """What its actors load; None for an endpoint that loads nothing here."""
         return SavedModel(
             self.model, self.revision, self.trust_remote_code, self.dtype, self.attention, self.quantization, self.forward_tokens
         )
 
     @property
-    def own_vocabulary(self) -> int | None:
-        """Ids it answers with when no saved model says; None when one does."""
-        return None
-
-    @property
-    def own_tokenizer(self) -> str | None:
-        """Folder or hub name of a tokenizer that does not lie beside a saved model; None when there is none."""
-        return None
-
-    @property
     def identity(self) -> dict[str, JsonValue]:
-        """What its answers depend on besides the weights and their dtype. Nothing secret."""
         return self.model_dump(mode="json", include={"engine", "quantization", "attention"})
 
 
-class OpenAIEndpoint(ClusterModel):
+class OpenAIEndpoint(EndpointModel):
     """A model behind any OpenAI-compatible server. Loads none here.
 
     To score, rows go as token ids and come back as log-probabilities at temperature 1, as vLLM gives them; a server that cannot
@@ -122,10 +109,6 @@ class OpenAIEndpoint(ClusterModel):
     """Most probability of one token that may lie on ids which the student lacks; it is dropped and the rest renormalised."""
 
     @property
-    def saved_model(self) -> SavedModel | None:
-        return None
-
-    @property
     def own_vocabulary(self) -> int | None:
         return self.vocabulary
 
@@ -133,12 +116,15 @@ class OpenAIEndpoint(ClusterModel):
     def own_tokenizer(self) -> str | None:
         return self.tokenizer
 
+    def with_tokenizer(self, folder: str) -> Self:
+        return self if self.tokenizer else self.model_copy(update={"tokenizer": folder})
+
     @property
     def identity(self) -> dict[str, JsonValue]:
         return {"engine": self.engine, "url": self.base_url.rstrip("/"), "model": self.model, "vocabulary": self.vocabulary}
 
 
-class FakeEndpoint(ClusterModel):
+class FakeEndpoint(EndpointModel):
     """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model."""
 
     writes: ClassVar[bool] = True
@@ -150,26 +136,17 @@ class FakeEndpoint(ClusterModel):
     """Sleep added to every bundle."""
 
     @property
-    def saved_model(self) -> SavedModel | None:
-        return None
-
-    @property
     def own_vocabulary(self) -> int | None:
         return self.vocabulary
-
-    @property
-    def own_tokenizer(self) -> str | None:
-        return None
 
     @property
     def identity(self) -> dict[str, JsonValue]:
         return {"engine": self.engine, "vocabulary": self.vocabulary}
 
 
-class StoreEndpoint(ClusterModel):
+class StoreEndpoint(EndpointModel):
     """What a teacher said before, read from finished signal stores. Loads no model."""
 
-    writes: ClassVar[bool] = False
     engine: Literal["store"]
     folders: tuple[str, ...]
     """Stores, one for each question that is asked of it."""
@@ -179,18 +156,10 @@ class StoreEndpoint(ClusterModel):
     """Where parts of stores on other filesystems are kept after they were fetched."""
 
     @property
-    def saved_model(self) -> SavedModel | None:
-        return None
-
-    @property
     def own_vocabulary(self) -> int | None:
         from cluster.stores.files import vocabulary_of
 
         return vocabulary_of(self.folders)
-
-    @property
-    def own_tokenizer(self) -> str | None:
-        return None
 
     @property
     def identity(self) -> dict[str, JsonValue]:
@@ -210,12 +179,6 @@ EndpointConfig = Annotated[
     | Annotated[VerifierEndpoint, Tag("verifier")],
     Discriminator(_engine_of),
 ]
-
-
-def with_tokenizer(config: EndpointConfig, folder: str) -> EndpointConfig:
-    """The endpoint with the tokenizer in `folder`, where it may need one to make ids of text and names none."""
-    needs = isinstance(config, OpenAIEndpoint) and config.tokenizer is None
-    return config.model_copy(update={"tokenizer": folder}) if needs else config
 
 
 class Roles(ClusterModel):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, NonNegativeFloat, PositiveInt
 
 
 class ClusterModel(BaseModel):
@@ -48,3 +48,41 @@ class SavedModel:
     attention: str
     quantization: Literal["none", "int8", "int4"]
     forward_tokens: int
+
+
+class EndpointModel(ClusterModel):
+    """Base of the settings of endpoints: what others ask of them without knowing which engine answers."""
+
+    scores: ClassVar[bool] = True
+    """Whether it tells probabilities of given tokens."""
+    writes: ClassVar[bool] = False
+    """Whether it can write text."""
+    judges: ClassVar[bool] = False
+    """Whether it says which texts are right."""
+    engine: str
+    actors: PositiveInt = 1
+    resources: Resources = Resources()
+
+    @property
+    def saved_model(self) -> SavedModel | None:
+        """What its actors load; None for an endpoint that loads nothing here."""
+        return None
+
+    @property
+    def own_vocabulary(self) -> int | None:
+        """Ids it answers with when no saved model says; None when one does."""
+        return None
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        """Folder or hub name of a tokenizer that does not lie beside a saved model; None when there is none."""
+        return None
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        """What its answers depend on besides the weights and their dtype. Nothing secret."""
+        return {"engine": self.engine}
+
+    def with_tokenizer(self, folder: str) -> Self:
+        """The same with the student's tokenizer in `folder`, where it needs one of its own and names none."""
+        return self

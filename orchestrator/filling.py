@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from ray.exceptions import RayError
 
-from cluster.config import EndpointConfig, with_tokenizer
+from cluster.config import EndpointConfig
 from cluster.resources import Share, demands, machine_cpus
 from cluster.stores.files import PartInfo, Spec, StoreFiles
 from cluster.stores.lease import held
@@ -73,7 +73,7 @@ class Filling:
         """By the endpoint that the store is named after, which works alone before training. `tokenizer` is the folder of the
         student's, for an endpoint that makes ids of text and names none."""
         given = job.endpoints[spec.name]
-        config = given if tokenizer is None else with_tokenizer(given, tokenizer)
+        config = given if tokenizer is None else given.with_tokenizer(tokenizer)
         shares = {d.role: d.share for d in demands(job.cluster, {spec.name: config}, 0, machine_cpus())}
         return cls(files, spec, stage, config, keep, rows, shares)
 

@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import authors, machine, networks, recipe, resumed, served, states, teaching
+from orchestrator.checks import authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -44,6 +44,7 @@ from orchestrator.plan_text import plan_text
 from orchestrator.rollouts import equipped, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
+from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
@@ -155,13 +156,13 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     folder = run_folder(job, recipe_name, resume)
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
-    frozen = states.frozen_endpoints(job, strategy)
-    people, found = networks.cast(job, {**frozen, **authored.writers(job, strategy), **endpoints})
+    frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
+    people, found = networks.cast(job, {**frozen, **writing, **endpoints})
     strategy = equipped(job, strategy, people.tokenizer)
-    inner = states.check_states(job, strategy, people, frozen)
-    added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
+    inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
-    found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
+    reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
+    found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
     offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))

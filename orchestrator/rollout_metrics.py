@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from strategies.core import Columns
+from strategies.stages.judge import PASSING
 
-SUMS = ("rows", "texts", "tokens", "finished", "surprise", "repeated", "places", "left_out", "seconds")
-"""What is summed over the bundles of a step."""
+WRITTEN = ("rows", "texts", "tokens", "finished", "surprise", "repeated", "places", "left_out", "seconds")
+"""What is summed over the bundles of a step in which the student writes."""
+JUDGED = ("judged", "reward", "passed", "judge_failed", "unjudgeable", "judge_seconds")
+"""The same of one in which a verifier judges."""
 NGRAM = 4
 """Tokens of the pieces whose repetition within a text is counted."""
 
 
 def rollout_sums(bundle: Columns) -> list[float]:
-    """`SUMS` of a bundle; nothing of one in which nobody writes."""
-    if "written" not in bundle:
+    """`WRITTEN` of a bundle, and `JUDGED` where there is a verifier; nothing of one in which nobody writes."""
+    return [*_written(bundle), *_judged(bundle)] if "written" in bundle else []
+
+
+def _judged(bundle: Columns) -> list[float]:
+    if "judged" not in bundle:
         return []
+    rewards = bundle["reward"][bundle["judged"].astype(bool)]
+    counts = (bundle[f"judge/{name}"][0] for name in ("failed", "unjudgeable", "seconds"))
+    return [float(len(rewards)), float(rewards.sum(dtype=np.float64)), float((rewards >= PASSING).sum()), *map(float, counts)]
+
+
+def _written(bundle: Columns) -> list[float]:
     written = bundle["written"].astype(bool)
     lengths, mask = bundle["lengths"].astype(np.int64), bundle["loss_mask"].astype(bool)
     mine = np.repeat(written, lengths)[mask]
@@ -40,10 +53,13 @@ def rollout_sums(bundle: Columns) -> list[float]:
 def rollout_metrics(sums: Sequence[float]) -> dict[str, float]:
     """Of a step over all ranks: `rollout/share` of the rows that the student wrote, mean `rollout/length` in tokens, share of
     `rollout/finished` texts, `rollout/surprise`, the mean -log q of written tokens at temperature 1, which estimates the student's
-    entropy in nats, share of `rollout/repeated` four-token pieces, prompts `rollout/left_out`, and `write_seconds`."""
+    entropy in nats, share of `rollout/repeated` four-token pieces, prompts `rollout/left_out`, and `write_seconds`.
+
+    With a verifier also the mean `rollout/reward` of judged texts and the share that `rollout/passed`, texts without a verdict because
+    it gave way (`rollout/judge_failed`) or because their rows have no answer (`rollout/unjudgeable`), and `judge_seconds`."""
     if not sums:
         return {}
-    of = dict(zip(SUMS, sums, strict=True))
+    of = dict(zip((*WRITTEN, *JUDGED), sums, strict=False))
     texts, tokens = max(1.0, of["texts"]), max(1.0, of["tokens"])
     return {
         "rollout/share": of["texts"] / max(1.0, of["rows"]),
@@ -53,6 +69,18 @@ def rollout_metrics(sums: Sequence[float]) -> dict[str, float]:
         "rollout/repeated": of["repeated"] / max(1.0, of["places"]),
         "rollout/left_out": of["left_out"],
         "write_seconds": of["seconds"],
+        **(_verdicts(of) if "judged" in of else {}),
+    }
+
+
+def _verdicts(of: Mapping[str, float]) -> dict[str, float]:
+    judged = max(1.0, of["judged"])
+    return {
+        "rollout/reward": of["reward"] / judged,
+        "rollout/passed": of["passed"] / judged,
+        "rollout/judge_failed": of["judge_failed"],
+        "rollout/unjudgeable": of["unjudgeable"],
+        "judge_seconds": of["judge_seconds"],
     }
 
 

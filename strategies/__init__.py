@@ -13,7 +13,7 @@ from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.on_policy import GKD
-from strategies.policy import GOPD, OPD
+from strategies.policy import GOPD, KDRL, OPD, RLAD
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 
@@ -23,8 +23,10 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "g-opd": GOPD,
     "gkd": GKD,
     "inner-states": InnerStates,
+    "kdrl": KDRL,
     "logits": Logits,
     "opd": OPD,
+    "rlad": RLAD,
     "seq-kd": SeqKD,
     "terms": Terms,
     "verified-cot": VerifiedCoT,

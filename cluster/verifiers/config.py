@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, model_validator
 
-from cluster.settings import ClusterModel, ModelName, Resources, SavedModel
+from cluster.settings import EndpointModel, ModelName, Resources
 
 
-class VerifierEndpoint(ClusterModel):
+class VerifierEndpoint(EndpointModel):
     """Says whether written texts are right, by their rows' own completions. Loads no model and scores nothing."""
 
-    writes: ClassVar[bool] = False
+    scores: ClassVar[bool] = False
+    judges: ClassVar[bool] = True
     engine: Literal["verifier"]
     kind: Literal["math", "exact", "numeric", "regex", "callable", "tests"]
     """`math`: equal formulas or numbers; `exact`: the same words; `numeric`: equal numbers; `regex`: the same words, found by
@@ -44,13 +45,8 @@ class VerifierEndpoint(ClusterModel):
             raise ValueError(f"pattern: got {self.pattern!r} ({error}); expected a Python pattern") from error
         return self
 
-    @property
-    def saved_model(self) -> SavedModel | None:
-        return None
-
-    @property
-    def own_vocabulary(self) -> int | None:
-        return None
+    def with_tokenizer(self, folder: str) -> Self:
+        return self if self.tokenizer else self.model_copy(update={"tokenizer": folder})
 
     @property
     def own_tokenizer(self) -> str | None:

@@ -1,24 +1,17 @@
-"""Checks of a strategy: its parts name each other, its stages find their columns, and something is learnt.
-
-The stages are rehearsed on one row of two tokens with deterministic scores, so that what they ask of their endpoints
-and what they really add is known before any model loads.
-"""
+"""Checks of a strategy: its parts name each other, its stages find their columns, and something is learnt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 
 from cluster.config import EndpointConfig
-from cluster.engines.fake import FakeEngine
 from orchestrator import evaluate
-from orchestrator.bundle import HELD_OUT_STEP
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
-from strategies.core import AnyTerm, Columns, Progress, Sampling, ScoreRequest, Stage, StatesTerm, Strategy, Term
+from strategies.core import AnyTerm, Progress, StatesTerm, Strategy, Term
 from strategies.sources import Taught, scored_columns
 
 ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
@@ -162,70 +155,3 @@ def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
             raise Refusal(where, f"weight 0 at every step for all of its terms ({names})", "at least one term that teaches", do)
         idle += never
     return [f"the term {t.name!r} has weight 0 throughout" + (f"; {t.signal!r} is asked for nothing." if t.signal else ".") for t in idle]
-
-
-@dataclass(frozen=True)
-class _Rehearsal:
-    """Stands in for an endpoint: answers any question about two tokens."""
-
-    where: str
-    vocabulary: int
-    width: int
-    """Of its hidden states; 0 for an endpoint without a network."""
-    asked: list[ScoreRequest]
-    """Everything that it was asked."""
-
-    def write(self, columns: Columns, sampling: Sampling) -> Columns:
-        """See `cluster.engines.Writer.write`."""
-        return FakeEngine(self.vocabulary).write(columns, sampling)
-
-    def score(self, columns: Columns, request: ScoreRequest) -> Columns:
-        """See `cluster.engines.Engine.score`."""
-        self.asked.append(request)
-        if request.kind == "topk" and request.top_k > self.vocabulary:
-            do = f"Set top_k to at most {self.vocabulary}; 64 is plenty."
-            raise Refusal(
-                f"{self.where}: top_k", str(request.top_k), f"at most the {self.vocabulary} ids that student and teacher share", do
-            )
-        if request.kind != "hidden":
-            return FakeEngine(self.vocabulary).score(columns, request)
-        if not self.width:
-            do = "Name an endpoint with a saved model, or take topk or dense."
-            raise Refusal(f"{self.where}: take hidden", "an endpoint without a network", "one whose hidden states can be read", do)
-        tokens = np.count_nonzero(columns["loss_mask"])
-        return {"hidden": np.zeros(tokens * self.width, np.float32), "dropped_mass": np.zeros(1, np.float32)}
-
-
-def rehearse(job: Job, strategy: Strategy, vocabulary: int, widths: Mapping[str, int]) -> tuple[int, dict[str, list[ScoreRequest]]]:
-    """Bytes that stages add to every loss token, and what they ask of each endpoint. `widths` are those of hidden states.
-
-    `Refusal` for more ids than there are, and for a stage that does not add what it says.
-    """
-    where = f"strategy.{job.run.strategy.type}"
-    columns = _smallest_bundle()
-    before = set(columns)
-    asked: dict[str, list[ScoreRequest]] = {}
-    for stage in strategy.stages:
-        name = stage.endpoint or ""
-        columns = _play(where, stage, columns, _Rehearsal(where, vocabulary, widths.get(name, 0), asked.setdefault(name, [])))
-    return sum(values.nbytes for name, values in columns.items() if name not in before), asked
-
-
-def _play(where: str, stage: Stage, columns: Columns, endpoint: _Rehearsal) -> Columns:
-    after = stage(dict(columns), endpoint if stage.endpoint else None)
-    missing = sorted(stage.adds - set(after))
-    if missing:
-        got = f"no column {missing[0]!r} after it ran"
-        raise Refusal(f"{where}: stage {type(stage).__name__}", got, "every column that it says it adds", "Mend the stage.")
-    return after
-
-
-def _smallest_bundle() -> Columns:
-    control: Mapping[str, int] = {"step": HELD_OUT_STEP, "bundle": 0, "attempt": 1, "rows_total": 1, "steps": 1}
-    return {
-        "tokens": np.asarray([0, 0], dtype=np.int32),
-        "lengths": np.asarray([2], dtype=np.int32),
-        "loss_mask": np.asarray([0, 1], dtype=np.uint8),
-        "row_id": np.asarray([0], dtype=np.int64),
-        **{name: np.asarray([value], dtype=np.int64) for name, value in control.items()},
-    }

@@ -54,12 +54,14 @@ class Reward:
 
 @dataclass(frozen=True)
 class GroupAdvantage:
-    """Adds `advantage` (N,) float32, A_i = (R_i - mean) / (std + 1e-6) of the row on each of its loss tokens, and `group_pass_rate`
-    (R,) float32, the share of the group's judged rows with a reward of 0.5 or more, 0 where none is.
+    """Adds for each loss token, `(N,)` float32: `advantage`, A_i = (R_i - mean) / (std + 1e-6) of its row; `token_reward`, the reward
+    of its row; `group_failed`, 1 where rows of its group were judged and none was right. And `group_pass_rate` (R,) float32, the share
+    of the group's judged rows with a reward of 0.5 or more, 0 where none is.
 
     GRPO's outcome supervision (arXiv:2402.03300, section 4.1.2), with the population's standard deviation; without `scale` nothing
     is divided. Adjacent rows of equal `row_id` are a group; its mean and deviation are those of its written rows with a verdict.
-    All others get 0, and so does a group of equal rewards. Whoever writes keeps a group in one bundle; here none is put together.
+    All others get an advantage of 0, and so does a group of equal rewards. Their `token_reward` is 1, because
+    nobody knows them to be wrong. Whoever writes keeps a group in one bundle; here none is put together.
     """
 
     scale: bool = True
@@ -70,7 +72,7 @@ class GroupAdvantage:
 
     @property
     def adds(self) -> frozenset[str]:
-        return frozenset({"advantage", "group_pass_rate"})
+        return frozenset({"advantage", "token_reward", "group_failed", "group_pass_rate"})
 
     @property
     def endpoint(self) -> None:
@@ -78,13 +80,17 @@ class GroupAdvantage:
 
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         rewards = columns["reward"].astype(np.float64)
-        advantage, rate = np.zeros_like(rewards), np.zeros_like(rewards)
+        advantage, rate, failed, reward = (np.full_like(rewards, value) for value in (0.0, 0.0, 0.0, 1.0))
         for group, judged in groups(columns):
             if len(judged):
+                reward[judged] = rewards[judged]
                 advantage[judged] = advantages(rewards[judged], self.scale)
                 rate[group] = np.mean(rewards[judged] >= PASSING)
-        per_token = np.repeat(advantage, loss_counts(columns))
-        return {**columns, "advantage": per_token.astype(np.float32), "group_pass_rate": rate.astype(np.float32)}
+                failed[group] = float(not np.any(rewards[judged] >= PASSING))
+        counts = loss_counts(columns)
+        per_token = {"advantage": advantage, "token_reward": reward, "group_failed": failed}
+        found = {name: np.repeat(values, counts).astype(np.float32) for name, values in per_token.items()}
+        return {**columns, **found, "group_pass_rate": rate.astype(np.float32)}
 
 
 def advantages(rewards: NDArray[np.float64], scale: bool) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.answers import mixed_keys
-from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint, with_tokenizer
+from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint
 from cluster.endpoints import check_written, make_engine, probe, probe_writer
 from cluster.engines import Columns, Writer
 from cluster.engines.fake_server import Behaviour, FakeServer
@@ -274,12 +274,12 @@ def test_a_server_that_speaks_text_needs_a_tokenizer(served: Served, folder: Pat
     config, _ = served(speaks="text", endpoint={"tokenizer": None})
     with pytest.raises(Unfit, match=r"tokenizer: got none, for a server that speaks text"):
         writer(config).write(prompts, DRAWN)
-    given = with_tokenizer(config, str(folder))
+    given = config.with_tokenizer(str(folder))
     assert isinstance(given, OpenAIEndpoint) and given.identity == config.identity
     assert len(texts(writer(given).write(prompts, DRAWN))) == 12
-    assert with_tokenizer(given, "/elsewhere") == given
+    assert given.with_tokenizer("/elsewhere") == given
     other = FakeEndpoint(engine="fake", vocabulary=9)
-    assert with_tokenizer(other, str(folder)) == other
+    assert other.with_tokenizer(str(folder)) == other
 
 
 def test_a_busy_and_a_broken_server_are_asked_again(served: Served, naps: list[float], prompts: Columns) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.comparison import teacher_rows
+from orchestrator.config import StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.ledger import Ledger
+from orchestrator.models import load_tokenizer
 from orchestrator.plan import plan_text
 from tests.orchestrator.bench import Bench
 
@@ -50,4 +52,32 @@ def test_whoever_writes_is_no_teacher_in_the_closing_comparison(bench: Bench, tm
 def test_what_cannot_be_written_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:
     with pytest.raises(Refusal) as caught:
         bench.plan(*WRITES, *overrides)
+    assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+JUDGED = ("strategy={type: kdrl, max_new_tokens: 16, samples: 4}", "endpoints.verifier={engine: verifier, kind: exact}")
+
+
+def test_a_verifier_reads_with_the_students_tokenizer(bench: Bench) -> None:
+    plan = bench.plan(*JUDGED)
+    assert "Rollout(student) -> Reward(verifier) -> GroupAdvantage -> Score(teacher)" in " ".join(plan_text(plan).split())
+    answering = plan.stream().endpoints["verifier"]
+    assert answering.own_tokenizer and load_tokenizer(StudentConfig(model=answering.own_tokenizer)).get_vocab()
+    own = bench.plan(*JUDGED, f"endpoints.verifier.tokenizer={bench.folder / 'teacher'}")
+    assert own.stream().endpoints["verifier"].own_tokenizer == str(bench.folder / "teacher")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("strategy.verifier=teacher",), ["endpoint 'teacher'", "'transformers'", "one that judges", "engine: verifier, kind: math"]),
+        (("strategy.teacher=verifier",), ["endpoint 'verifier'", "'verifier'", "one that scores", "endpoints.verifier.model"]),
+        (("strategy.verifier=nobody",), ["'nobody', which nothing defines"]),
+        (("strategy.samples=1",), ["samples", "greater than or equal to 2"]),
+        (("endpoints.verifier.kind=regex",), ["pattern", "regex"]),
+    ],
+)
+def test_who_cannot_judge_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(Refusal) as caught:
+        bench.plan(*JUDGED, *overrides)
     assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)

@@ -41,3 +41,18 @@ def test_bundles_add_up_and_one_without_texts_has_none() -> None:
     assert rollout_metrics(rollout_sums(plain)) == {}
     silent = bundle() | {"written": np.zeros(3, np.uint8)}
     assert rollout_metrics(rollout_sums(silent))["rollout/length"] == 0
+
+
+def test_verdicts_count_where_there_are_any() -> None:
+    verdicts: Columns = {
+        "reward": np.asarray([0, 0.75, 0], np.float32),
+        "judged": np.asarray([0, 1, 1], np.uint8),
+        "judge/failed": np.asarray([2], np.int64),
+        "judge/unjudgeable": np.asarray([1], np.int64),
+        "judge/seconds": np.asarray([0.5], np.float32),
+    }
+    found = rollout_metrics(rollout_sums(bundle() | verdicts))
+    assert found["rollout/reward"] == 0.375 and found["rollout/passed"] == 0.5
+    assert (found["rollout/judge_failed"], found["rollout/unjudgeable"], found["judge_seconds"]) == (2, 1, 0.5)
+    nobody = rollout_metrics(rollout_sums(bundle() | verdicts | {"judged": np.zeros(3, np.uint8)}))
+    assert nobody["rollout/reward"] == 0 and nobody["rollout/passed"] == 0

@@ -110,6 +110,9 @@ def test_an_advantage_is_what_the_formula_says(scale: bool) -> None:
     assert found["advantage"].dtype == found["group_pass_rate"].dtype == np.float32
     np.testing.assert_allclose(found["advantage"], per_token, rtol=1e-6)
     np.testing.assert_array_equal(found["group_pass_rate"], [0.5] * 4 + [0.5] * 2 + [1.0] * 2)
+    rewards = [0.0] * 2 + [1.0] + [0.25] * 4 + [1.0] * 3 + [np.float32(0.1)] * 2 + [0.75, 0.5]
+    np.testing.assert_array_equal(found["token_reward"], np.asarray(rewards, dtype=np.float32))
+    assert found["group_failed"].dtype == np.float32 and not found["group_failed"].any()
     assert set(found) - set(columns) == stage.adds
 
 
@@ -125,6 +128,18 @@ def test_rows_without_a_verdict_and_rows_of_the_data_do_not_count() -> None:
     one, other = reference_advantages([1.0, 0.0], True)
     np.testing.assert_allclose(found["advantage"], [one, other, 0, 0, 0, 0, 0, 0], rtol=1e-6)
     np.testing.assert_array_equal(found["group_pass_rate"], np.asarray([0.5] * 4 + [0, 0, 1, 1], dtype=np.float32))
+    assert found["token_reward"].tolist() == [1, 0, 1, 1, 1, 1, 1, 1], "nobody knows the others to be wrong"
+
+
+def test_a_group_failed_where_none_of_its_judged_texts_is_right() -> None:
+    columns = rows(
+        [(3, 2)] * 6,
+        row_id=[1, 1, 2, 2, 3, 3],
+        reward=[0.4, 0.0, 0.0, 0.5, 0.0, 0.0],
+        written=[1] * 6,
+        judged=[1, 1, 1, 1, 0, 0],
+    )
+    assert GroupAdvantage()(columns, None)["group_failed"].tolist() == [1] * 4 + [0] * 8
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1.0])
