@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint
+from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint, VllmEndpoint
 from cluster.engines import Columns, Engine, Request
 from cluster.offers import Offer, WritingOffer
 
@@ -34,6 +34,10 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
         from cluster.engines.openai import OpenAIEngine
 
         return OpenAIEngine(config, vocabulary, threads)
+    if isinstance(config, VllmEndpoint):
+        from cluster.engines.vllm import VllmEngine
+
+        return VllmEngine(config, vocabulary, threads)
     from cluster.engines.transformers import TransformersEngine
 
     return TransformersEngine(config, vocabulary, threads)
