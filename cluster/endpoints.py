@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint, VllmEndpoint
-from cluster.engines import Columns, Engine, Request
+from cluster.engines import Columns, Engine, Request, Sampling
 from cluster.offers import Offer, WritingOffer
 
 DOOR_RETRIES = 2
@@ -75,6 +77,18 @@ def probe_writer(config: EndpointConfig) -> WritingOffer | None:
         return probe_writing(server, config)[0]
     finally:
         server.close()
+
+
+def check_actors(
+    config: EndpointConfig, requests: Sequence[Request], samplings: Sequence[Sampling], usable: int, longest: int, context: int | None
+) -> None:
+    """`cluster.offers.Unfit` when an engine that loads a model of its own lacks what it runs on, or does not answer `requests` about
+    `usable` ids or write by `samplings`, of rows and texts of up to `longest` tokens. `context` is what the model was made for."""
+    if isinstance(config, VllmEndpoint):
+        from cluster.engines.vllm_door import check, check_length
+
+        check(config, requests, samplings, usable)
+        check_length(config, longest, context, scores=bool(requests))
 
 
 def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary: int) -> None:

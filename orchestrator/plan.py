@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import authors, machine, networks, recipe, resumed, served, states, teaching
+from orchestrator.checks import actors, authors, machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -162,7 +162,9 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     text, data, silent = _rows(job, strategy, people)
     found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
-    offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
+    answering = {name: endpoints[name] for name in found_sources.asked}
+    offers, unsure = served.check_servers(answering, asked)
+    actors.check_stages(answering, asked, strategy, people, data)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)

@@ -106,7 +106,10 @@ class Worker:
         self.model_runner = Runner(model)
 
     def reload_weights(
-        self, weights_iterator: Iterable[tuple[str, Tensor]] | None = None, weights_path: str | None = None, is_checkpoint_format: bool = True
+        self,
+        weights_iterator: Iterable[tuple[str, Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
     ) -> None:
         network = self.model_runner.model.network
         assert weights_iterator is not None and weights_path is None and is_checkpoint_format
@@ -190,7 +193,10 @@ class LLM:
         return [self._one(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
 
     def _one(self, prompt: list[int], params: SamplingParams) -> RequestOutput:
-        if not 0 < len(prompt) < self.model_config.max_model_len or max(params.prompt_logprobs or 0, params.logprobs or 0) > self.max_logprobs:
+        if (
+            not 0 < len(prompt) < self.model_config.max_model_len
+            or max(params.prompt_logprobs or 0, params.logprobs or 0) > self.max_logprobs
+        ):
             raise ValueError("vLLM takes no such request")
         model, scored = self.worker.model_runner.model, FlatLogprobs()
         if params.prompt_logprobs is not None:
