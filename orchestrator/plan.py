@@ -45,7 +45,7 @@ from orchestrator.rollouts import equipped, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.versions import Freshness
-from strategies.core import Strategy
+from strategies.core import ScoreRequest, Strategy
 from strategies.sources import Taught
 from strategies.stages.rollout import rollouts
 
@@ -162,9 +162,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     text, data, silent = _rows(job, strategy, people)
     found_sources = stores.sources(job, strategy, people, data, endpoints, resumed.signals_before(resume))
-    answering = {name: endpoints[name] for name in found_sources.asked}
-    offers, unsure = served.check_servers(answering, asked)
-    actors.check_stages(answering, asked, strategy, people, data)
+    offers, unsure = _offers({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
@@ -195,6 +193,18 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan
+
+
+def _offers(
+    endpoints: Mapping[str, EndpointConfig],
+    asked: Mapping[str, Sequence[ScoreRequest]],
+    strategy: Strategy,
+    people: Cast,
+    data: PreparedData,
+) -> tuple[dict[str, Offer], list[str]]:
+    """What the servers among those that answer give, and warnings, after checks of the others' own actors."""
+    actors.check_stages(endpoints, asked, strategy, people, data)
+    return served.check_servers(endpoints, asked)
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:

@@ -99,8 +99,8 @@ class VllmEngine:
         drawn = np.arange(len(asked.prompts)) if sampling.temperature else np.flatnonzero(asked.sample == 0)
         # what an earlier bundle has left in the cache would change which numbers are computed together
         self._forget_prefixes()
-        params = [self._params(sampling, int(asked.limits[n]), int(asked.keys[n]) & SEED_BITS) for n in drawn]
-        texts = [self._text(a.outputs[0], sampling) for a in self._generate([asked.prompts[n] for n in drawn], params)]
+        params = [self._vllm.SamplingParams(**_drawing(sampling, int(asked.limits[n]), int(asked.keys[n]) & SEED_BITS)) for n in drawn]
+        texts = [_text(a.outputs[0], sampling) for a in self._generate([asked.prompts[n] for n in drawn], params)]
         copies = 1 if sampling.temperature else sampling.samples
         return asked.columns([text for text in texts for _ in range(copies)])
 
@@ -126,28 +126,6 @@ class VllmEngine:
         asked = [self._vllm.TokensPrompt(prompt_token_ids=p.tolist()) for p in prompts]
         found: list[Any] = self._llm.generate(asked, list(params), use_tqdm=False)
         return found
-
-    def _params(self, sampling: Sampling, limit: int, seed: int) -> Any:
-        return self._vllm.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=seed,
-            stop_token_ids=list(sampling.stop),
-            ignore_eos=True,
-            max_tokens=limit,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-        )
-
-    def _text(self, said: Any, sampling: Sampling) -> Text:
-        tokens = np.asarray(said.token_ids, dtype=np.int32)
-        logprobs = np.asarray(said.logprobs.logprobs, dtype=np.float32)
-        if said.finish_reason not in ("stop", "length") or not len(tokens) or len(logprobs) != len(tokens):
-            got = f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, finished by {said.finish_reason!r}"
-            raise RuntimeError(f"vLLM's text: got {got}; expected one log-probability for each token up to a stop or the limit")
-        return Text(tokens, logprobs, int(tokens[-1]) in sampling.stop)
 
     def _asked(self, request: Request, ids: NDArray[np.int32], values: NDArray[np.float32]) -> Columns:
         """The columns of a kind, of the best ids and their log-probabilities, both `(N, K)`."""
@@ -237,6 +215,31 @@ def _arguments(config: VllmEndpoint, dtype: torch.dtype) -> dict[str, Any]:
         "worker_extension_cls": WORKER,
         "seed": 0,
     }
+
+
+def _drawing(sampling: Sampling, limit: int, seed: int) -> dict[str, Any]:
+    """What `vllm.SamplingParams` is told of one text."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": seed,
+        "stop_token_ids": list(sampling.stop),
+        "ignore_eos": True,
+        "max_tokens": limit,
+        "logprobs": 0,
+        "flat_logprobs": True,
+        "detokenize": False,
+    }
+
+
+def _text(said: Any, sampling: Sampling) -> Text:
+    tokens = np.asarray(said.token_ids, dtype=np.int32)
+    logprobs = np.asarray(said.logprobs.logprobs, dtype=np.float32)
+    if said.finish_reason not in ("stop", "length") or not len(tokens) or len(logprobs) != len(tokens):
+        got = f"{len(tokens)} tokens with {len(logprobs)} log-probabilities, finished by {said.finish_reason!r}"
+        raise RuntimeError(f"vLLM's text: got {got}; expected one log-probability for each token up to a stop or the limit")
+    return Text(tokens, logprobs, int(tokens[-1]) in sampling.stop)
 
 
 def _table(said: Any, prompt: NDArray[Any], kept: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

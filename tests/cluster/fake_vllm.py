@@ -1,7 +1,7 @@
 """A stand-in for the package `vllm`: just what the engine uses of it, under vLLM's own names, on a small model in this process.
 
-Keywords and limits are those of vLLM 0.29; one that vLLM does not know is a `TypeError` here too. `test_vllm.py` compares them with the
-real package where that is installed.
+Keywords and limits are those of vLLM 0.29; one that vLLM does not know is a `TypeError` here too. `test_vllm_package.py` compares
+them with the real package where that is installed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The vllm engine on a stand-in for its package, against the transformers engine; and the stand-in against the package where it is."""
+"""The vllm engine on a stand-in for its package, against the transformers engine."""
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,34 +241,3 @@ SETTINGS = [
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VllmEndpoint(engine="vllm", model="owner/model", **settings)
-
-
-def keywords(of: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(of).parameters) - {"self", "args", "kwargs"}
-
-
-def real() -> Any:
-    """The package itself; a skip where it is not installed."""
-    import sys
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, "vllm")
-        return pytest.importorskip("vllm")
-
-
-def test_the_stand_in_has_vllms_own_names() -> None:
-    vllm = real()
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.logprobs import FlatLogprobs
-    from vllm.outputs import CompletionOutput, RequestOutput
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    assert keywords(fake_vllm.LLM.__init__) <= keywords(EngineArgs) | keywords(vllm.LLM.__init__)
-    for name in ("collective_rpc", "generate", "reset_prefix_cache"):
-        assert keywords(getattr(fake_vllm.LLM, name)) <= keywords(getattr(vllm.LLM, name)), name
-    assert keywords(fake_vllm.Worker.reload_weights) <= keywords(GPUModelRunner.reload_weights)
-    assert keywords(fake_vllm.SamplingParams) <= keywords(vllm.SamplingParams)
-    assert set(typing.get_type_hints(fake_vllm.TokensPrompt)) <= set(typing.get_type_hints(vllm.TokensPrompt))
-    assert keywords(fake_vllm.RequestOutput) <= keywords(RequestOutput)
-    assert keywords(fake_vllm.CompletionOutput) <= keywords(CompletionOutput)
-    assert keywords(fake_vllm.FlatLogprobs) <= keywords(FlatLogprobs)

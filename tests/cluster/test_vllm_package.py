@@ -1,9 +1,13 @@
-"""The vllm engine with the real package: what it says and writes is what the transformers engine does, up to bfloat16."""
+"""The vllm engine with the real package, where that is installed: its names are the stand-in's, and what it says and writes on a GPU
+is what the transformers engine does, up to bfloat16."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +19,17 @@ from cluster.endpoints import check_scores, check_written
 from cluster.engines.transformers import TransformersEngine
 from cluster.engines.vllm import VllmEngine
 from strategies.core import Sampling, ScoreRequest
+from tests.cluster import fake_vllm
 from tests.cluster.test_engines import bundle as rows_of
 from tests.cluster.test_writers import PROMPTS, bundle, texts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 VOCABULARY, USABLE = 256, 200
 CLOSE = 0.05
 """Nats, between two ways to compute in bfloat16."""
+
+
+def on_a_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.slow(test))
 
 
 def save(folder: Path, seed: int) -> Path:
@@ -74,6 +82,7 @@ def check_same(engine: VllmEngine, expected: TransformersEngine) -> None:
             np.testing.assert_allclose(found[name][near], wanted[name][near], atol=CLOSE, err_msg=f"{request.kind} {name}")
 
 
+@on_a_gpu
 @pytest.mark.parametrize(
     "sampling", [Sampling(max_new_tokens=8, stop=(2,)), Sampling(max_new_tokens=8, temperature=1.0, top_k=9, samples=3)]
 )
@@ -88,6 +97,7 @@ def test_written_texts_are_as_likely_as_they_say(engine: VllmEngine, folder: Pat
     np.testing.assert_allclose(written["logprobs"], said, atol=CLOSE)
 
 
+@on_a_gpu
 def test_a_text_belongs_to_its_row_and_sample(engine: VllmEngine) -> None:
     sampling = Sampling(max_new_tokens=6, temperature=1.0, samples=3)
     whole, again = engine.write(bundle(PROMPTS), sampling), engine.write(bundle(PROMPTS), sampling)
@@ -97,6 +107,7 @@ def test_a_text_belongs_to_its_row_and_sample(engine: VllmEngine) -> None:
     assert sum(same) >= 5  # batches of another shape round otherwise
 
 
+@on_a_gpu
 def test_scores_are_the_transformers_engines_before_and_after_a_publication(engine: VllmEngine, folder: Path, tmp_path: Path) -> None:
     check_same(engine, reference(folder))
     new = save(tmp_path / "new", seed=4)
@@ -104,3 +115,25 @@ def test_scores_are_the_transformers_engines_before_and_after_a_publication(engi
     check_same(engine, reference(new))
     engine.publish(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict(), 2)
     check_same(engine, reference(folder))
+
+
+def keywords(of: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(of).parameters) - {"self", "args", "kwargs"}
+
+
+def test_the_stand_in_has_vllms_own_names() -> None:
+    vllm = pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.logprobs import FlatLogprobs
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert keywords(fake_vllm.LLM.__init__) <= keywords(EngineArgs) | keywords(vllm.LLM.__init__)
+    for name in ("collective_rpc", "generate", "reset_prefix_cache"):
+        assert keywords(getattr(fake_vllm.LLM, name)) <= keywords(getattr(vllm.LLM, name)), name
+    assert keywords(fake_vllm.Worker.reload_weights) <= keywords(GPUModelRunner.reload_weights)
+    assert keywords(fake_vllm.SamplingParams) <= keywords(vllm.SamplingParams)
+    assert set(typing.get_type_hints(fake_vllm.TokensPrompt)) <= set(typing.get_type_hints(vllm.TokensPrompt))
+    assert keywords(fake_vllm.RequestOutput) <= keywords(RequestOutput)
+    assert keywords(fake_vllm.CompletionOutput) <= keywords(CompletionOutput)
+    assert keywords(fake_vllm.FlatLogprobs) <= keywords(FlatLogprobs)
