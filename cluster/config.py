@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, JsonValue, NonNegativeFloat, NonNegat
 
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
+from cluster.vllm_settings import VllmEndpoint
 
 __all__ = [
     "ClusterConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "StoreEndpoint",
     "TransformersEndpoint",
     "VerifierEndpoint",
+    "VllmEndpoint",
     "read_yaml",
 ]
 
@@ -176,9 +178,15 @@ EndpointConfig = Annotated[
     | Annotated[OpenAIEndpoint, Tag("openai")]
     | Annotated[FakeEndpoint, Tag("fake")]
     | Annotated[StoreEndpoint, Tag("store")]
-    | Annotated[VerifierEndpoint, Tag("verifier")],
+    | Annotated[VerifierEndpoint, Tag("verifier")]
+    | Annotated[VllmEndpoint, Tag("vllm")],
     Discriminator(_engine_of),
 ]
+
+
+def follows_student(config: EndpointConfig) -> bool:
+    """Whether its weights are those that training publishes."""
+    return isinstance(config, TransformersEndpoint | VllmEndpoint) and config.follows_student
 
 
 class Roles(ClusterModel):

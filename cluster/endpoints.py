@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint
-from cluster.engines import Columns, Engine, Request
+from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint, VllmEndpoint
+from cluster.engines import Columns, Engine, Request, Sampling
 from cluster.offers import Offer, WritingOffer
 
 DOOR_RETRIES = 2
@@ -34,6 +36,10 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
         from cluster.engines.openai import OpenAIEngine
 
         return OpenAIEngine(config, vocabulary, threads)
+    if isinstance(config, VllmEndpoint):
+        from cluster.engines.vllm import VllmEngine
+
+        return VllmEngine(config, vocabulary, threads)
     from cluster.engines.transformers import TransformersEngine
 
     return TransformersEngine(config, vocabulary, threads)
@@ -71,6 +77,18 @@ def probe_writer(config: EndpointConfig) -> WritingOffer | None:
         return probe_writing(server, config)[0]
     finally:
         server.close()
+
+
+def check_actors(
+    config: EndpointConfig, requests: Sequence[Request], samplings: Sequence[Sampling], usable: int, longest: int, context: int | None
+) -> None:
+    """`cluster.offers.Unfit` when an engine that loads a model of its own lacks what it runs on, or does not answer `requests` about
+    `usable` ids or write by `samplings`, of rows and texts of up to `longest` tokens. `context` is what the model was made for."""
+    if isinstance(config, VllmEndpoint):
+        from cluster.engines.vllm_door import check, check_length
+
+        check(config, requests, samplings, usable)
+        check_length(config, longest, context, scores=bool(requests))
 
 
 def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary: int) -> None:

@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
+from orchestrator.checks import actors, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -46,7 +46,7 @@ from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
-from strategies.core import Strategy
+from strategies.core import ScoreRequest, Strategy
 from strategies.sources import Taught
 from strategies.stages.rollout import rollouts
 
@@ -163,7 +163,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     text, data, silent = _rows(job, strategy, people)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
-    offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
+    offers, unsure = _offers({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
@@ -194,6 +194,18 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan
+
+
+def _offers(
+    endpoints: Mapping[str, EndpointConfig],
+    asked: Mapping[str, Sequence[ScoreRequest]],
+    strategy: Strategy,
+    people: Cast,
+    data: PreparedData,
+) -> tuple[dict[str, Offer], list[str]]:
+    """What the servers among those that answer give, and warnings, after checks of the others' own actors."""
+    actors.check_stages(endpoints, asked, strategy, people, data)
+    return served.check_servers(endpoints, asked)
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:

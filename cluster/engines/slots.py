@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from cluster.causal_lm import backbone, explained_by_rounding, output_head, probing, relative_difference, vocabulary_rows
+from cluster.engines.texts import NOTHING, Text
 from cluster.forwards import PAD_ID, Ints
 
 WIDTH_STEP = 32
@@ -30,18 +31,6 @@ FREE = -1
 Choose = Callable[[Tensor, Ints, Ints], tuple[Tensor, Tensor]]
 """From logits `(n, V)`, numbers of the texts `(n,)` and tokens that each has `(n,)` to the next ids `(n,)` and their log-probabilities
 `(n,)`."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """One written text."""
-
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    finished: bool
-
-
-NOTHING = Text(np.zeros(0, np.int32), np.zeros(0, np.float32), False)
 
 
 class SlotCache(Cache):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from cluster.causal_lm import (
 )
 from cluster.config import TransformersEndpoint
 from cluster.engines import Columns, Request, Sampling
+from cluster.engines.names import refuse_names
 from cluster.engines.slots import has_slots
 from cluster.engines.transformers_write import write
 from cluster.forwards import bundle_rows, group_by_length, lay_out
@@ -92,9 +93,9 @@ class TransformersEngine:
             raise ValueError(f"endpoint quantization: got {self.config.quantization!r}; expected 'none' where weights are published")
         own = {name: values for name, values in self.model.state_dict().items() if values.is_floating_point()}
         given = {own[name].data_ptr() for name in weights if name in own}
-        _refuse_names("missing", (n for n, values in own.items() if values.data_ptr() not in given))
-        _refuse_names("unexpected", (n for n in weights if n not in own))
-        _refuse_names("of another shape", (n for n, values in weights.items() if values.shape != own[n].shape))
+        refuse_names("missing", (n for n, values in own.items() if values.data_ptr() not in given))
+        refuse_names("unexpected", (n for n in weights if n not in own))
+        refuse_names("of another shape", (n for n, values in weights.items() if values.shape != own[n].shape))
         for name, values in weights.items():
             own[name].copy_(values)
         self.version = version
@@ -132,13 +133,6 @@ class TransformersEngine:
                 f"tokens: got the id {highest}; expected less than the {self.embedded} ids that this endpoint's model embeds. "
                 "Teacher and student must share a tokenizer."
             )
-
-
-def _refuse_names(what: str, names: Iterable[str]) -> None:
-    found = sorted(names)
-    if found:
-        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise ValueError(f"published weights: got {len(found)} {what}: {some}; expected the names and shapes of the engine's model")
 
 
 def load_frozen(config: TransformersEndpoint, device: torch.device) -> PreTrainedModel:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from cluster.answers import mixed_keys, uniforms
 from cluster.engines import Columns, Sampling
-from cluster.engines.slots import NOTHING, Choose, Text, network, write_in_slots
+from cluster.engines.slots import Choose, network, write_in_slots
+from cluster.engines.texts import NOTHING, Text, asked_texts
 from cluster.forwards import PAD_ID, Ints, group_by_length
 
 NUCLEUS = 64
@@ -25,34 +26,9 @@ NUCLEUS = 64
 def write(model: PreTrainedModel, columns: Columns, sampling: Sampling, usable: int, forward_tokens: int, in_slots: bool) -> Columns:
     """See `cluster.engines.Writer.write`. Prompts and texts of at most `forward_tokens` tokens, padding included, are held at a time,
     unless a single text needs more. `in_slots` is what `cluster.engines.slots.has_slots` says of the model."""
-    lengths = columns["lengths"].astype(np.int64)
-    if len(lengths) and lengths.min() == 0:
-        raise ValueError("prompts: got an empty one; expected at least one token to go on from")
-    ends = np.cumsum(lengths)
-    row = np.repeat(np.arange(len(lengths)), sampling.samples)
-    prompts = [columns["tokens"][end - size : end] for end, size in zip(ends[row], lengths[row], strict=True)]
-    sample = np.tile(np.arange(sampling.samples), len(lengths))
-    row_id = columns["row_id"].astype(np.int64)[row]
-    choose = _Draws(sampling, usable, mixed_keys(sampling.seed, row_id, sample))
+    asked = asked_texts(columns, sampling)
     way = _in_slots if in_slots else _in_batches
-    found = way(model, prompts, _limits(columns, sampling)[row], choose, forward_tokens)
-    return {
-        "tokens": np.concatenate([NOTHING.tokens, *(t.tokens for t in found)]),
-        "lengths": np.asarray([len(t.tokens) for t in found], dtype=np.int32),
-        "row_id": row_id,
-        "sample": sample.astype(np.int32),
-        "finished": np.asarray([t.finished for t in found], dtype=np.uint8),
-        "logprobs": np.concatenate([NOTHING.logprobs, *(t.logprobs for t in found)]),
-    }
-
-
-def _limits(columns: Columns, sampling: Sampling) -> Ints:
-    """`(R,)` most tokens of each row's texts."""
-    most = np.full(len(columns["lengths"]), sampling.max_new_tokens, dtype=np.int64)
-    own = columns.get("max_new_tokens", most).astype(np.int64)
-    if len(own) != len(most) or own.min(initial=1) < 1:
-        raise ValueError(f"max_new_tokens: got {len(own)} limits from {own.min(initial=1)}; expected {len(most)} of at least 1")
-    return np.minimum(most, own)
+    return asked.columns(way(model, asked.prompts, asked.limits, _Draws(sampling, usable, asked.keys), forward_tokens))
 
 
 @dataclass(frozen=True)

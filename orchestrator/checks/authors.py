@@ -9,6 +9,7 @@ from cluster.offers import Unfit, WritingOffer
 from cluster.resources import demands, machine_cpus
 from orchestrator.authored import Text, WantedText
 from orchestrator.checks import machine
+from orchestrator.checks.actors import check_endpoint
 from orchestrator.checks.networks import Cast
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
@@ -19,12 +20,16 @@ from orchestrator.prompts import Prompts
 def check_authors(job: Job, people: Cast, text: Text | None) -> tuple[dict[str, WritingOffer], list[str]]:
     """How the servers among them write, by endpoint, and warnings. `Refusal` for one that cannot."""
     offers: dict[str, WritingOffer] = {}
-    for wanted in text.missing if text else ():
-        _check_fits(job, people, wanted.spec.name)
+    if text is None:
+        return offers, []
+    for wanted in text.missing:
+        name, sampling = wanted.spec.name, wanted.authored.write.sampling
+        check_endpoint(name, job.endpoints[name], people, (), [sampling], text.prompts.longest_tokens + sampling.max_new_tokens)
+        _check_fits(job, people, name)
         offer = _offer(job, wanted)
-        if offer is not None and text is not None:
+        if offer is not None:
             _check_length(job, offer, text.prompts, wanted)
-            offers[wanted.spec.name] = offer
+            offers[name] = offer
     return offers, _unknown(job, offers)
 
 

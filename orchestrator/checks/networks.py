@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cluster.config import EndpointConfig, SavedModel, TransformersEndpoint
+from cluster.config import EndpointConfig, SavedModel, follows_student
 from orchestrator.checks.recipe import check_attention
 from orchestrator.config import DataConfig, Job, RunConfig, StudentConfig
 from orchestrator.data import PreparedData, template_digest
@@ -38,7 +38,7 @@ class Cast:
 def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[str]]:
     """Opens every network and tokenizer of a run and compares them; also returns warnings."""
     run = job.run
-    following = {n for n, c in endpoints.items() if isinstance(c, TransformersEndpoint) and c.follows_student}
+    following = {n for n, c in endpoints.items() if follows_student(c)}
     saved = {name: model for name, config in endpoints.items() if name not in following and (model := config.saved_model)}
     for name, model in saved.items():
         _check_endpoint(name, model, endpoints[name].resources.gpus)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cluster.config import EndpointConfig, SavedModel
+from cluster.config import EndpointConfig, SavedModel, TransformersEndpoint
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.teaching import named_endpoints
 from orchestrator.config import Job, StudentConfig
@@ -34,7 +34,7 @@ def frozen_endpoints(job: Job, strategy: Strategy) -> dict[str, EndpointConfig]:
     """Endpoints that frozen players load, on the resources of a training worker. `Refusal` for one that loads no network."""
     found = named_endpoints(job, {p.model for p in strategy.players.values() if not p.trained})
     for name, config in found.items():
-        if config.saved_model is None:
+        if not isinstance(config, TransformersEndpoint):
             raise not_a_network(name)
     return {name: config.model_copy(update={"resources": job.cluster.resources.worker}) for name, config in found.items()}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cluster.answers import largest
-from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint
+from cluster.config import FakeEndpoint, OpenAIEndpoint, TransformersEndpoint, VllmEndpoint
 from cluster.endpoints import check_scores, make_engine
 from cluster.engines import Columns, Engine
 from cluster.engines.fake import FakeEngine
@@ -21,6 +21,7 @@ from cluster.engines.fake_server import FakeServer
 from cluster.engines.transformers import TransformersEngine
 from cluster.forwards import bundle_rows, group_by_length, lay_out
 from strategies.core import ScoreRequest
+from tests.cluster.fake_vllm import instead_of_vllm
 from tests.tiny import tiny_model
 
 VOCABULARY = 512
@@ -75,12 +76,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["transformers", "fake", "openai"])
+@pytest.fixture(params=["transformers", "fake", "openai", "vllm"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
     fake = make_engine(FakeEndpoint(engine="fake", vocabulary=VOCABULARY))
     if request.param == "openai":
         with FakeServer(fake) as server:
             yield make_engine(OpenAIEndpoint(engine="openai", base_url=server.url, model="fake", vocabulary=VOCABULARY))
+    elif request.param == "vllm":
+        with instead_of_vllm():
+            yield make_engine(VllmEndpoint(engine="vllm", model=str(folder), max_logprobs=-1))
     else:
         yield fake if request.param == "fake" else make_engine(TransformersEndpoint(model=str(folder), forward_tokens=40))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig
 
-from cluster.config import FakeEndpoint, TransformersEndpoint
+from cluster.config import FakeEndpoint, TransformersEndpoint, VllmEndpoint
 from cluster.endpoints import check_written, make_engine
-from cluster.engines import Columns, Follower, Writer
+from cluster.engines import Columns, Engine, Follower, Writer
 from cluster.engines.slots import Network, has_slots
 from cluster.engines.transformers import TransformersEngine
 from strategies.core import Sampling, ScoreRequest
+from tests.cluster.fake_vllm import instead_of_vllm
 from tests.tiny import tiny_model
 
 VOCABULARY = 96
@@ -86,14 +88,20 @@ def test_only_usable_ids_are_written(engine: TransformersEngine) -> None:
     assert texts(narrow.write(bundle(PROMPTS), sampling)) == [greedy(engine, p, sampling, 50)[0] for p in PROMPTS]
 
 
-ENGINES: list[Any] = ["transformers", "fake"]
+ENGINES: list[Any] = ["transformers", "fake", "vllm"]
 
 
 @pytest.fixture(params=ENGINES)
-def writer(request: pytest.FixtureRequest, engine: TransformersEngine) -> Writer:
-    found = engine if request.param == "transformers" else make_engine(FakeEndpoint(engine="fake", vocabulary=VOCABULARY))
-    assert isinstance(found, Writer)
-    return found
+def writer(request: pytest.FixtureRequest, engine: TransformersEngine) -> Iterator[Writer]:
+    with instead_of_vllm():
+        made: dict[str, Callable[[], Engine]] = {
+            "transformers": lambda: engine,
+            "fake": lambda: make_engine(FakeEndpoint(engine="fake", vocabulary=VOCABULARY)),
+            "vllm": lambda: make_engine(VllmEndpoint(engine="vllm", model=engine.config.model, dtype="float32")),
+        }
+        found = made[request.param]()
+        assert isinstance(found, Writer)
+        yield found
 
 
 def test_a_text_belongs_to_its_row_and_sample_and_not_to_its_bundle(writer: Writer) -> None:
@@ -105,6 +113,18 @@ def test_a_text_belongs_to_its_row_and_sample_and_not_to_its_bundle(writer: Writ
     assert texts(part) == texts(whole)[9:12] + texts(whole)[3:6]
     assert len({tuple(t) for t in texts(whole)}) > 5
     assert texts(writer.write(bundle(PROMPTS), Sampling(**{**vars(sampling), "seed": 1}))) != texts(whole)
+
+
+def test_no_text_is_longer_than_its_row_allows(writer: Writer) -> None:
+    limits = [2, 6, 1, 9, 4]
+    sampling = Sampling(max_new_tokens=6, temperature=1.0, samples=2)
+    written = writer.write(bundle(PROMPTS, limits=limits), sampling)
+    check_written(bundle(PROMPTS), written, 2, VOCABULARY)
+    most = np.repeat(np.minimum(limits, 6), 2)
+    assert (written["lengths"] <= most).all() and not written["finished"].any()
+    # what a row may be long changes nothing for the others
+    other = writer.write(bundle(PROMPTS, limits=[2, 6, 1, 9, 1]), sampling)
+    assert texts(other)[:8] == texts(written)[:8] and (other["lengths"][8:] == 1).all()
 
 
 def test_samples_without_temperature_are_alike(writer: Writer) -> None:
