@@ -96,7 +96,7 @@ class VllmEngine:
         self._refuse_unknown(columns)
         asked = asked_texts(columns, sampling)
         self._refuse_long(np.asarray([len(p) for p in asked.prompts], dtype=np.int64) + asked.limits)
-        drawn = np.arange(len(asked.prompts)) if sampling.temperature else np.flatnonzero(asked.sample == 0)
+        drawn = [n for n, sample in enumerate(asked.sample.tolist()) if sampling.temperature or sample == 0]
         # what an earlier bundle has left in the cache would change which numbers are computed together
         self._forget_prefixes()
         params = [self._vllm.SamplingParams(**_drawing(sampling, int(asked.limits[n]), int(asked.keys[n]) & SEED_BITS)) for n in drawn]

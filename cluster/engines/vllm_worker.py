@@ -16,6 +16,7 @@ class UsableIds:
     """A part of vLLM's worker (`worker_extension_cls`), which has `model_runner`."""
 
     model_runner: Any
+    _dropped_mass: Tensor | None
 
     def keep_usable(self, usable: int) -> None:
         """From now on the model gives ids from `usable` on no probability. Call it once."""
@@ -24,7 +25,8 @@ class UsableIds:
 
     def take_dropped(self) -> float:
         """The largest probability that one token had on other ids since this was asked last."""
-        found, self._dropped_mass = getattr(self, "_dropped_mass", None), None
+        found = getattr(self, "_dropped_mass", None)
+        self._dropped_mass = None
         return 0.0 if found is None else float(found)
 
     def _note_dropped(self, mass: Tensor) -> None:
