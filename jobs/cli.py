@@ -147,6 +147,18 @@ def quickstart(
     run_quickstart(folder, verbose)
 
 
+@app.command()
+def task(
+    name: Annotated[Literal["arithmetic"], typer.Argument(help="Which one.")],
+    folder: Annotated[Path, typer.Option(help="Where data, models and runs go.")] = Path("runs/arithmetic"),
+    verbose: Verbose = False,
+) -> None:
+    """Make a task whose answers can be judged: problems, a tokenizer, a trained teacher, and a student that has begun."""
+    from jobs.task import run_task
+
+    run_task(folder, verbose)
+
+
 def main() -> None:
     """Entry point: turns what this package raises on purpose into words and an exit code."""
     try:
