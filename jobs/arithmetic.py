@@ -1,6 +1,6 @@
 """Word problems in arithmetic with worked steps and an answer that can be judged: as many as one wants, of either of two splits.
 
-A problem is a start and two to four events, and one line of working for each: `14+23=37`. Its last line is `#### 37`, as in GSM8K
+A problem is a start and two or three events, and one line of working for each: `14+23=37`. Its last line is `#### 37`, as in GSM8K
 (arXiv:2110.14168). All totals are from 1 to 99. A problem's numbers and operations are its *sum*; names, things and wording are its
 clothes. The sum alone decides the split, so no sum of a held-out problem is ever trained on, whatever it wears.
 """
@@ -22,7 +22,7 @@ LARGEST = 99
 """Total that is never exceeded."""
 NUMBERS = range(2, 10)
 """Of events; a start may be as large as a total."""
-FEWEST_EVENTS, MOST_EVENTS = 2, 4
+FEWEST_EVENTS, MOST_EVENTS = 2, 3
 
 PEOPLE = ("Ana", "Ben", "Cora", "Dan", "Eve", "Finn", "Gina", "Hugo")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "toys")

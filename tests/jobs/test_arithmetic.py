@@ -15,10 +15,7 @@ from jobs.arithmetic import LARGEST, MOST_EVENTS, Problem, problems
 from orchestrator.config import load_job
 from orchestrator.plan import make_plan
 
-FIRST = {
-    "prompt": "Finn has 22 apples, sells 3, makes 8, buys 7, sells 2. How many now?\n",
-    "completion": "22-3=19\n19+8=27\n27+7=34\n34-2=32\n#### 32",
-}
+FIRST = {"prompt": "Ben has 7 eggs, buys 7, makes 9. How many now?\n", "completion": "7+7=14\n14+9=23\n#### 23"}
 ADDS, TAKES = ("buys", "finds", "makes", "gets"), ("loses", "sells", "breaks", "gives")
 
 
@@ -58,11 +55,11 @@ def test_no_sum_stands_on_both_sides_or_twice() -> None:
     def core(problem: Problem) -> str:
         return re.sub(r"\n\d+(?=[-+*])", "", problem.completion)
 
-    train, held_out = (some(split, 6000) for split in ("train", "held_out"))
+    train, held_out = (some(split, 2500) for split in ("train", "held_out"))
     sides = [{core(problem) for problem in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
-    assert [len(side) for side in sides] == [6000, 6000]
-    assert not {p.sum.key for p in some("train", 6000, seed=1)} & {p.sum.key for p in held_out}
+    assert [len(side) for side in sides] == [2500, 2500]
+    assert not {p.sum.key for p in some("train", 2500, seed=1)} & {p.sum.key for p in held_out}
 
 
 def test_problems_are_the_same_for_a_seed_and_others_for_another() -> None:
@@ -94,7 +91,7 @@ def test_each_digit_is_a_token_of_its_own_and_texts_come_back(folder: Path) -> N
     for problem in some("held_out", 200):
         for text in problem.row.values():
             assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-        assert len(tokenizer(problem.completion)["input_ids"]) < 48
+        assert len(tokenizer(problem.completion)["input_ids"]) < 32
 
 
 @pytest.mark.parametrize("name", [*task.MODELS, *task.METHODS])

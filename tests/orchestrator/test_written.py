@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.config import VerifierEndpoint
+from cluster.engines.transformers_write import write
 from orchestrator.errors import Refusal
 from orchestrator.written import Bundle, Writing, WrittenScores, evaluate_written, judge_of, judged, scored, written
 from strategies.core import Columns, Sampling
@@ -140,10 +142,18 @@ def whole_log_probs(model: Path, columns: Columns) -> torch.Tensor:
 
 def test_divergences_on_own_text_are_those_of_a_naive_float64_reference(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Columns] = []
+    asked: list[float] = []
+
+    def writes(model: object, columns: Columns, sampling: Sampling, *others: Any) -> Columns:
+        asked.append(sampling.temperature)
+        return write(model, columns, sampling, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("orchestrator.written.write", writes)
     monkeypatch.setattr("orchestrator.written.Bundle", lambda columns: drawn.append(columns) or Bundle(columns))
     writing = Writing(judge=NUMERIC, max_new_tokens=12)
     student, teacher = evaluate_written([str(home / "student")], str(home / "teacher"), questions(home), np.arange(4), writing)
     (own,) = drawn
+    assert asked == [0.0, 1.0, 0.0]  # the student's answers, its own text, the teacher's answers
     log_q, log_p = whole_log_probs(home / "student", own), whole_log_probs(home / "teacher", own)
     assert student.own_tokens == len(log_q) > 4
     assert student.own_forward_kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
