@@ -121,9 +121,8 @@ def judge_of(config: VerifierEndpoint | None, tokenizer: str) -> Verifier | None
     """Who judges, with `tokenizer` unless the settings name one; `Refusal` when its function cannot be imported."""
     if config is None:
         return None
-    named = config if config.tokenizer is not None else config.model_copy(update={"tokenizer": tokenizer})
     try:
-        engine = make_engine(named)
+        engine = make_engine(config.with_tokenizer(tokenizer))
     except ValueError as error:
         raise Refusal(f"verifier {config.kind!r}", str(error), "one that can be made here", "Mend it, or name another.") from error
     assert isinstance(engine, Verifier)
