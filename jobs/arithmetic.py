@@ -20,7 +20,7 @@ HELD_OUT_ONE_IN = 8
 """One sum in so many is held out."""
 LARGEST = 99
 """Total that is never exceeded."""
-NUMBERS = range(2, 10)
+NUMBERS: dict[Operation, range] = {"+": range(2, 20), "-": range(2, 20), "*": range(2, 10)}
 """Of events; a start may be as large as a total."""
 FEWEST_EVENTS, MOST_EVENTS = 2, 3
 
@@ -87,7 +87,7 @@ def _sum(random: Random) -> Sum:
     start = total = random.randint(2, LARGEST)
     events: list[tuple[Operation, int]] = []
     for _ in range(random.randint(FEWEST_EVENTS, MOST_EVENTS)):
-        operation, n = random.choice([(o, n) for o in EVENTS for n in NUMBERS if 1 <= _result(total, o, n) <= LARGEST])
+        operation, n = random.choice([(o, n) for o in EVENTS for n in NUMBERS[o] if 1 <= _result(total, o, n) <= LARGEST])
         total = _result(total, operation, n)
         events.append((operation, n))
     return Sum(start, tuple(events))

@@ -40,7 +40,7 @@ def run_task(folder: Path, verbose: bool) -> None:
     for method in METHODS:
         display.say(f"    distill run {recipe(method)} {' '.join(overrides(folder, method, begun))}".rstrip())
     rows = f"--recipe {recipe('logits')} {' '.join(f'--set {o}' for o in overrides(folder, 'logits', begun))}".rstrip()
-    display.say(f"    distill evaluate RUN_FOLDER {begun} --teacher {folder}/teacher {rows} --verifier numeric --max-new-tokens 32")
+    display.say(f"    distill evaluate RUN_FOLDER {begun} --teacher {folder}/teacher {rows} --verifier numeric --max-new-tokens 36")
 
 
 def recipe(name: str) -> Path:

@@ -32,7 +32,7 @@ from tests.benchmarks.figure import Figure, Settings, machine
 
 NAME = "verifiable-task"
 JUDGE = VerifierEndpoint(engine="verifier", kind="numeric")
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 36
 OFF_POLICY, ON_POLICY = "logits", ("gkd", "opd")
 """Whose divergences on own text make the figure."""
 SMOKE = ["train.steps=2", "train.warmup_steps=0", "train.batch_rows=4", "data.held_out_rows=8", "data.max_rows=64"]

@@ -15,7 +15,10 @@ from jobs.arithmetic import LARGEST, MOST_EVENTS, Problem, problems
 from orchestrator.config import load_job
 from orchestrator.plan import make_plan
 
-FIRST = {"prompt": "Ben has 7 eggs, buys 7, makes 9. How many now?\n", "completion": "7+7=14\n14+9=23\n#### 23"}
+FIRST = {
+    "prompt": "Ben has 45 books, gives 3 to Hugo, loses 12, finds 2. How many now?\n",
+    "completion": "45-3=42\n42-12=30\n30+2=32\n#### 32",
+}
 ADDS, TAKES = ("buys", "finds", "makes", "gets"), ("loses", "sells", "breaks", "gives")
 
 
@@ -91,7 +94,7 @@ def test_each_digit_is_a_token_of_its_own_and_texts_come_back(folder: Path) -> N
     for problem in some("held_out", 200):
         for text in problem.row.values():
             assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-        assert len(tokenizer(problem.completion)["input_ids"]) < 32
+        assert len(tokenizer(problem.completion)["input_ids"]) < 36
 
 
 @pytest.mark.parametrize("name", [*task.MODELS, *task.METHODS])
