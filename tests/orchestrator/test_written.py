@@ -145,6 +145,7 @@ def test_divergences_on_own_text_are_those_of_a_naive_float64_reference(home: Pa
     asked: list[float] = []
 
     def writes(model: object, columns: Columns, sampling: Sampling, *others: Any) -> Columns:
+        assert END in sampling.stop
         asked.append(sampling.temperature)
         return write(model, columns, sampling, *others)  # type: ignore[arg-type]
 
