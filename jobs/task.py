@@ -21,7 +21,7 @@ TOKENIZER_ROWS = 2_000
 VOCABULARY = 384
 """At most: 256 bytes and the task's words."""
 
-TEACHER = {"hidden_size": 192, "num_hidden_layers": 6, "intermediate_size": 576, "num_attention_heads": 4, "head_dim": 48}
+TEACHER = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 576, "num_attention_heads": 4, "head_dim": 48}
 STUDENT = {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 288, "num_attention_heads": 4, "head_dim": 24}
 
 MODELS = {"teacher": "teacher", "start": "student"}
