@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,10 +137,11 @@ def written(author: Author, rows: Readable, indices: NDArray[np.int64], sampling
     `rollout/left_out` (1,) counts prompts that leave no room below `longest` tokens.
     """
     stage = Rollout(sampling, longest_tokens=longest)
+    endpoint: Any = author  # a stage's endpoint scores; that of this one only writes
     parts = []
     for start in range(0, len(indices), rows_at_once):
         columns = rows.read(indices[start : start + rows_at_once])
-        parts.append(stage({**columns, "step": np.ones(1, np.int32), "steps": np.ones(1, np.int32)}, author))
+        parts.append(stage({**columns, "step": np.ones(1, np.int32), "steps": np.ones(1, np.int32)}, endpoint))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in {"step", "steps"}}
     return {**joined, "rollout/left_out": joined["rollout/left_out"].sum(keepdims=True)}
 

@@ -93,7 +93,7 @@ def test_accuracy_is_a_mean_over_prompts_with_a_verdict(home: Path) -> None:
     texts = [["1+2=3 #### 3.", "#### 4."], ["#### 4.", "#### 4."], ["#### 1.", "#### 2."], ["#### 8.", "#### 99"]]
     one, two = recited(home, texts, samples=1), recited(home, texts, samples=2)
     assert (one.prompts, one.texts, one.unjudgeable, one.failed) == (4, 4, 1, 0)
-    assert (one.accuracy, one.pass_at_k) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert one.accuracy == one.pass_at_k == pytest.approx(2 / 3)
     assert one.accuracy_error == pytest.approx(math.sqrt(2 / 3 * 1 / 3 * 3 / 2 / 3))
     assert (two.prompts, two.texts, two.unjudgeable) == (4, 8, 2)
     assert two.accuracy == pytest.approx((0.5 + 1 + 0) / 3)
@@ -127,6 +127,11 @@ def test_prompts_without_room_are_left_out_and_counted(home: Path) -> None:
         scored("m", written(author, questions(home), np.arange(4), Sampling(), 1, 2), False)
 
 
+def keeping(seen: list[Columns], columns: Columns) -> Columns:
+    seen.append(columns)
+    return columns
+
+
 def whole_log_probs(model: Path, columns: Columns) -> torch.Tensor:
     """`(N, V)` float64 log-probabilities over the shared ids at every written token, one row at a time."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -147,10 +152,10 @@ def test_divergences_on_own_text_are_those_of_a_naive_float64_reference(home: Pa
     def writes(model: object, columns: Columns, sampling: Sampling, *others: Any) -> Columns:
         assert END in sampling.stop
         asked.append(sampling.temperature)
-        return write(model, columns, sampling, *others)  # type: ignore[arg-type]
+        return write(model, columns, sampling, *others)
 
     monkeypatch.setattr("orchestrator.written.write", writes)
-    monkeypatch.setattr("orchestrator.written.Bundle", lambda columns: drawn.append(columns) or Bundle(columns))
+    monkeypatch.setattr("orchestrator.written.Bundle", lambda columns: Bundle(keeping(drawn, columns)))
     writing = Writing(judge=NUMERIC, max_new_tokens=12)
     student, teacher = evaluate_written([str(home / "student")], str(home / "teacher"), questions(home), np.arange(4), writing)
     (own,) = drawn
@@ -168,7 +173,7 @@ def test_divergences_on_own_text_are_those_of_a_naive_float64_reference(home: Pa
 
 def test_a_greedy_answer_is_what_the_network_prefers_at_each_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Columns] = []
-    monkeypatch.setattr("orchestrator.written.judged", lambda columns, _: seen.append(columns) or columns)
+    monkeypatch.setattr("orchestrator.written.judged", lambda columns, _: keeping(seen, columns))
     evaluate_written([str(home / "student")], None, questions(home), np.asarray([1, 3]), Writing(max_new_tokens=8))
     (columns,) = seen
     network = AutoModelForCausalLM.from_pretrained(home / "student", dtype=torch.float64)
