@@ -84,11 +84,24 @@ def evaluate(
     rows: Annotated[int, typer.Option(min=1, help="With --data: rows to use, chosen by seed.")] = 256,
     recipe: Annotated[Path | None, typer.Option(help="Evaluate on the held-out rows of this recipe.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Dotted override of the recipe.")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Let the models answer the rows' prompts, too.")] = False,
+    verifier: Annotated[
+        str | None, typer.Option(help="Judge their answers by the rows' own: math, exact, numeric, regex, callable or tests.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Of `--verifier regex`: its first group is the answer.")] = None,
+    function: Annotated[str | None, typer.Option(help="Of `--verifier callable`: package.module:function.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt. [default: 1]", show_default=False)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 writes the likeliest token. [default: 0; 1 with --samples]", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. [default: 256]", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of their draws. [default: 0]", show_default=False)] = None,
 ) -> None:
-    """Compare models on held-out rows: cross-entropy, perplexity, both KLs to a teacher, agreement."""
-    from jobs.evaluate import show_evaluation
+    """Compare models on held-out rows: cross-entropy, both KLs to a teacher, agreement; with a verifier, how often they are right."""
+    from jobs.evaluate import Generate, show_evaluation
 
-    show_evaluation(models, teacher, data, recipe, overrides or [], rows)
+    asked = Generate(generate, verifier, pattern, function, samples, temperature, max_new_tokens, seed)
+    show_evaluation(models, teacher, data, recipe, overrides or [], rows, asked)
 
 
 @app.command()
@@ -132,6 +145,18 @@ def quickstart(
     from jobs.quickstart import run_quickstart
 
     run_quickstart(folder, verbose)
+
+
+@app.command()
+def task(
+    name: Annotated[Literal["arithmetic"], typer.Argument(help="Which one.")],
+    folder: Annotated[Path, typer.Option(help="Where data, models and runs go.")] = Path("runs/arithmetic"),
+    verbose: Verbose = False,
+) -> None:
+    """Make a task whose answers can be judged: problems, a tokenizer, a trained teacher, and a student that has begun."""
+    from jobs.task import run_task
+
+    run_task(folder, verbose)
 
 
 def main() -> None:

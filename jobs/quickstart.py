@@ -83,22 +83,25 @@ def held_out(name: str) -> bool:
     return zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
 
 
-def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
+def train_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY, single_digits: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens; with `single_digits`, none of them holds two digits or a digit and
+    something else."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_alone]) if single_digits else bytes_alone
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def write_shape(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> None:
+def write_shape(folder: Path, tokenizer: PreTrainedTokenizerFast, shape: dict[str, int], vocabulary: int = VOCABULARY) -> None:
     """A configuration without weights, with the tokenizer beside it."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,

@@ -6,31 +6,30 @@ padding of vocabularies enters nothing; a full `(tokens, vocabulary)` tensor nev
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from cluster.answers import LOGITS_AT_ONCE
-from cluster.causal_lm import backbone, compute_device, output_head, vocabulary_rows
+from cluster.causal_lm import backbone, compute_device, output_head
 from cluster.config import Dtype
-from orchestrator.config import StudentConfig
+from orchestrator.comparable import check_models, positions_of
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch, cut
-from orchestrator.models import check_head, load_tokenizer
+from orchestrator.models import check_head
 from orchestrator.reload import ADAPTER, load_saved, quiet_libraries
 from orchestrator.rows import Rows
-from orchestrator.saved_models import load_config
+from strategies.core import Columns
 from strategies.objectives.divergence import forward_kl, reverse_kl
 
 AGREE_ON = 5
@@ -95,11 +94,36 @@ def evaluate_models(
     names = [*models, *([teacher] if teacher else [])]
     chosen = np.arange(len(rows)) if indices is None else indices
     usable = check_models(names, how.trust_remote_code)
-    _check_rows(names, rows, chosen, usable, how)
+    check_rows(names, rows, chosen, usable, how)
+    return measure([(name, load_network(name, how)) for name in names], teacher is not None, rows, chosen, usable, how)
+
+
+def load_network(name: str, how: Measuring) -> PreTrainedModel:
+    """A saved model, an adapter merged into its base, ready to be measured. `Refusal` when its head is not understood."""
     with quiet_libraries():
-        networks = [_Network(name, load_saved(name, how.dtype, how.trust_remote_code), usable) for name in names]
-    for network in networks:
-        check_head(network.model)
+        loaded: Any = load_saved(name, how.dtype, how.trust_remote_code)
+    model: Any = loaded.merge_and_unload() if (Path(name).expanduser() / ADAPTER).is_file() else loaded
+    check_head(model)
+    moved: PreTrainedModel = model.to(compute_device())
+    return moved
+
+
+class Readable(Protocol):
+    """Whatever rows are read from."""
+
+    def read(self, indices: NDArray[np.int64]) -> Columns: ...
+
+
+def measure(
+    models: Sequence[tuple[str, PreTrainedModel]],
+    compared: bool,
+    rows: Readable,
+    chosen: NDArray[np.int64],
+    usable: int,
+    how: Measuring,
+) -> list[ModelScores]:
+    """Scores of loaded models by name on the rows `chosen`; with `compared`, the last of them is the teacher."""
+    networks = [_Network(name, model, usable) for name, model in models]
     tokens = 0
     with torch.inference_mode():
         for micro, read in _micros(rows, chosen, how):
@@ -107,51 +131,12 @@ def evaluate_models(
             if not tokens:  # a first forward is slow and would be counted
                 _ = [network.hidden(here) for network in networks]
             tokens += micro.loss_tokens
-            _measure(networks, teacher is not None, here, read, min(how.top_k, usable))
-    return [network.scores(tokens, teacher is not None) for network in networks]
+            _measure(networks, compared, here, read, min(how.top_k, usable))
+    return [network.scores(tokens, compared) for network in networks]
 
 
-def check_models(names: Sequence[str], trust_remote_code: bool = False) -> int:
-    """Size of the usable vocabulary. `Refusal` for a model that is not there, or whose tokenizer is not the first one's."""
-    tokenizers = [tokenizer_of(name, trust_remote_code) for name in names]
-    sizes = [vocabulary_rows(load_config(base_of(name), None, trust_remote_code)) for name in names]
-    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
-        if problem := _difference(tokenizers[0], tokenizer):
-            do = "Compare models that share a tokenizer; the numbers of others mean something else."
-            raise Refusal(f"tokenizer of {name!r}", problem, f"the one of {names[0]!r}", do)
-    return min(sizes)
-
-
-def tokenizer_of(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model or an adapter, else that of the adapter's base."""
-    own = Path(name).expanduser()
-    source = name if not own.is_dir() or any(own.glob("tokenizer*")) else base_of(name)
-    return load_tokenizer(StudentConfig(model=base_of(name), tokenizer=source, trust_remote_code=trust_remote_code))
-
-
-def base_of(name: str) -> str:
-    """Where the configuration of a model lies: an adapter's is that of the base it names."""
-    adapter = Path(name).expanduser() / ADAPTER
-    if not adapter.is_file():
-        return name
-    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
-
-
-def _difference(mine: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """How another tokenizer gives the same ids another meaning; None when it does not.
-
-    Added tokens, such as those of a chat format, may be there in only one of them.
-    """
-    added = [t.get_added_vocab() for t in (mine, other)]
-    learnt = [{k: v for k, v in t.get_vocab().items() if k not in a} for t, a in zip((mine, other), added, strict=True)]
-    if learnt[0] != learnt[1]:
-        return f"another vocabulary ({len(learnt[1])} learnt tokens against {len(learnt[0])})"
-    by_id = [{v: k for k, v in a.items()} for a in added]
-    moved = [i for i in by_id[0].keys() & by_id[1].keys() if by_id[0][i] != by_id[1][i]]
-    return f"{by_id[1][moved[0]]!r} for the id {moved[0]}, which is {by_id[0][moved[0]]!r}" if moved else None
-
-
-def _check_rows(names: Sequence[str], rows: Rows, chosen: NDArray[np.int64], usable: int, how: Measuring) -> None:
+def check_rows(names: Sequence[str], rows: Readable, chosen: NDArray[np.int64], usable: int, how: Measuring) -> None:
+    """`Refusal` for rows without a loss token, with ids that a model lacks, or longer than a model reads."""
     longest, highest, loss_tokens = 0, 0, 0
     for part in _parts(chosen, how):
         columns = rows.read(part)
@@ -164,7 +149,7 @@ def _check_rows(names: Sequence[str], rows: Rows, chosen: NDArray[np.int64], usa
         do = "Compare models that share the tokenizer of the data."
         raise Refusal("rows to evaluate on", f"the id {highest}", f"less than the {usable} ids that every model predicts", do)
     for name in names:
-        room = getattr(load_config(base_of(name), None, how.trust_remote_code).get_text_config(), "max_position_embeddings", None)
+        room = positions_of(name, how.trust_remote_code)
         if room and longest > room:
             do = f"Set data.max_length_tokens={room}."
             raise Refusal("rows to evaluate on", f"one of {longest} tokens", f"at most the {room} positions of {name!r}", do)
@@ -174,7 +159,7 @@ def _parts(chosen: NDArray[np.int64], how: Measuring) -> Iterator[NDArray[np.int
     return (chosen[start : start + how.rows_at_once] for start in range(0, len(chosen), how.rows_at_once))
 
 
-def _micros(rows: Rows, chosen: NDArray[np.int64], how: Measuring) -> Iterator[tuple[MicroBatch, float]]:
+def _micros(rows: Readable, chosen: NDArray[np.int64], how: Measuring) -> Iterator[tuple[MicroBatch, float]]:
     """Forwards over the rows, and the tokens that each of them really reads."""
     for part in _parts(chosen, how):
         columns = rows.read(part)
@@ -199,7 +184,7 @@ class _Network:
 
     def __init__(self, name: str, model: PreTrainedModel, usable: int):
         self.name, self.device, self.usable = name, compute_device(), usable
-        self.model: Any = model.to(self.device)
+        self.model: Any = model
         self.parameters = sum(p.numel() for p in model.parameters())
         self.sums = dict.fromkeys(("cross_entropy", "forward_kl", "reverse_kl", "top1", "top5", "mass"), 0.0)
         self.seconds, self.read = 0.0, 0.0

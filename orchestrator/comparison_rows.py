@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from cluster.storage import Folder
 from orchestrator.authored import measured_data
 from orchestrator.checkpoint import SNAPSHOT
-from orchestrator.compare import base_of, tokenizer_of
+from orchestrator.comparable import positions_of, tokenizer_of
 from orchestrator.config import DataConfig, load_job
 from orchestrator.data import prepare
 from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer
 from orchestrator.result import RECIPE
 from orchestrator.rows import Rows
-from orchestrator.saved_models import load_config
 
 CACHE = "runs/data"
 MOST_TOKENS = 1024
@@ -51,7 +50,7 @@ def rows_of_recipe(recipe: Path, overrides: Sequence[str], cluster: Path | Mappi
 
 def rows_of_source(source: str, models: Sequence[str], most_rows: int, cache: Path = Path(CACHE), seed: int = 0) -> ChosenRows:
     """At most `most_rows` rows of a data source, chosen by `seed`, as the tokenizer of the first model makes them."""
-    room = min([MOST_TOKENS, *(_positions(model) for model in models)])
+    room = min([MOST_TOKENS, *(positions_of(model) or MOST_TOKENS for model in models)])
     config = DataConfig(train=source, held_out_rows=1, max_length_tokens=room)
     data = prepare(config, tokenizer_of(models[0]), seed, cache)
     rows = Rows(data.folder, "train")  # all but the single row that preparing sets aside
@@ -68,8 +67,3 @@ def saved_student(model: str) -> str:
         do = f"Finish the run, or export a checkpoint: distill export {model}"
         raise Refusal(f"model {model!r}", "a run without an exported student", "a finished run, or a saved model", do)
     return str(folder / "student")
-
-
-def _positions(model: str) -> int:
-    config = load_config(base_of(model)).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or MOST_TOKENS)

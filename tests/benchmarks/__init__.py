@@ -90,6 +90,11 @@ BENCHMARKS: dict[str, Entry] = {
         "steps/s with staleness 1 over staleness 0, writing and training being sleeps of equal length",
         "ratio >= 1.6",
     ),
+    "verifiable-task": Entry(
+        "tests.benchmarks.verifiable_task",
+        "a student's KL to its teacher on its own text after on-policy methods over after off-policy logits; accuracies of five methods",
+        "ratio < 1.0",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",

@@ -20,6 +20,8 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Rows for a benchmark on real data, such as GSM8K's train.jsonl.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Scratch folder to keep. [default: a temporary one]", show_default=False)] = None,
     alternatives: Annotated[bool, typer.Option(help="Also measure settings that no shipped recipe has.")] = False,
+    methods: Annotated[str, typer.Option(help="Of a benchmark that compares methods: some of them, as in gkd,opd.")] = "",
+    seeds: Annotated[str, typer.Option(help="Of a benchmark that trains to the end.")] = "0,1,2",
 ) -> None:
     """Side-by-side measurements. The last line printed is the figure as JSON."""
     if name is None:
@@ -31,7 +33,8 @@ def main(
     with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
         scratch = (folder or Path(temporary)).absolute()
         scratch.mkdir(parents=True, exist_ok=True)
-        figure = measure(Settings(scratch, smoke, 1 if smoke else rounds, data, alternatives))
+        chosen = tuple(name for name in methods.split(",") if name), tuple(int(seed) for seed in seeds.split(","))
+        figure = measure(Settings(scratch, smoke, 1 if smoke else rounds, data, alternatives, *chosen))
     print(figure.line())
 
 

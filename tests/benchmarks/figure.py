@@ -29,6 +29,10 @@ class Settings:
     """Rows of a benchmark that reads real ones."""
     alternatives: bool = False
     """Also measure settings that no shipped recipe has."""
+    methods: tuple[str, ...] = ()
+    """Some of those that a benchmark compares; all when empty."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of a benchmark that trains to the end."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "evaluate", "export", "strategies", "quickstart"])
+@pytest.mark.parametrize("command", ["plan", "run", "evaluate", "export", "strategies", "task", "quickstart"])
 def test_every_command_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert "Usage" in capsys.readouterr().out

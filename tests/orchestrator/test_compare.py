@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from orchestrator.compare import Measuring, check_models, evaluate_models
+from orchestrator.comparable import check_models
+from orchestrator.compare import Measuring, evaluate_models
 from orchestrator.comparison_rows import rows_of_recipe, rows_of_source, saved_student
 from orchestrator.errors import Refusal
 from orchestrator.rows import Rows, RowWriter
