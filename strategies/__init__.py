@@ -12,10 +12,12 @@ from strategies.core import StrategyConfig
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
+from strategies.minillm import MiniLLM
 from strategies.on_policy import GKD
 from strategies.policy import GOPD, OPD
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
+from strategies.tsd_kd import TokenSelectiveDualKD
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
@@ -24,9 +26,11 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "gkd": GKD,
     "inner-states": InnerStates,
     "logits": Logits,
+    "minillm": MiniLLM,
     "opd": OPD,
     "seq-kd": SeqKD,
     "terms": Terms,
+    "token-selective-dual-kd": TokenSelectiveDualKD,
     "verified-cot": VerifiedCoT,
 }
 

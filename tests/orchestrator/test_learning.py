@@ -10,11 +10,16 @@ import pytest
 from tests.harness_rollouts import Loop, make_toy
 
 DENSE = {"type": "dense"}
+ALONE = {"student_share": 1.0, "given_ce_weight": 0, "given_kl_weight": 0}
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "gkd": ({"type": "gkd", "take": DENSE}, 0.15),
     "gkd-half-stale": ({"type": "gkd", "take": DENSE, "student_share": 0.5, "staleness": 2}, 0.15),
     "opd": ({"type": "opd"}, 0.5),
     "g-opd": ({"type": "g-opd"}, 0.5),
+    "minillm": ({"type": "minillm", "take": DENSE}, 0.25),
+    "minillm-alone": ({"type": "minillm", "take": DENSE, **ALONE, "staleness": 1}, 0.35),
+    "tsd": ({"type": "token-selective-dual-kd", "candidates": 4, "entropy_weight": 0.01}, 0.4),
+    "tsd-indirect": ({"type": "token-selective-dual-kd", "candidates": 4, "direct_weight": 0, "entropy_weight": 0}, 0.8),
 }
 """Strategies, and the share of the divergence from the teacher that may be left after thirty steps."""
 
