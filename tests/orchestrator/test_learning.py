@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness_rollouts import Loop, make_toy
+from tests.harness_rollouts import Loop, Says, make_toy
 
 DENSE = {"type": "dense"}
 ALONE = {"student_share": 1.0, "given_ce_weight": 0, "given_kl_weight": 0}
@@ -37,3 +37,15 @@ def test_the_student_comes_closer_to_the_teacher_on_its_own_texts(toy: Path, nam
     loop.train()
     after = loop.divergence()
     assert after < left * before, f"{before:.3f} nats per token, then {after:.3f}"
+
+
+def test_a_student_that_knows_nothing_seldom_says_what_a_verifier_wants(toy: Path) -> None:
+    loop = Loop(toy, {"type": "opd"}, verifier=Says(5))
+    assert 0.1 < loop.reward() < 0.5  # about 1 - (23 / 24)^7
+
+
+def test_each_step_is_written_by_the_student_that_is_due(toy: Path) -> None:
+    loop = Loop(toy, {"type": "opd", "staleness": 1}, {"steps": 3})
+    found = [loop.step()[1] for _ in range(3)]
+    assert [bundle["policy_version"].tolist() for bundle in found] == [[0], [0], [1]]
+    assert all(bundle["written"].all() and len(bundle["row_id"]) == 48 for bundle in found)
