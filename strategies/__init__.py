@@ -12,10 +12,12 @@ from strategies.core import StrategyConfig
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
+from strategies.minillm import MiniLLM
 from strategies.on_policy import GKD
 from strategies.policy import GOPD, KDRL, OPD, RLAD
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
+from strategies.tsd_kd import TokenSelectiveDualKD
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
@@ -25,10 +27,12 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "inner-states": InnerStates,
     "kdrl": KDRL,
     "logits": Logits,
+    "minillm": MiniLLM,
     "opd": OPD,
     "rlad": RLAD,
     "seq-kd": SeqKD,
     "terms": Terms,
+    "token-selective-dual-kd": TokenSelectiveDualKD,
     "verified-cot": VerifiedCoT,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from strategies.acted import Acted
 from strategies.signals import Dense
 from tests.strategies import reference
 from tests.strategies import reference_sampled as exact
@@ -39,23 +40,30 @@ class TwoSteps:
         by1, by2 = torch.autograd.grad(value, leaves)
         return value.item(), by1.numpy(), by2.numpy()
 
-    def estimate(self, objective: Any, dense: bool = False, chunk_tokens: int = 5) -> tuple[float, np.ndarray, np.ndarray]:
-        """The same of an objective over all texts; it reads the tokens' log-probabilities, or the `dense` teacher."""
-        z, teacher, tokens = self._texts()
+    def estimate(
+        self, objective: Any, dense: bool = False, chunk_tokens: int = 5, acted: bool = False, writer: TwoSteps | None = None
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        """The same of an objective over all texts; it reads the tokens' log-probabilities, or the `dense` teacher, or what is known of
+        tokens `acted` by `writer`, the student unless given."""
+        z, teacher, tokens = self._texts(writer or self)
         given = replace(tokens, signal=Dense(floats(teacher))) if dense else tokens
+        if acted:
+            behaviour = exact.label_logprobs((writer or self)._logits(), tokens.labels)
+            given = replace(tokens, signal=Acted(floats(behaviour), floats(exact.label_logprobs(teacher, tokens.labels))))
         value, gradient = run(objective, z, given, chunk_tokens)
         by2 = np.zeros((V, V))
         np.add.at(by2, np.asarray(tokens.labels)[::2], gradient[1::2].astype(np.float64))
         return value, gradient[::2].astype(np.float64).sum(0), by2
 
-    def _texts(self) -> tuple[np.ndarray, np.ndarray, Tokens]:
-        """Student's and teacher's logits `(2 V^2, V)` of the tokens of all texts, and those tokens."""
+    def _logits(self) -> np.ndarray:
+        """The student's logits `(2 V^2, V)` of the tokens of all texts."""
+        return np.stack([np.tile(self.first, (V * V, 1)), self.second[np.repeat(np.arange(V), V)]], 1).reshape(-1, V)
+
+    def _texts(self, writer: TwoSteps) -> tuple[np.ndarray, np.ndarray, Tokens]:
+        """Student's and teacher's logits `(2 V^2, V)` of the tokens of all texts, and those tokens, as often as `writer` writes them."""
         first, second = (a.ravel() for a in np.meshgrid(np.arange(V), np.arange(V), indexing="ij"))
-        z, teacher = (
-            np.stack([np.tile(a, (V * V, 1)), b[first]], 1).reshape(-1, V)
-            for a, b in ((self.first, self.second), (self.teacher_first, self.teacher_second))
-        )
+        teacher = replace(self, first=self.teacher_first, second=self.teacher_second)._logits()
         labels = np.stack([first, second], 1).ravel()
-        probability = reference.softmax(self.first)[first] * reference.softmax(self.second)[first, second]
+        probability = reference.softmax(writer.first)[first] * reference.softmax(writer.second)[first, second]
         signal = given_tokens(exact.label_logprobs(teacher, labels))
-        return z, teacher, Tokens(labels, signal, np.repeat(probability, 2), np.repeat(np.arange(V * V), 2))
+        return self._logits(), teacher, Tokens(labels, signal, np.repeat(probability, 2), np.repeat(np.arange(V * V), 2))

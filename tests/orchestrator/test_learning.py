@@ -1,0 +1,51 @@
+"""Every strategy in which the student writes learns its toy: on its own texts it comes closer to the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness_rollouts import Loop, Says, make_toy
+
+DENSE = {"type": "dense"}
+ALONE = {"student_share": 1.0, "given_ce_weight": 0, "given_kl_weight": 0}
+CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "gkd": ({"type": "gkd", "take": DENSE}, 0.15),
+    "gkd-half-stale": ({"type": "gkd", "take": DENSE, "student_share": 0.5, "staleness": 2}, 0.15),
+    "opd": ({"type": "opd"}, 0.5),
+    "g-opd": ({"type": "g-opd"}, 0.5),
+    "minillm": ({"type": "minillm", "take": DENSE}, 0.25),
+    "minillm-alone": ({"type": "minillm", "take": DENSE, **ALONE, "staleness": 1}, 0.35),
+    "tsd": ({"type": "token-selective-dual-kd", "candidates": 4, "entropy_weight": 0.01}, 0.4),
+    "tsd-indirect": ({"type": "token-selective-dual-kd", "candidates": 4, "direct_weight": 0, "entropy_weight": 0}, 0.8),
+}
+"""Strategies, and the share of the divergence from the teacher that may be left after thirty steps."""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_student_comes_closer_to_the_teacher_on_its_own_texts(toy: Path, name: str) -> None:
+    strategy, left = CASES[name]
+    loop = Loop(toy, strategy)
+    before = loop.divergence()
+    loop.train()
+    after = loop.divergence()
+    assert after < left * before, f"{before:.3f} nats per token, then {after:.3f}"
+
+
+def test_a_student_that_knows_nothing_seldom_says_what_a_verifier_wants(toy: Path) -> None:
+    loop = Loop(toy, {"type": "opd"}, verifier=Says(5))
+    assert 0.1 < loop.reward() < 0.5  # about 1 - (23 / 24)^7
+
+
+def test_each_step_is_written_by_the_student_that_is_due(toy: Path) -> None:
+    loop = Loop(toy, {"type": "opd", "staleness": 1}, {"steps": 3})
+    found = [loop.step()[1] for _ in range(3)]
+    assert [bundle["policy_version"].tolist() for bundle in found] == [[0], [0], [1]]
+    assert all(bundle["written"].all() and len(bundle["row_id"]) == 48 for bundle in found)
