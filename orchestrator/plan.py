@@ -123,7 +123,7 @@ class Plan:
 
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, by the versions that `board` knows; None where it does not write."""
-        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages)), None)
+        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages) if s.follows), None)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -168,7 +168,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
+    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy), strategy.rows_together)
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(
         job=job,

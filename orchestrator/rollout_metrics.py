@@ -85,4 +85,4 @@ def _verdicts(of: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rows(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(lengths)[:-1])
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -134,8 +134,9 @@ class Networks:
     device: torch.device
 
 
-def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source]) -> list[MicroBatch]:
-    return cut(bundle, scored_columns(sources), run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
+def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source], together: int = 1) -> list[MicroBatch]:
+    train = run.train
+    return cut(bundle, scored_columns(sources), train.batching, train.micro_batch_tokens, run.data.max_length_tokens, together)
 
 
 class Trainer:
@@ -222,7 +223,7 @@ def train_step(
     Returns whether any rank asked to stop, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
-    micros = _cut(run, bundle, strategy.signals)
+    micros = _cut(run, bundle, strategy.signals, strategy.rows_together)
     asked = False
     for update in strategy.updates:
         if progress.step % update.every:

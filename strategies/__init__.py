@@ -13,7 +13,10 @@ from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.on_policy import GKD
+from strategies.paced import Paced
+from strategies.personalised import Personalised
 from strategies.policy import GOPD, KDRL, OPD, RLAD
+from strategies.preference import SODA
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 
@@ -26,8 +29,11 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "kdrl": KDRL,
     "logits": Logits,
     "opd": OPD,
+    "paced": Paced,
+    "personalised": Personalised,
     "rlad": RLAD,
     "seq-kd": SeqKD,
+    "soda": SODA,
     "terms": Terms,
     "verified-cot": VerifiedCoT,
 }
