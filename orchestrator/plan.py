@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.codecs import codec_for
 from cluster.config import EndpointConfig
-from cluster.offers import Offer
+from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import authored, checkpoint, stores
@@ -41,7 +41,7 @@ from orchestrator.memory import (
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
-from orchestrator.rollouts import equipped, longest_rows
+from orchestrator.rollouts import equipped, live_authors, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
@@ -69,7 +69,7 @@ class Plan:
     """What teachers write for the run before it trains; None when nobody does."""
     sources: Sources
     """Who answers for them: teachers or signal stores."""
-    offers: Mapping[str, Offer]
+    offers: Mapping[str, Offer | WritingOffer]
     """What the servers of those behind a URL give."""
     frozen: Mapping[str, EndpointConfig]
     """Those whose models every training worker loads for its frozen players."""
@@ -163,7 +163,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     text, data, silent = _rows(job, strategy, people)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
-    offers, unsure = served.check_servers({name: endpoints[name] for name in found_sources.asked}, asked)
+    offers, unsure = served.check_servers({n: endpoints[n] for n in found_sources.asked}, asked, live_authors(strategy))
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)

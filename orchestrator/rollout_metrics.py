@@ -42,7 +42,7 @@ def _written(bundle: Columns) -> list[float]:
         float(written.sum()),
         float(mine.sum()),
         float(bundle["finished"][written].sum()),
-        -float(bundle["behaviour"][mine].sum(dtype=np.float64)),
+        -float(np.nansum(bundle["behaviour"][mine], dtype=np.float64)),  # a server may not tell
         float(places - sum(len(np.unique(p, axis=0)) for p in pieces)),
         float(places),
         float(bundle["rollout/left_out"][0]),

@@ -14,7 +14,7 @@ from orchestrator.checks.networks import conversations
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.pieces import Bad
-from strategies.core import Stage, Strategy
+from strategies.core import Sampling, Stage, Strategy
 from strategies.stages.repair import Lessons, Repair
 from strategies.stages.rollout import Rollout, rollouts
 
@@ -47,6 +47,11 @@ def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -
         return replace(known, feedback=_feedback(job, known.feedback_text, tokenizer)) if isinstance(known, Repair) else known
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
+
+
+def live_authors(strategy: Strategy) -> dict[str, Sampling]:
+    """How endpoints write during training, by name."""
+    return {s.endpoint: s.sampling for s in strategy.stages if isinstance(s, Rollout | Repair)}
 
 
 def _feedback(job: Job, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

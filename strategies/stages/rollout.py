@@ -30,7 +30,7 @@ class Rollout:
     the others stay as they are, as do held-out rows (`step` 0). A prompt that leaves no room for a single token is left out and
     counted. Texts of one row follow each other under its `row_id`. `paired` puts the row itself before each text, with the same
     prompt unpredicted on both sides: chosen and rejected in turn, as objectives that compare rows in pairs want them. Then `share` is
-    1, and a row without loss tokens is left out, too.
+    1, and a row without loss tokens is left out, too, as is one whose text is empty.
 
     Adds for R rows with N loss tokens: `written` (R,) uint8, `sample` (R,) int32, `finished` (R,) uint8, 1 for a row that ends
     as it should; `behaviour` (N,) float32, log-probabilities of written tokens at temperature 1 under the weights that wrote
@@ -82,12 +82,17 @@ class Rollout:
         texts = dict(zip(asked.tolist(), self._texts([rows[i] for i in asked], room[asked], columns, endpoint), strict=True))
         seconds = time.perf_counter() - began
         found: list[Line] = []
+        left_out = int(np.count_nonzero(drawn & ~able))
         for i, row in enumerate(rows):
             if not drawn[i]:
                 found.append(row.given())
             for text in texts.get(i, []):
-                found += [row.chosen(text.sample), text] if self.paired else [text]
-        left_out = int(np.count_nonzero(drawn & ~able))
+                if not self.paired:
+                    found.append(text)
+                elif len(text.behaviour):
+                    found += [row.chosen(text.sample), text]
+                else:
+                    left_out += 1
         kept = {name: values for name, values in columns.items() if name not in ROWS}
         return {**kept, **joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from cluster.config import FakeEndpoint
+from cluster.endpoints import make_engine
+from cluster.engines import openai_client
+from cluster.engines.fake_server import FakeServer
 from orchestrator.config import load_job
+from orchestrator.errors import Refusal
 from orchestrator.plan import plan_text
 from orchestrator.rollouts import equipped, longest_rows
 from strategies.core import Strategy
@@ -54,3 +61,32 @@ def test_the_plan_says_who_mends(bench: Bench) -> None:
     said = " ".join(plan_text(plan).split())
     assert "Rollout(student) -> Reward(verifier) -> Repair(teacher) -> Reward(verifier) -> Lessons" in said
     assert "teacher mends what is wrong of it in up to 8 tokens" in said and "trains the same again" not in said
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    monkeypatch.setattr(openai_client, "sleep", lambda seconds: None)
+    with FakeServer(make_engine(FakeEndpoint(engine="fake", vocabulary=512))) as running:
+        yield running
+
+
+def test_a_server_that_only_writes_may_mend(bench: Bench, server: FakeServer) -> None:
+    server.behaviour.dialect = "none"
+    given = {"engine": "openai", "base_url": server.url, "model": "fake", "vocabulary": 512}
+    bench.recipe["endpoints"]["teacher"] = given
+    said = " ".join(plan_text(bench.plan(*MENDS)).split())
+    assert f"teacher (openai, 1 actor) fake at {server.url}" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("endpoints.teacher={engine: verifier, kind: exact}",), ["endpoints.teacher.engine", "'verifier', which does not write text"]),
+        (("strategy.verifier=teacher",), ["endpoint 'teacher'", "one that judges"]),
+        (("strategy.feedback=",), ["feedback"]),
+    ],
+)
+def test_who_cannot_do_what_is_asked_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(Refusal) as caught:
+        bench.plan(*MENDS, *overrides)
+    assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
