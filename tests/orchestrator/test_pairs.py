@@ -1,9 +1,7 @@
-"""Rows that are compared stay together from the stage to the gradient, and a run on them begins at log 2."""
+"""Rows that are compared stay together from the stage to the gradient, and the door knows it."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,6 @@ from orchestrator.microbatch import MicroBatch, cut
 from orchestrator.models import StudentModule
 from orchestrator.order import Order
 from orchestrator.plan import plan_text
-from orchestrator.run import distill
 from orchestrator.teachers import Teachers
 from strategies.core import Columns, Progress, Term
 from strategies.objectives.preference import DPO, pair_weights
@@ -28,7 +25,6 @@ from strategies.stages.judge import loss_counts
 from tests.orchestrator.bench import Bench
 from tests.orchestrator.networks import VOCABULARY, network
 from tests.prepared import write_split
-from tests.tiny import tiny_model, tiny_tokenizer
 
 TERM = Term("dpo", DPO(beta=0.7), constant(1.0), signal="base")
 TEACHERS = Teachers({"base": Taught(TakePerToken(), endpoint="base")})
@@ -119,23 +115,3 @@ def test_the_plan_says_who_writes_what_is_rejected(bench: Bench) -> None:
 def test_fresh_weights_are_no_base(bench: Bench) -> None:
     with pytest.raises(Refusal, match="the endpoint 'base', which nothing defines"):
         bench.plan(*SODA, "student.init=random")
-
-
-def test_a_run_begins_at_log_two_and_learns_to_prefer_the_data(ray_session: str, tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(tmp_path / "student")
-    tiny_model(tmp_path / "student", vocab_size=len(tokenizer))
-    rows = [{"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recipe = {
-        "name": "soda",
-        "student": str(tmp_path / "student"),
-        "strategy": {"type": "soda", "max_new_tokens": 8},
-        "data": {"train": str(tmp_path / "rows.jsonl"), "held_out_rows": 8, "max_length_tokens": 48},
-        "train": {"steps": 12, "batch_rows": 8, "lr": 1e-2, "layout": "single", "micro_batch_tokens": 128, "lr_schedule": "constant"},
-    }
-    distill(recipe, cluster={"storage": str(tmp_path / "runs"), "resources": {"worker": {"cpus": 0.5}}})
-    lines = [json.loads(line)["values"] for line in (tmp_path / "runs" / "soda" / "metrics.jsonl").read_text().splitlines()]
-    steps = [values for values in lines if "loss" in values]
-    assert steps[0]["loss/dpo"] == pytest.approx(math.log(2), rel=1e-5) and steps[0]["rollout/share"] == 0.5
-    assert steps[-1]["loss/dpo"] < 0.3 and steps[-1]["loss/rejected"] - steps[-1]["loss/chosen"] > 1
-    assert steps[0]["loss"] == steps[0]["loss/dpo"] and steps[0]["micro_batches"] > 1
