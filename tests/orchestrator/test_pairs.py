@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from orchestrator.errors import Refusal
 from orchestrator.memory import largest_work
-from orchestrator.microbatch import MicroBatch, cut
+from orchestrator.microbatch import MicroBatch, cut, dummy
 from orchestrator.models import StudentModule
 from orchestrator.order import Order
 from orchestrator.plan import plan_text
@@ -80,6 +80,11 @@ def test_every_cut_keeps_pairs_and_teaches_the_same(batching: Literal["bucketed"
     wanted = [p.grad for p in model.parameters() if p.grad is not None]
     for mine, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5 * float(theirs.abs().max()) + 1e-9)
+
+
+def test_a_rank_without_pairs_adds_nothing() -> None:
+    got, gradients = learned(network("qwen3"), [dummy()])
+    assert got == 0 and not any(g.any() for g in gradients)
 
 
 def test_a_row_without_its_partner_is_a_mistake() -> None:
