@@ -55,4 +55,4 @@ class PairWeights:
         """Of each pair, `(P,)`, whether its rejected text is; without a verifier, all are taken to be."""
         if not self.judged:
             return np.ones(len(columns["lengths"]) // 2, dtype=bool)
-        return np.asarray(columns["judged"].astype(bool) & (columns["reward"] < PASSING))[1::2]
+        return np.asarray(columns["judged"].astype(bool) & (columns["reward"].astype(np.float64) < PASSING))[1::2]

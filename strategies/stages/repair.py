@@ -61,7 +61,7 @@ class Repair:
             raise ValueError(f"stage Repair needs an endpoint that writes; {self.endpoint!r} does not")
         rows, judged = _lines(columns), columns["judged"].astype(bool)
         written = columns["written"].astype(bool)
-        passed = written & judged & (columns["reward"] >= PASSING)
+        passed = written & _right(columns)
         failed = written & judged & ~passed
         wrong = [_Wrong(rows[i], self._lead(rows[i])) for i in np.flatnonzero(failed)]
         able = [w for w in wrong if len(w.lead) < self.longest_tokens]
@@ -137,7 +137,7 @@ class Lessons:
         return np.repeat(lengths, 2 if self.variant == "combine" else 1)
 
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
-        right = columns["judged"].astype(bool) & (columns["reward"] >= PASSING) & (columns["changed"] <= self.most_changed)
+        right = _right(columns) & (columns["changed"].astype(np.float64) <= self.most_changed)
         found: list[Line] = []
         for row, lead, kept in zip(_lines(columns), _parts(columns["lead"], columns["lead_lengths"]), right, strict=True):
             if not row.written:
@@ -170,9 +170,14 @@ class _Wrong:
         return 1.0 - SequenceMatcher(None, _text(self.row).tolist(), _text(repaired).tolist(), autojunk=False).ratio()
 
 
+def _right(columns: Columns) -> NDArray[np.bool_]:
+    """Which rows were judged and found right, `(R,)`."""
+    return np.asarray(columns["judged"].astype(bool) & (columns["reward"].astype(np.float64) >= PASSING))
+
+
 def _text(row: Line) -> NDArray[np.generic]:
     """What is predicted of a row."""
-    return row.tokens[row.loss_mask.astype(bool)]
+    return np.asarray(row.tokens[row.loss_mask.astype(bool)])
 
 
 def _behind(lead: NDArray[np.generic], text: NDArray[np.generic], row: Line) -> Line:
