@@ -55,12 +55,12 @@ def live_authors(strategy: Strategy) -> dict[str, Sampling]:
 
 
 def _feedback(job: Job, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids between a wrong attempt and its repair: the user's next turn where the data are conversations, else lines of their own."""
-    turn = f"\n\n{text}\n"
+    """Ids between a wrong attempt and its repair: the user's next turn where the data are conversations, else the text as it is."""
+    turn = text
     if conversations(job.run.data):
         asked, attempt = [{"role": "user", "content": "a"}], {"role": "assistant", "content": "b"}
         template = ChatTemplate(tokenizer, "student.tokenizer")
-        before, whole = template.opening(asked), template.opening([*asked, attempt, {"role": "user", "content": text}])
+        before, whole = template.opening(asked), template.opening([*asked, attempt, {"role": "user", "content": text.strip()}])
         if isinstance(before, Bad) or isinstance(whole, Bad) or not whole.startswith(f"{before}b"):
             got = "a chat template that renders a message differently once others follow"
             raise Refusal("student.tokenizer", got, "one to which a turn can be added", "Give rows as prompt and completion strings.")

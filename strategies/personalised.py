@@ -18,8 +18,8 @@ class Personalised(OnPolicy):
     """Cross-entropy on the teacher's repairs of the student's own failed attempts, where a verifier finds the repair right.
 
     Personalised distillation (arXiv:2310.18628): each step the student attempts its prompts; attempts that pass teach nothing, those
-    that fail go to the teacher, prompt and attempt and `feedback`, and what it writes is judged again. A chat's feedback is the user's
-    next turn, with plain text it stands on lines of its own. The teacher may be any endpoint that writes with the student's tokens, and
+    that fail go to the teacher, prompt and attempt and `feedback`, and what it writes is judged again. Feedback is the user's next turn
+    in a chat, and stands right behind the attempt elsewhere. The teacher may be any endpoint that writes with the student's tokens, and
     no probabilities are asked of it. A student without faults learns nothing: such a step has no rows. Logs how many attempts failed and
     how many of them were repaired (`repair/...`). The teacher is told that an attempt is wrong, and not what a test printed.
     """
@@ -35,8 +35,8 @@ class Personalised(OnPolicy):
     """At which the teacher writes; 0 writes the likeliest token each time."""
     variant: Variant = "direct"
     """`direct` learns the repair from the prompt, `refine` from prompt, attempt and feedback, `combine` both."""
-    feedback: Annotated[str, Field(min_length=1)] = "The answer above is wrong. A correct one:"
-    """What the teacher, and with `refine` the student, is told of a wrong attempt."""
+    feedback: Annotated[str, Field(min_length=1)] = "\n\nThe answer above is wrong. A correct one:\n"
+    """What the teacher, and with `refine` the student, is told of a wrong attempt; in a chat without the white space around it."""
     most_changed: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Largest share of a repair's tokens that may not be the attempt's, such as 0.9: beyond, the teacher has mended nothing, but answered
     by itself."""

@@ -23,7 +23,7 @@ from tests.orchestrator.bench import Bench
 MENDS = (
     "strategy=personalised",
     "strategy.max_new_tokens=8",
-    "strategy.feedback=Wrong.",
+    r'strategy.feedback="\n\nWrong.\n"',
     "endpoints.verifier={engine: verifier, kind: exact}",
 )
 TURN = "<|im_end|>\n<|im_start|>user\nWrong.<|im_end|>\n<|im_start|>assistant\n"
@@ -41,7 +41,7 @@ def feedback(bench: Bench) -> str:
     return str(AutoTokenizer.from_pretrained(bench.recipe["student"]["model"]).decode(list(stage.feedback)))
 
 
-def test_feedback_stands_on_lines_of_its_own_or_is_the_users_turn(bench: Bench) -> None:
+def test_feedback_is_taken_as_it_is_or_as_the_users_turn(bench: Bench) -> None:
     bench.recipe["data"]["train"] = bench.rows({"prompt": "a", "completion": "b"})
     assert feedback(bench) == "\n\nWrong.\n"
     bench.recipe["data"]["train"] = bench.rows({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
