@@ -74,21 +74,24 @@ def bundle_rows(columns: Columns) -> BundleRows:
     return BundleRows(tokens, starts, reach, loss_at, first_loss)
 
 
-def group_by_length(lengths: Ints, padded_tokens: int) -> list[list[int]]:
+def group_by_length(lengths: Ints, padded_tokens: int, together: int = 1) -> list[list[int]]:
     """Numbers of the sequences of each forward: longest first, as many together as padding keeps within `padded_tokens`.
 
-    A sequence longer than `padded_tokens` gets a forward of its own; empty sequences get none.
+    Each run of so many sequences that belong `together` comes whole and in its order, and counts as long as its longest. A run that
+    exceeds `padded_tokens` gets a forward of its own; runs of empty sequences get none.
     """
+    runs = np.arange(len(lengths)).reshape(-1, together)
+    longest = lengths[runs].max(-1)
     groups: list[list[int]] = []
     width = 0
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[number])
+    for number in np.argsort(-longest, kind="stable").tolist():
+        length = int(longest[number])
         if length == 0:
             break
-        if not groups or (len(groups[-1]) + 1) * width > padded_tokens:
+        if not groups or (len(groups[-1]) + together) * width > padded_tokens:
             groups.append([])
             width = length
-        groups[-1].append(number)
+        groups[-1] += runs[number].tolist()
     return groups
 
 

@@ -27,15 +27,15 @@ def student_row(plan: Plan, who: str, metrics: Mapping[str, float], ledger: Ledg
 def teacher_rows(plan: Plan, metrics: Mapping[str, float], ledger: Ledger) -> list[Row]:
     """One line for every teacher that scored held-out rows."""
     rows = []
-    scoring = {taught.endpoint for taught in plan.measured.values()}
+    scoring = {taught.endpoint: taught for taught in plan.measured.values()}
     for name, config in ((n, c) for n, c in plan.endpoints.items() if n in scoring):
-        seconds = ledger.score_seconds.get(name, 0.0)
+        seconds, whole = ledger.score_seconds.get(name, 0.0), "expectation" in scoring[name].gives
         rows.append(
             Row(
                 who=name,
                 cross_entropy=metrics.get(f"eval/teacher_cross_entropy/{name}"),
-                forward_kl=0.0,
-                top1_agreement=1.0,
+                forward_kl=0.0 if whole else None,
+                top1_agreement=1.0 if whole else None,
                 parameters=count_parameters(Path(saved.model)) if (saved := config.saved_model) else None,
                 seconds=seconds,
                 tokens_per_second=ledger.tokens / seconds if seconds else 0.0,

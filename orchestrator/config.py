@@ -24,10 +24,9 @@ from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
-from orchestrator.student_endpoint import fill_student_endpoint, student_endpoint
+from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
-from strategies.stages.rollout import STUDENT
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -174,8 +173,8 @@ class Job(Model):
 
     @property
     def endpoints(self) -> Mapping[str, EndpointConfig]:
-        """All that are defined, by name. The student's own has its model unless the recipe says more of it."""
-        return {STUDENT: student_endpoint(self.run.student), **self.cluster.endpoints, **self.run.endpoints}
+        """All that are defined, by name. The student's own have its model unless the recipe says more of them."""
+        return {**student_endpoints(self.run.student), **self.cluster.endpoints, **self.run.endpoints}
 
 
 def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cluster: Path | Mapping[str, Any] | None = None) -> Job:
@@ -190,7 +189,7 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
     cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
     _merge_endpoints(content, cluster_content)
-    fill_student_endpoint(content, StudentConfig.model_fields["dtype"].default)
+    fill_student_endpoints(content, StudentConfig.model_fields["dtype"].default)
     content["strategy"] = _strategy(content.get("strategy"), where)
     run = _validated(RunConfig, content, where)
     return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))

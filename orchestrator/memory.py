@@ -92,14 +92,15 @@ def largest_work(
     endpoints: Mapping[str, EndpointConfig],
     signal_bytes: int,
     become: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda lengths: lengths,
+    together: int = 1,
 ) -> Work:
-    """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token, and `become`
-    says how long the rows are that may become of rows of the data."""
+    """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token, `become` says
+    how long the rows are that may become of rows of the data, and `together` of those the student reads in one forward."""
     rows = Rows(order.folder, "train")
     steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
     bundles = [become(np.asarray(rows.lengths[b], dtype=np.int64)) for s in steps.tolist() for b in order.bundles(s) if len(b)]
     limit = run.train.micro_batch_tokens
-    micros = [_groups(b, limit) for b in bundles]
+    micros = [_groups(b, limit, together) for b in bundles]
     largest = max((g for groups in micros for g in groups), key=lambda g: g[0] * g[1])
     tokens = max(int(b.sum()) for b in bundles)
     models = {name: saved for name, config in endpoints.items() if (saved := config.saved_model)}
@@ -118,8 +119,8 @@ def part_work(work: Work, endpoints: Mapping[str, EndpointConfig], part_tokens: 
     return replace(work, forward_tokens=forwards, bundle_bytes=part_tokens * (ROW_TOKEN_BYTES + signal_bytes))
 
 
-def _groups(lengths: NDArray[np.int64], limit: int) -> list[tuple[int, int]]:
-    return [(len(g), int(lengths[g].max())) for g in group_by_length(lengths, limit)]
+def _groups(lengths: NDArray[np.int64], limit: int, together: int = 1) -> list[tuple[int, int]]:
+    return [(len(g), int(lengths[g].max())) for g in group_by_length(lengths, limit, together)]
 
 
 def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand) -> Memory:

@@ -64,8 +64,9 @@ class MicroBatch:
 
     @property
     def token_rows(self) -> Tensor:
-        """`(N,)` int64 numbers of the loss tokens' rows."""
-        return self.rows.flatten().index_select(0, self.index)
+        """`(N,)` int64 numbers of the loss tokens' rows, counted from 0 over the rows that have any."""
+        numbers = self.rows.flatten().index_select(0, self.index)
+        return numbers if self.position_ids is None else torch.unique(numbers, return_inverse=True)[1]
 
     @property
     def rows(self) -> Tensor:
@@ -113,37 +114,46 @@ def cut(
     batching: Literal["bucketed", "packed"],
     micro_batch_tokens: int,
     max_length_tokens: int,
+    together: int = 1,
 ) -> list[MicroBatch]:
     """The micro-batches of one bundle, largest first, on the CPU; none when it has no loss tokens.
 
-    A pure function of the bundle. No micro-batch has more than `micro_batch_tokens` padded tokens, unless one row alone
-    does. `packed` lays rows into sequences of at most `max_length_tokens`, or of one longer row; flash attention packs
-    single sequences only, which `max_length_tokens = micro_batch_tokens` makes of them. `ValueError` for a malformed
-    bundle or a signal that it does not carry.
+    A pure function of the bundle. No micro-batch has more than `micro_batch_tokens` padded tokens, unless one row alone does. Each run
+    of `together` rows of the bundle is in one micro-batch, and its rows are numbered so that the runs are still runs. `packed` lays rows
+    into sequences of at most `max_length_tokens`, or of one longer run; flash attention packs single sequences only, which
+    `max_length_tokens = micro_batch_tokens` makes of them. `ValueError` for a malformed bundle, rows that do not come in such runs, or a
+    signal that the bundle does not carry.
     """
     rows = bundle_rows(columns)
-    sequences = [[r] for r in range(len(rows.reach))] if batching == "bucketed" else pack(rows.reach, max_length_tokens)
+    if len(rows.reach) % together:
+        raise ValueError(f"a bundle of {len(rows.reach)} rows; expected runs of {together} rows that belong together")
+    sequences, alone = [[r] for r in range(len(rows.reach))], together
+    if batching == "packed":
+        sequences, alone = pack(rows.reach, max_length_tokens, together), 1
     lengths = np.asarray([int(rows.reach[s].sum()) for s in sequences], dtype=np.int64)
     per_token = _per_token(columns, wanted, len(rows.loss_at)) | {KEYS: token_keys(columns, rows.loss_at)}
-    groups = group_by_length(lengths, micro_batch_tokens)
+    groups = group_by_length(lengths, micro_batch_tokens, alone)
     return [_micro(rows, lay_out(rows, [sequences[s] for s in group]), per_token) for group in groups]
 
 
-def pack(lengths: NDArray[np.int64], room: int) -> list[list[int]]:
-    """Numbers of the rows of each sequence: first-fit decreasing, longest rows first; empty rows are left out."""
+def pack(lengths: NDArray[np.int64], room: int, together: int = 1) -> list[list[int]]:
+    """Numbers of the rows of each sequence: first-fit decreasing, longest rows first; empty rows are left out. Each run of `together`
+    rows stays in one sequence, one after another."""
+    runs = np.arange(len(lengths)).reshape(-1, together)
+    sizes = lengths[runs].sum(-1)
     sequences: list[list[int]] = []
     left: list[int] = []
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
-        if length == 0:
+    for run in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[run])
+        if size == 0:
             break
-        home = next((s for s, space in enumerate(left) if space >= length), None)
+        home = next((s for s, space in enumerate(left) if space >= size), None)
         if home is None:
-            sequences.append([row])
-            left.append(room - length)
-        else:
-            sequences[home].append(row)
-            left[home] -= length
+            home = len(sequences)
+            sequences.append([])
+            left.append(room)
+        sequences[home] += runs[run].tolist()
+        left[home] -= size
     return sequences
 
 

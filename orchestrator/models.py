@@ -246,7 +246,7 @@ class StudentModule(nn.Module):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         found = chunked_terms(hidden, head_of(self.model), micro.batch, on_logits, scales, progress, self.chunk_tokens)
         probing = torch.is_grad_enabled() and len(terms) > 1
-        pulls = logits_pulls(hidden, head_of(self.model), micro.batch, on_logits, scales, progress) if probing else {}
+        pulls = logits_pulls(hidden, head_of(self.model), micro.batch, on_logits, scales, progress, found.settled) if probing else {}
         loss, sums = found.loss, dict(found.sums)
         for term in on_states:
             weights = micro.batch.weight(term.name, 0, micro.loss_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.codecs import codec_for
 from cluster.config import EndpointConfig
-from cluster.offers import Offer
+from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import authored, checkpoint, stores
@@ -41,7 +41,7 @@ from orchestrator.memory import (
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
-from orchestrator.rollouts import equipped, longest_rows
+from orchestrator.rollouts import equipped, live_authors, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
@@ -69,7 +69,7 @@ class Plan:
     """What teachers write for the run before it trains; None when nobody does."""
     sources: Sources
     """Who answers for them: teachers or signal stores."""
-    offers: Mapping[str, Offer]
+    offers: Mapping[str, Offer | WritingOffer]
     """What the servers of those behind a URL give."""
     frozen: Mapping[str, EndpointConfig]
     """Those whose models every training worker loads for its frozen players."""
@@ -123,7 +123,7 @@ class Plan:
 
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, by the versions that `board` knows; None where it does not write."""
-        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages)), None)
+        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages) if s.follows), None)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -168,7 +168,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
+    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy), strategy.rows_together)
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(
         job=job,
@@ -202,10 +202,10 @@ def _offers(
     strategy: Strategy,
     people: Cast,
     data: PreparedData,
-) -> tuple[dict[str, Offer], list[str]]:
+) -> tuple[dict[str, Offer | WritingOffer], list[str]]:
     """What the servers among those that answer give, and warnings, after checks of the others' own actors."""
     actors.check_stages(endpoints, asked, strategy, people, data)
-    return served.check_servers(endpoints, asked)
+    return served.check_servers(endpoints, asked, live_authors(strategy))
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:

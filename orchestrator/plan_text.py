@@ -14,6 +14,7 @@ from orchestrator.checks.machine import text as size
 from orchestrator.memory import Memory
 from orchestrator.sketch import Network
 from strategies.core import AnyTerm, Progress
+from strategies.stages.repair import Repair
 from strategies.stages.rollout import rollouts
 
 if TYPE_CHECKING:
@@ -66,8 +67,11 @@ def _strategy(plan: Plan) -> Iterator[str]:
     stages = " -> ".join(f"{type(s).__name__}({s.endpoint})" if s.endpoint else type(s).__name__ for s in plan.strategy.stages)
     yield plan.job.run.strategy.type + (f": {stages} -> train" if stages else "")
     for stage in rollouts(plan.strategy.stages):
-        bound = "at most" if stage.newest else "exactly"
-        yield f"the student writes up to {stage.sampling.max_new_tokens} tokens after each prompt, {bound} {stage.staleness} steps behind"
+        age = f", {'at most' if stage.newest else 'exactly'} {stage.staleness} steps behind" if stage.follows else ""
+        who, beside = "the student" if stage.follows else stage.endpoint, ", beside the data's own text" if stage.paired else ""
+        yield f"{who} writes up to {stage.sampling.max_new_tokens} tokens after each prompt{age}{beside}"
+    for mending in (s for s in plan.strategy.stages if isinstance(s, Repair)):
+        yield f"{mending.endpoint} mends what is wrong of it in up to {mending.sampling.max_new_tokens} tokens"
     for update in plan.strategy.updates:
         every = f" every {update.every} steps" if update.every > 1 else ""
         yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan.steps) for t in update.terms)
@@ -99,7 +103,7 @@ def _short(fingerprint: str) -> str:
 
 
 def _teachers(plan: Plan) -> Iterator[str]:
-    writing = {stage.endpoint for stage in rollouts(plan.strategy.stages)}
+    writing = {stage.endpoint for stage in rollouts(plan.strategy.stages) if stage.follows}
     for name, config in plan.endpoints.items():
         network, offer = plan.cast.teachers.get(name), plan.offers.get(name)
         described = _network(network, plan) if network and name not in writing else offer.line if offer else ""

@@ -42,7 +42,7 @@ def _written(bundle: Columns) -> list[float]:
         float(written.sum()),
         float(mine.sum()),
         float(bundle["finished"][written].sum()),
-        -float(bundle["behaviour"][mine].sum(dtype=np.float64)),
+        -float(np.nansum(bundle["behaviour"][mine], dtype=np.float64)),  # a server may not tell
         float(places - sum(len(np.unique(p, axis=0)) for p in pieces)),
         float(places),
         float(bundle["rollout/left_out"][0]),
@@ -85,4 +85,4 @@ def _verdicts(of: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rows(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(lengths)[:-1])
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -9,17 +9,21 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from orchestrator.authored import stop_tokens
+from orchestrator.chat import ChatTemplate
+from orchestrator.checks.networks import conversations
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
-from strategies.core import Strategy
-from strategies.stages.rollout import rollouts
+from orchestrator.pieces import Bad
+from strategies.core import Sampling, Stage, Strategy
+from strategies.stages.repair import Lessons, Repair
+from strategies.stages.rollout import Rollout, rollouts
 
 
 def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -> Strategy:
-    """The strategy whose stage that writes knows the tokens that end a text, the longest row, and the run's seed.
+    """The strategy whose stages that write know the tokens that end a text, the longest row, and the run's seed.
 
-    `Refusal` for more than one such stage, for texts that leave no room for a prompt, and for signals to be stored of rows that do
-    not exist yet.
+    `Refusal` for more than one stage that continues prompts, for texts that leave no room for a prompt, and for signals to be stored of
+    rows that do not exist yet.
     """
     found = rollouts(strategy.stages)
     if not found:
@@ -34,14 +38,38 @@ def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -
     if new >= longest:
         do = f"Set data.max_length_tokens to more than {new}, by the length of a prompt, or lower strategy.max_new_tokens."
         raise Refusal("data.max_length_tokens", f"{longest} for prompts and {new} new tokens", "room for both", do)
-    sampling = replace(stage.sampling, stop=stop_tokens(tokenizer), seed=job.run.seed)
-    whole = replace(stage, sampling=sampling, longest_tokens=longest)
-    return replace(strategy, stages=tuple(whole if s is stage else s for s in strategy.stages))
+    stop = stop_tokens(tokenizer)
+
+    def whole(given: Stage) -> Stage:
+        if not isinstance(given, Rollout | Repair):
+            return given
+        known = replace(given, sampling=replace(given.sampling, stop=stop, seed=job.run.seed), longest_tokens=longest)
+        return replace(known, feedback=_feedback(job, known.feedback_text, tokenizer)) if isinstance(known, Repair) else known
+
+    return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
+
+
+def live_authors(strategy: Strategy) -> dict[str, Sampling]:
+    """How endpoints write during training, by name."""
+    return {s.endpoint: s.sampling for s in strategy.stages if isinstance(s, Rollout | Repair)}
+
+
+def _feedback(job: Job, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids between a wrong attempt and its repair: the user's next turn where the data are conversations, else the text as it is."""
+    turn = text
+    if conversations(job.run.data):
+        asked, attempt = [{"role": "user", "content": "a"}], {"role": "assistant", "content": "b"}
+        template = ChatTemplate(tokenizer, "student.tokenizer")
+        before, whole = template.opening(asked), template.opening([*asked, attempt, {"role": "user", "content": text.strip()}])
+        if isinstance(before, Bad) or isinstance(whole, Bad) or not whole.startswith(f"{before}b"):
+            got = "a chat template that renders a message differently once others follow"
+            raise Refusal("student.tokenizer", got, "one to which a turn can be added", "Give rows as prompt and completion strings.")
+        turn = whole.removeprefix(f"{before}b")
+    return tuple(int(i) for i in tokenizer(turn, add_special_tokens=False)["input_ids"])
 
 
 def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Lengths of the rows that may become of rows of the data, at most."""
-    for stage in rollouts(strategy.stages):
-        new = np.minimum(lengths + stage.sampling.max_new_tokens, stage.longest_tokens)
-        lengths = np.repeat(np.maximum(lengths, new), stage.sampling.samples)
+    for stage in strategy.stages:
+        lengths = stage.longest_rows(lengths) if isinstance(stage, Rollout | Repair | Lessons) else lengths
     return lengths

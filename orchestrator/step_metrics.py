@@ -11,7 +11,7 @@ from orchestrator.bundle import scalar
 from orchestrator.collective import gather, world_size
 from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
 from orchestrator.versions import VERSION
-from strategies.core import Columns, Progress, Update
+from strategies.core import COUNT, Columns, Progress, Update
 from strategies.sources import Source, Taught
 
 FREE = np.zeros(1, dtype=np.float32)
@@ -21,15 +21,16 @@ FREE = np.zeros(1, dtype=np.float32)
 def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float, waited_seconds: float) -> dict[str, float]:
     """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
     a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `dropped_mass` the
-    most that a token of one lost."""
+    most that a token of one lost. What stages count (`strategies.core.COUNT`) is summed under its own name."""
     scored = [(s.endpoint, name) for name, s in signals.items() if isinstance(s, Taught) and s.endpoint]
     teachers = sorted({endpoint for endpoint, _ in scored})
     worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    texts = rollout_sums(bundle)
-    ranks = gather([*texts, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
-    tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(texts) :]
+    texts, counts = rollout_sums(bundle), {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
+    first = [*texts, *counts.values()]
+    ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
+    tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(first) :]
     dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
     seconds = time.perf_counter() - began + waited_seconds
     age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
@@ -42,7 +43,8 @@ def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float,
         "step_seconds": seconds,
         "age_steps": age,
     }
-    timing |= rollout_metrics(ranks.sum(0).tolist()[: len(texts)])
+    told = ranks.sum(0).tolist()[: len(first)]
+    timing |= rollout_metrics(told[: len(texts)]) | dict(zip(counts, told[len(texts) :], strict=True))
     timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
     timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
     return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}

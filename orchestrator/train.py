@@ -134,8 +134,9 @@ class Networks:
     device: torch.device
 
 
-def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source]) -> list[MicroBatch]:
-    return cut(bundle, scored_columns(sources), run.train.batching, run.train.micro_batch_tokens, run.data.max_length_tokens)
+def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source], together: int = 1) -> list[MicroBatch]:
+    train = run.train
+    return cut(bundle, scored_columns(sources), train.batching, train.micro_batch_tokens, run.data.max_length_tokens, together)
 
 
 class Trainer:
@@ -218,16 +219,21 @@ def train_step(
 ) -> tuple[bool, dict[str, float]]:
     """Every due update of one step: count, agree, forward with scales, backward, step.
 
-    Counts of every term are summed over all ranks before the first forward, because gradients are made in the forward.
+    Counts of every term are summed over all ranks before the first forward, because gradients are made in the forward. An update for
+    which nothing counts is left out whole, so that momentum and weight decay do not move a student that had nothing to learn.
     Returns whether any rank asked to stop, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
-    micros = _cut(run, bundle, strategy.signals)
+    micros = _cut(run, bundle, strategy.signals, strategy.rows_together)
     asked = False
     for update in strategy.updates:
         if progress.step % update.every:
             continue
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
+        lr = run.train.lr * run.train.learning_rate()(progress)
+        if not any(counts.values()):
+            metrics |= _idle(update, counts, progress) | {"lr": lr}
+            continue
         scales = {t.name: t.scale(progress) * world_size() / max(1.0, counts[t.name]) for t in update.terms}
         sums = torch.zeros(2, len(update.terms), dtype=torch.float64)  # of the terms, and of their squared pulls
         layout = networks.players[update.player]
@@ -236,13 +242,18 @@ def train_step(
                 result = update.loss(BoundPlayers(networks.players, micro.to(networks.device), scales, progress, networks.teachers))
                 layout.backward(result.loss)
             sums += torch.stack([torch.stack([kind[t.name] for t in update.terms]) for kind in (result.sums, result.pulls)]).double().cpu()
-        lr = run.train.lr * run.train.learning_rate()(progress)
         norm = layout.step(lr)
         values, squares = total(sums).tolist()
         metrics |= loss_metrics(update, values, counts, progress) | gradient_shares(update, squares)
         metrics |= {"grad_norm": norm, "lr": lr, "micro_batches": float(rounds)}
         metrics["skipped"] += float(not torch.isfinite(torch.tensor(norm)))
     return asked, metrics
+
+
+def _idle(update: Update, counts: Mapping[str, float], progress: Progress) -> dict[str, float]:
+    """What is logged of an update that was left out."""
+    nothing = [0.0] * len(update.terms)
+    return loss_metrics(update, nothing, counts, progress) | gradient_shares(update, nothing) | {"grad_norm": 0.0, "micro_batches": 0.0}
 
 
 def _agree(update: Update, bundle: Columns, micros: int, stop: bool) -> tuple[dict[str, float], int, bool]:

@@ -14,7 +14,10 @@ from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.minillm import MiniLLM
 from strategies.on_policy import GKD
+from strategies.paced import Paced
+from strategies.personalised import Personalised
 from strategies.policy import GOPD, KDRL, OPD, RLAD
+from strategies.preference import SODA
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 from strategies.tsd_kd import TokenSelectiveDualKD
@@ -29,8 +32,11 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "logits": Logits,
     "minillm": MiniLLM,
     "opd": OPD,
+    "paced": Paced,
+    "personalised": Personalised,
     "rlad": RLAD,
     "seq-kd": SeqKD,
+    "soda": SODA,
     "terms": Terms,
     "token-selective-dual-kd": TokenSelectiveDualKD,
     "verified-cot": VerifiedCoT,

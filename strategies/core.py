@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Columns = dict[str, NDArray[np.generic]]
 """One bundle: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8, `row_id` (R,) int64."""
 
+COUNT = "count/"
+"""Begins the names of columns `(1,)` float32 that are summed over the bundles of a step and logged under the rest of their names."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -198,6 +201,8 @@ class Term:
     objective: Objective | TwoPass
     scale: Schedule
     signal: str | None = None
+    watched: bool = False
+    """Whether it stands there to be measured, so that a weight of 0 is meant."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,11 @@ class Strategy:
     signals: Mapping[str, Source] = field(default_factory=dict)
     authors: tuple[Authored, ...] = ()
     """Text that is written before training; the rows are then the kept texts, of all authors, instead of the data's own."""
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows in a row belong in one forward: 2 where an objective compares them in pairs."""
+        return 2 if any(getattr(term.objective, "pairs", False) for update in self.updates for term in update.terms) else 1
 
 
 def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:

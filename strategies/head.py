@@ -58,6 +58,8 @@ class TermSums:
     sums: Mapping[str, Tensor]
     pulls: Mapping[str, Tensor] = field(default_factory=dict)
     """Squared pull of each scaled term on a few tokens (`strategies.pulls`), where measured."""
+    settled: Mapping[str, Tensor] = field(default_factory=dict)
+    """`(N, M)` numbers that objectives of two passes settled on, by term."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def chunked_terms(
 
     run = _Run(head, batch, _signals(terms), scaled_sum, len(terms), cut, torch.is_grad_enabled())
     loss, sums = _ChunkedHead.apply(hidden, head.weight, head.bias, run)  # type: ignore[no-untyped-call]
-    return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)})
+    return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)}, settled=settled)
 
 
 def term_sum(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from strategies.core import Progress, Term
-from strategies.cut import Cut
-from strategies.head import Head, Piece, TokenBatch, first_pass, term_sum
+from strategies.head import Head, Piece, TokenBatch, term_sum
 from strategies.taps import Tapped
 
 PROBED_TOKENS = 32
@@ -21,18 +20,23 @@ PROBED_TOKENS = 32
 
 
 def logits_pulls(
-    hidden: Tensor, head: Head, batch: TokenBatch, terms: tuple[Term, ...], scales: Mapping[str, float], progress: Progress
+    hidden: Tensor,
+    head: Head,
+    batch: TokenBatch,
+    terms: tuple[Term, ...],
+    scales: Mapping[str, float],
+    progress: Progress,
+    settled: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Squared pull of each scaled term on the first `PROBED_TOKENS` of `hidden` `(N, D)`, a scalar by term.
 
-    A few tokens are enough to see which term moves the student, and keep the price of asking small. Objectives of two passes
-    settle on those tokens alone. Zero without tokens.
+    A few tokens are enough to see which term moves the student, and keep the price of asking small. Objectives of two passes bring
+    the numbers `(N, M)` that they `settled` on for all tokens. Zero without tokens.
     """
     probed = min(len(hidden), PROBED_TOKENS)
     if not probed:
         return {t.name: hidden.new_zeros((), dtype=torch.float32) for t in terms}
     states, few, cast = hidden[:probed].detach(), batch.first(probed, terms), head.cast(hidden.dtype)
-    settled = first_pass(states, head, few, terms, progress, Cut(probed, probed))
     raw = cast.block(states)
     found = {}
     for term in terms:

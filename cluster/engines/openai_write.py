@@ -59,9 +59,12 @@ class Pen:
         row_id = columns["row_id"].astype(np.int64)
         seeds = mixed_keys(sampling.seed, row_id[row], sample) & SEED_BITS
         sent = [p if self._manner.ids else prompt_text(self._tokenizer, p) for p in prompts]
-        bodies = [self._manner.body(sent[r], sampling, s) for r, s in zip(row.tolist(), seeds.tolist(), strict=True)]
+        own = columns.get("max_new_tokens", np.full(len(prompts), sampling.max_new_tokens))
+        limits = np.minimum(own, sampling.max_new_tokens).tolist()
+        asked = zip(row.tolist(), seeds.tolist(), strict=True)
+        bodies = [{**self._manner.body(sent[r], sampling, seed), "max_tokens": limits[r]} for r, seed in asked]
         answers = list(self._pool.map(self._ask, bodies))
-        texts = [self._text(answer, prompts[r], sampling) for r, answer in zip(row.tolist(), answers, strict=True)]
+        texts = [self._text(answer, prompts[r], sampling.stop, limits[r]) for r, answer in zip(row.tolist(), answers, strict=True)]
         return self._columns([t for t in texts for _ in range(sampling.samples // drawn)], row_id, sampling.samples, answers)
 
     def _ask(self, body: Json) -> Answer:
@@ -70,17 +73,17 @@ class Pen:
         except NotWritten as error:
             raise Unfit("base_url", f"{error} ({self.offer.url})", "a text for every prompt", "Look at the server.") from error
 
-    def _text(self, answer: Answer, prompt: Sequence[int], sampling: Sampling) -> Text:
+    def _text(self, answer: Answer, prompt: Sequence[int], stop: tuple[int, ...], limit: int) -> Text:
         """Up to what ends it: one of `stop`, an id that is not usable, or the limit, which other ids of the same text may pass."""
         ids = list(answer.ids) if answer.ids is not None else self._ids(answer)
         known = answer.logprobs if answer.ids is not None else [math.nan] * len(ids)
-        if answer.ended and sampling.stop and not (ids and ids[-1] in sampling.stop):
-            ids.append(_ending(answer, prompt, sampling.stop))
+        if answer.ended and stop and not (ids and ids[-1] in stop):
+            ids.append(_ending(answer, prompt, stop))
             known = [*known, math.nan]
-        size = next((n + 1 for n, i in enumerate(ids) if i in sampling.stop), len(ids))
+        size = next((n + 1 for n, i in enumerate(ids) if i in stop), len(ids))
         foreign = next((n for n, i in enumerate(ids) if i >= self.usable), len(ids))
-        kept = ids[: min(size, foreign, sampling.max_new_tokens)]
-        finished = bool(kept) and kept[-1] in sampling.stop
+        kept = ids[: min(size, foreign, limit)]
+        finished = bool(kept) and kept[-1] in stop
         return Text(np.asarray(kept, dtype=np.int32), np.asarray(known[: len(kept)], dtype=np.float32), finished)
 
     def _ids(self, answer: Answer) -> list[int]:

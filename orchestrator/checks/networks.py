@@ -17,6 +17,7 @@ from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer, usable_vocabulary
 from orchestrator.sketch import Network, student_network, teacher_network
 from orchestrator.sources import open_source
+from strategies.stages.rollout import BASE
 
 SHOWN_TOKENS = 3
 
@@ -65,7 +66,7 @@ def check_rows(run: RunConfig, people: Cast, data: PreparedData) -> list[str]:
             do = f"Set data.max_length_tokens={network.context} or less, or choose a network with a longer context."
             raise Refusal("data.max_length_tokens", f"rows of {longest} tokens", f"at most the {network.context} of {network.where}", do)
     different = [n for n, t in people.tokenizers.items() if template_digest(t) != template_digest(people.tokenizer)]
-    if different and _templated(run.data):
+    if different and conversations(run.data):
         do = "Give both the same chat template (chat_template.jinja beside the model), or turn messages into prompt and completion."
         got = f"messages, which endpoint {different[0]!r} and the student lay out by different chat templates"
         raise Refusal("data.train", got, "one template, because the teacher scores the student's tokens", do)
@@ -158,11 +159,11 @@ def _adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Network]) -> list[str]:
     if run.student.init == "random":
         return []
-    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint]
+    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint and n != BASE]
     return [f"endpoint {n!r} has the very weights that the student starts from; it can only teach it to stay." for n in same]
 
 
-def _templated(config: DataConfig) -> bool:
+def conversations(config: DataConfig) -> bool:
     """Whether rows go through the chat template."""
     source = open_source(config.train, config, config.split, "data.train")
     first = next((record.columns for record in source.records() if record.problem is None), {})

@@ -5,37 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cluster.config import EndpointConfig
-from cluster.endpoints import probe
-from cluster.offers import Offer, Unfit
+from cluster.endpoints import probe, probe_writer
+from cluster.offers import Offer, Unfit, WritingOffer
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
-from strategies.core import ScoreRequest
+from strategies.core import Sampling, ScoreRequest
 
 
 def check_servers(
-    endpoints: Mapping[str, EndpointConfig], asked: Mapping[str, Sequence[ScoreRequest]]
-) -> tuple[dict[str, Offer], list[str]]:
-    """What every server gives, by endpoint, and warnings. `Refusal` for one that cannot be reached or gives less than is `asked`."""
-    found = {name: _offer(name, config, asked.get(name, ())) for name, config in endpoints.items()}
+    endpoints: Mapping[str, EndpointConfig], asked: Mapping[str, Sequence[ScoreRequest]], writing: Mapping[str, Sampling]
+) -> tuple[dict[str, Offer | WritingOffer], list[str]]:
+    """What every server gives, by endpoint, and warnings. `Refusal` for one that cannot be reached or gives less than is `asked`, and for
+    an endpoint that does not write and is to be `writing` while the student trains."""
+    found = {name: _offer(name, config, asked.get(name, ()), writing.get(name)) for name, config in endpoints.items()}
     offers = {name: offer for name, offer in found.items() if offer is not None}
     unknown = [name for name in offers if endpoints[name].own_tokenizer is None]
     return offers, [f"endpoint {n!r} names no tokenizer; its model is taken to share the student's." for n in unknown]
 
 
-def check_lengths(offers: Mapping[str, Offer], data: PreparedData) -> list[str]:
-    """`Refusal` when a server cannot score the longest row; a warning when it does not tell."""
+def check_lengths(offers: Mapping[str, Offer | WritingOffer], data: PreparedData) -> list[str]:
+    """`Refusal` when a server cannot read the longest row; a warning when it does not tell."""
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
     for name, offer in offers.items():
         if offer.context_tokens is not None and longest > offer.context_tokens:
             do = f"Set data.max_length_tokens={offer.context_tokens} or less, or serve {offer.model!r} with a longer context."
-            expected = f"at most the {offer.context_tokens} that endpoints.{name} scores ({offer.url})"
+            expected = f"at most the {offer.context_tokens} that endpoints.{name} reads ({offer.url})"
             raise Refusal("data.max_length_tokens", f"rows of {longest} tokens", expected, do)
     silent = [name for name, offer in offers.items() if offer.context_tokens is None]
     return [f"the server of endpoint {n!r} does not tell its context; rows have up to {longest} tokens." for n in silent]
 
 
-def _offer(name: str, config: EndpointConfig, requests: Sequence[ScoreRequest]) -> Offer | None:
+def _offer(name: str, config: EndpointConfig, requests: Sequence[ScoreRequest], sampling: Sampling | None) -> Offer | WritingOffer | None:
+    """Of one that writes and scores, how it scores."""
+    if sampling is not None and not config.writes:
+        do = f"Name a saved model in endpoints.{name}.model, or a server (engine: openai)."
+        raise Refusal(f"endpoints.{name}.engine", f"{config.engine!r}, which does not write text", "an engine that does", do)
     try:
+        writing = None if sampling is None else probe_writer(config)
+        if writing is not None and sampling is not None:
+            writing.check(sampling)
+        if sampling is not None and not requests:
+            return writing
         offer = probe(config, max([1, *(r.top_k for r in requests)]))
         if offer is not None:
             for request in requests:

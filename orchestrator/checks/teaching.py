@@ -36,7 +36,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     frozen = {p.model for p in strategy.players.values() if not p.trained}
     unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
-    if job.run.baseline and not strategy.signals and not frozen:
+    if job.run.baseline and not strategy.signals and not strategy.stages and not frozen:
         warnings.append(_same_again(job, strategy))
     return warnings
 
@@ -153,5 +153,5 @@ def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
             names = ", ".join(t.name for t in never)
             do = "Give one of them a weight, negative ones included."
             raise Refusal(where, f"weight 0 at every step for all of its terms ({names})", "at least one term that teaches", do)
-        idle += never
+        idle += [t for t in never if isinstance(t, StatesTerm) or not t.watched]
     return [f"the term {t.name!r} has weight 0 throughout" + (f"; {t.signal!r} is asked for nothing." if t.signal else ".") for t in idle]

@@ -15,6 +15,8 @@ from strategies.schedule import constant
 
 STUDENT = "student"
 """The endpoint that has the weights of the student in training."""
+BASE = "base"
+"""The endpoint that has those with which the student began, and keeps them."""
 LONGEST_ROW = 1 << 30
 
 
@@ -26,7 +28,9 @@ class Rollout:
     is no prompt: nobody predicts a row's first token, so plain text looks just like that.
     `share` of the rows are written, drawn row by row from seed, step and row (GKD's lambda, arXiv:2306.13649, algorithm 1);
     the others stay as they are, as do held-out rows (`step` 0). A prompt that leaves no room for a single token is left out and
-    counted. Texts of one row follow each other under its `row_id`.
+    counted. Texts of one row follow each other under its `row_id`. `paired` puts the row itself before each text, with the same
+    prompt unpredicted on both sides: chosen and rejected in turn, as objectives that compare rows in pairs want them. Then `share` is
+    1, and a row without loss tokens is left out, too, as is one whose text is empty.
 
     Adds for R rows with N loss tokens: `written` (R,) uint8, `sample` (R,) int32, `finished` (R,) uint8, 1 for a row that ends
     as it should; `behaviour` (N,) float32, log-probabilities of written tokens at temperature 1 under the weights that wrote
@@ -41,36 +45,56 @@ class Rollout:
     """Step t is written by the student of t - 1 - staleness finished steps, the first ones by the student as it began."""
     newest: bool = False
     """By the newest student instead, at most that old: faster where steps are uneven, and not repeatable."""
+    paired: bool = False
+    redrawn: bool = True
+    """Whether a row of a later epoch is written anew; else a text depends on row and sample alone."""
     endpoint: str = STUDENT
     longest_tokens: int = LONGEST_ROW
     """Of a prompt with its text; whoever runs the strategy knows it."""
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"tokens", "lengths", "loss_mask", "row_id", "step", "steps"})
+        return ROWS | {"step", "steps"}
 
     @property
     def adds(self) -> frozenset[str]:
-        own = {"written", "sample", "finished", "behaviour", "reference", "reference_lengths"}
-        return frozenset(own | {"rollout/seconds", "rollout/left_out"})
+        return WRITTEN | {"rollout/seconds", "rollout/left_out"}
+
+    @property
+    def follows(self) -> bool:
+        """Whether the weights in training write, and not some that stay as they are."""
+        return self.endpoint == STUDENT
+
+    def longest_rows(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Lengths at most of the rows that may become of rows with these, in order."""
+        written = np.minimum(lengths + self.sampling.max_new_tokens, self.longest_tokens)
+        one = np.stack([lengths, written], -1) if self.paired else np.maximum(lengths, written)[:, None]
+        return np.tile(one, self.sampling.samples).flatten()
 
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         if not isinstance(endpoint, Author):
             raise ValueError(f"stage Rollout needs an endpoint that writes; {self.endpoint!r} does not")
         rows = _split(columns, self.prompt_tokens)
         drawn, room = self._drawn(columns), self.longest_tokens - np.asarray([len(r.prompt) for r in rows], dtype=np.int64)
-        asked = np.flatnonzero(drawn & (room > 0))
+        able = (room > 0) & np.asarray([not self.paired or r.predicts for r in rows], dtype=bool)
+        asked = np.flatnonzero(drawn & able)
         began = time.perf_counter()
         texts = dict(zip(asked.tolist(), self._texts([rows[i] for i in asked], room[asked], columns, endpoint), strict=True))
         seconds = time.perf_counter() - began
-        found: list[_Line] = []
+        found: list[Line] = []
+        left_out = int(np.count_nonzero(drawn & ~able))
         for i, row in enumerate(rows):
             if not drawn[i]:
                 found.append(row.given())
-            found += texts.get(i, [])
-        left_out = int(np.count_nonzero(drawn & (room <= 0)))
-        kept = {name: values for name, values in columns.items() if name not in _ROWS}
-        return {**kept, **_joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
+            for text in texts.get(i, []):
+                if not self.paired:
+                    found.append(text)
+                elif len(text.behaviour):
+                    found += [row.chosen(text.sample), text]
+                else:
+                    left_out += 1
+        kept = {name: values for name, values in columns.items() if name not in ROWS}
+        return {**kept, **joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
 
     def _drawn(self, columns: Columns) -> NDArray[np.bool_]:
         """Which rows are written, `(R,)`."""
@@ -81,7 +105,7 @@ class Rollout:
         draws = [np.random.default_rng((self.sampling.seed, step, int(r))).random() for r in row_ids]
         return np.asarray(draws, dtype=np.float64) < share
 
-    def _texts(self, rows: list[_Row], room: NDArray[np.int64], columns: Columns, author: Author) -> list[list[_Line]]:
+    def _texts(self, rows: list[_Row], room: NDArray[np.int64], columns: Columns, author: Author) -> list[list[Line]]:
         """The texts of each row."""
         if not rows:
             return []
@@ -91,10 +115,11 @@ class Rollout:
             "row_id": np.asarray([r.row_id for r in rows], dtype=np.int64),
             "max_new_tokens": np.minimum(room, self.sampling.max_new_tokens).astype(np.int32),
         }
-        written = author.write(prompts, self._sampling(int(columns["step"][0])))
+        sampling = drawn_at(int(columns["step"][0]), self.sampling) if self.redrawn else self.sampling
+        written = author.write(prompts, sampling)
         lengths = written["lengths"].astype(np.int64)
         ends = np.cumsum(lengths)
-        found: list[list[_Line]] = [[] for _ in rows]
+        found: list[list[Line]] = [[] for _ in rows]
         for n, (size, end) in enumerate(zip(lengths, ends, strict=True)):
             row = rows[n // self.sampling.samples]
             part = slice(int(end - size), int(end))
@@ -104,10 +129,11 @@ class Rollout:
             found[n // self.sampling.samples].append(line)
         return found
 
-    def _sampling(self, step: int) -> Sampling:
-        """Draws of their own for every step, so that a row of a later epoch is written anew."""
-        seed = int(np.random.SeedSequence((self.sampling.seed, step)).generate_state(1, np.uint64)[0] >> 2)
-        return replace(self.sampling, seed=seed)
+
+def drawn_at(step: int, sampling: Sampling) -> Sampling:
+    """Draws of their own for every step, so that a row of a later epoch is written anew."""
+    seed = int(np.random.SeedSequence((sampling.seed, step)).generate_state(1, np.uint64)[0] >> 2)
+    return replace(sampling, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,7 @@ class RowsOf:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """One row as it leaves the stage."""
 
     tokens: NDArray[np.generic]
@@ -165,14 +191,25 @@ class _Row:
     def reference(self) -> NDArray[np.generic]:
         return self.tokens[self.prompt_length :]
 
-    def given(self) -> _Line:
-        behaviour = np.zeros(int(np.count_nonzero(self.loss_mask)), dtype=np.float32)
-        return _Line(self.tokens, self.loss_mask, self.row_id, behaviour, self.reference)
+    @property
+    def predicts(self) -> bool:
+        """Whether it has loss tokens after its prompt."""
+        return bool(self.loss_mask[self.prompt_length :].any())
 
-    def continued(self, text: NDArray[np.generic], logprobs: NDArray[np.generic], sample: int, finished: bool) -> _Line:
+    def given(self) -> Line:
+        behaviour = np.zeros(int(np.count_nonzero(self.loss_mask)), dtype=np.float32)
+        return Line(self.tokens, self.loss_mask, self.row_id, behaviour, self.reference)
+
+    def chosen(self, sample: int) -> Line:
+        """The row as it came, of whose prompt nothing is predicted."""
+        mask = self.loss_mask.copy()
+        mask[: self.prompt_length] = 0
+        return replace(replace(self, loss_mask=mask).given(), sample=sample)
+
+    def continued(self, text: NDArray[np.generic], logprobs: NDArray[np.generic], sample: int, finished: bool) -> Line:
         tokens = np.concatenate([self.prompt, text])
         mask = np.concatenate([np.zeros(self.prompt_length, np.uint8), np.ones(len(text), np.uint8)])
-        return _Line(tokens, mask, self.row_id, logprobs, self.reference, True, sample, finished)
+        return Line(tokens, mask, self.row_id, logprobs, self.reference, True, sample, finished)
 
 
 def rollouts(stages: Sequence[Stage]) -> list[Rollout]:
@@ -180,7 +217,10 @@ def rollouts(stages: Sequence[Stage]) -> list[Rollout]:
     return [s for s in stages if isinstance(s, Rollout)]
 
 
-_ROWS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
+ROWS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
+"""Columns of rows."""
+WRITTEN = frozenset({"written", "sample", "finished", "behaviour", "reference", "reference_lengths"})
+"""The others that rows have behind a stage that writes."""
 
 
 def _split(columns: Columns, prompt_tokens: int) -> list[_Row]:
@@ -195,7 +235,7 @@ def _split(columns: Columns, prompt_tokens: int) -> list[_Row]:
     return rows
 
 
-def _joined(lines: list[_Line]) -> Columns:
+def joined(lines: list[Line]) -> Columns:
     """Lines as flat columns."""
 
     def flat(values: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:

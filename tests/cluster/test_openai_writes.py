@@ -150,6 +150,13 @@ def test_a_text_belongs_to_its_row_and_sample_and_not_to_its_bundle(served: Serv
 # what is made of an answer
 
 
+def test_a_row_may_have_a_limit_of_its_own(served: Served, prompts: Columns) -> None:
+    config, _ = served()
+    limits = np.arange(1, 1 + len(prompts["lengths"]), dtype=np.int32)
+    written = writer(config).write({**prompts, "max_new_tokens": limits}, Sampling(samples=2, temperature=1.0, max_new_tokens=3))
+    assert (written["lengths"] <= np.repeat(np.minimum(limits, 3), 2)).all() and written["lengths"][:2].tolist() == [1, 1]
+
+
 @pytest.fixture
 def pen(served: Served) -> Pen:
     config, _ = served(speaks="text")
@@ -178,17 +185,17 @@ def said(text: str = "", ids: list[int] | None = None, ended: bool = True, stop:
     ],
 )
 def test_a_text_ends_where_it_must(pen: Pen, answer: Answer, prompt: list[int], tokens: list[int], finished: bool) -> None:
-    text = pen._text(answer, prompt, Sampling(max_new_tokens=6, stop=(ENDS, TURN)))
+    text = pen._text(answer, prompt, (ENDS, TURN), 6)
     assert (text.tokens.tolist(), text.finished) == (tokens, finished)
     told = len(answer.ids or ())
     assert [math.isnan(v) for v in text.logprobs] == [n >= told for n in range(len(tokens))]
 
 
 def test_a_text_ends_at_a_stop_in_its_words_and_loses_half_a_character(pen: Pen, tokenizer: PreTrainedTokenizerFast) -> None:
-    sampling = Sampling(max_new_tokens=20, stop=(ENDS, TURN))
+    stop = (ENDS, TURN)
     own = tokenizer("return x")["input_ids"]
-    assert pen._text(said("return x<|im_end|>\n<|im_start|>user"), [5], sampling).tokens.tolist() == [*own, TURN]
-    cut = pen._text(said("return x\ufffd", ended=False), [5], sampling)
+    assert pen._text(said("return x<|im_end|>\n<|im_start|>user"), [5], stop, 20).tokens.tolist() == [*own, TURN]
+    cut = pen._text(said("return x\ufffd", ended=False), [5], stop, 20)
     assert (cut.tokens.tolist(), cut.finished) == (own, False)
 
 

@@ -178,7 +178,7 @@ def test_a_recipe_changes_single_fields_of_a_cluster_endpoint() -> None:
     big, mine = job.endpoints["big"], job.endpoints["mine"]
     assert isinstance(big, TransformersEndpoint) and isinstance(mine, FakeEndpoint)
     assert (big.model, big.dtype, big.actors, mine.vocabulary) == ("big/model", "float32", 3, 9)
-    assert set(job.endpoints) == {"big", "other", "mine", "student"}
+    assert set(job.endpoints) == {"base", "big", "other", "mine", "student"}
     assert job.cluster.endpoints["big"].actors == 2
 
 
@@ -260,3 +260,15 @@ def test_models_are_found_from_any_directory_and_hub_names_stay(tmp_path: Path, 
     here = str(tmp_path / "models" / "small")
     assert (job.run.student.model, job.run.student.tokenizer) == (here, here)
     assert [getattr(job.endpoints[name], "model", None) for name in ("teacher", "hub")] == [here, "Qwen/Qwen3-8B"]
+
+
+def test_the_students_own_endpoints_have_its_model() -> None:
+    student = {"model": "s", "revision": "r", "dtype": "bfloat16"}
+    job = load_job(recipe(student=student, endpoints={"base": {"actors": 2}}))
+    base, writer = job.endpoints["base"], job.endpoints["student"]
+    assert isinstance(base, TransformersEndpoint) and isinstance(writer, TransformersEndpoint)
+    assert (base.model, base.revision, base.dtype, base.actors, base.follows_student) == ("s", "r", "bfloat16", 2, False)
+    assert (writer.model, writer.revision, writer.follows_student) == ("s", "r", True)
+    other = load_job(recipe(student=student, endpoints={"base": {"model": "b"}})).endpoints["base"]
+    assert isinstance(other, TransformersEndpoint) and (other.model, other.revision, other.dtype) == ("b", None, "auto")
+    assert "base" not in load_job(recipe(student={**student, "init": "random"})).endpoints

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
+from orchestrator.step_metrics import stream_metrics
 from strategies.core import Columns
 
 
@@ -56,3 +57,17 @@ def test_verdicts_count_where_there_are_any() -> None:
     assert (found["rollout/judge_failed"], found["rollout/unjudgeable"], found["judge_seconds"]) == (2, 1, 0.5)
     nobody = rollout_metrics(rollout_sums(bundle() | verdicts | {"judged": np.zeros(3, np.uint8)}))
     assert nobody["rollout/reward"] == 0 and nobody["rollout/passed"] == 0
+
+
+def test_what_stages_count_is_logged_beside_what_texts_were_like() -> None:
+    control = {name: np.asarray([1], np.int64) for name in ("step", "rows_total")}
+    counted = {"count/repair/failed": np.asarray([2], np.float32), "count/a": np.asarray([5], np.float32)}
+    found = stream_metrics({**bundle(), **control, **counted, "row_id": np.asarray([4, 4, 6])}, {}, 0.0, 0.5)
+    assert (found["repair/failed"], found["a"], found["rollout/length"]) == (2, 5, 5)
+    assert (found["tokens"], found["row_id_sum"], found["stream_wait_seconds"]) == (15, 14, 0.5)
+
+
+def test_a_bundle_without_rows_has_zeros() -> None:
+    empty = {name: values[:0] if name not in ("rollout/left_out", "rollout/seconds") else values for name, values in bundle().items()}
+    found = rollout_metrics(rollout_sums(empty))
+    assert found["rollout/length"] == found["rollout/share"] == 0 and found["rollout/left_out"] == 3

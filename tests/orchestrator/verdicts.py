@@ -17,3 +17,8 @@ def broken(text: str, reference: str) -> bool:
     if sum(text.encode()) % 8 == 0:
         time.sleep(3600)
     return True
+
+
+def right(text: str, reference: str) -> bool:
+    """Whatever it is."""
+    return True

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from strategies.head import Head, TokenLogits
+from strategies.core import Term
+from strategies.head import Head, TokenBatch, TokenLogits, chunked_terms
+from strategies.objectives.preference import SimPO, pair_weights
 from strategies.pulls import PROBED_TOKENS, logits_pulls, states_pull
+from strategies.schedule import constant
 from strategies.taps import OUTPUT, Tapped
 from tests.strategies.test_head import NOW, SCALES, TERMS, batch_of, leaves, make_case
 
@@ -17,7 +21,7 @@ from tests.strategies.test_head import NOW, SCALES, TERMS, batch_of, leaves, mak
 def test_each_terms_own_gradient_is_measured_on_a_few_tokens() -> None:
     case = make_case(tokens=40)
     on = leaves(case)
-    got = logits_pulls(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW)
+    got = logits_pulls(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW, {})
     assert got.keys() == {"kd", "ce"}
     few = batch_of(case).first(PROBED_TOKENS, TERMS)
     for term in TERMS:
@@ -30,10 +34,24 @@ def test_each_terms_own_gradient_is_measured_on_a_few_tokens() -> None:
         torch.testing.assert_close(got[term.name], (gradient.norm(dim=-1) * states.norm(dim=-1)).square().sum(), rtol=1e-4, atol=0)
 
 
+def test_a_few_tokens_of_a_sequence_pull_as_they_do_in_the_whole() -> None:
+    torch.manual_seed(1)
+    hidden, head = torch.randn(80, 6, requires_grad=True), Head(torch.randn(11, 6))
+    lengths = np.asarray([20, 20, 15, 25])
+    rows, weights = torch.arange(4).repeat_interleave(torch.from_numpy(lengths)), torch.from_numpy(pair_weights(lengths))
+    batch = TokenBatch(torch.randint(0, 11, (80,)), {}, {"pairs": weights}, rows)
+    terms = (Term("pairs", SimPO(), constant(1.0)),)
+    whole = chunked_terms(hidden, head, batch, terms, {"pairs": 0.5}, NOW)
+    (gradient,) = torch.autograd.grad(whole.loss, hidden)
+    got = logits_pulls(hidden, head, batch, terms, {"pairs": 0.5}, NOW, whole.settled)["pairs"]
+    want = (gradient.norm(dim=-1) * hidden.detach().norm(dim=-1)).square()[:PROBED_TOKENS].sum()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+
+
 def test_nobody_is_measured_without_tokens() -> None:
     case = make_case()
     on = leaves(case)
-    found = logits_pulls(on.hidden[:0], Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW)
+    found = logits_pulls(on.hidden[:0], Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW, {})
     assert found.keys() == {"kd", "ce"} and not any(found.values())
 
 
