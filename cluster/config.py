@@ -21,6 +21,7 @@ __all__ = [
     "Mlflow",
     "ModelName",
     "OpenAIEndpoint",
+    "ReplayEndpoint",
     "Resources",
     "Roles",
     "SavedModel",
@@ -197,6 +198,33 @@ class StoreEndpoint(ClusterModel):
         return {"engine": self.engine, "folders": " ".join(self.folders)}
 
 
+class ReplayEndpoint(ClusterModel):
+    """What the student of this run wrote in earlier steps. Runs that recall it have one; no recipe names it. Loads no model."""
+
+    writes: ClassVar[bool] = False
+    engine: Literal["replay"]
+    folder: str = ""
+    """The run's rollout log; the door fills it in."""
+    actors: PositiveInt = 1
+    resources: Resources = Resources(cpus=0.1, threads=1)
+
+    @property
+    def saved_model(self) -> SavedModel | None:
+        return None
+
+    @property
+    def own_vocabulary(self) -> int | None:
+        return None
+
+    @property
+    def own_tokenizer(self) -> str | None:
+        return None
+
+    @property
+    def identity(self) -> dict[str, JsonValue]:
+        return {"engine": self.engine}
+
+
 def _engine_of(value: object) -> str:
     engine = value.get("engine") if isinstance(value, dict) else getattr(value, "engine", None)
     return str(engine or "transformers")
@@ -207,6 +235,7 @@ EndpointConfig = Annotated[
     | Annotated[OpenAIEndpoint, Tag("openai")]
     | Annotated[FakeEndpoint, Tag("fake")]
     | Annotated[StoreEndpoint, Tag("store")]
+    | Annotated[ReplayEndpoint, Tag("replay")]
     | Annotated[VerifierEndpoint, Tag("verifier")],
     Discriminator(_engine_of),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint
+from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, ReplayEndpoint, StoreEndpoint, VerifierEndpoint
 from cluster.engines import Columns, Engine, Request
 from cluster.offers import Offer, WritingOffer
 
@@ -26,6 +26,10 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
         from cluster.engines.store import StoreEngine
 
         return StoreEngine(config)
+    if isinstance(config, ReplayEndpoint):
+        from cluster.engines.replay import ReplayEngine
+
+        return ReplayEngine(config)
     if isinstance(config, VerifierEndpoint):
         from cluster.engines.verifier import VerifierEngine
 

@@ -41,6 +41,7 @@ from orchestrator.memory import (
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
+from orchestrator.remembering import with_log
 from orchestrator.rollouts import equipped, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
@@ -153,6 +154,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     endpoints = teaching.used_endpoints(job, strategy)
     folder = run_folder(job, recipe_name, resume)
+    endpoints = with_log(endpoints, strategy, folder)
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen = states.frozen_endpoints(job, strategy)

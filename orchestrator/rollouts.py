@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from orchestrator.authored import stop_tokens
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
-from strategies.core import Strategy
+from strategies.core import Stage, Strategy
+from strategies.stages.replay import Replay, replays
 from strategies.stages.rollout import rollouts
 
 
@@ -36,12 +37,21 @@ def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -
         raise Refusal("data.max_length_tokens", f"{longest} for prompts and {new} new tokens", "room for both", do)
     sampling = replace(stage.sampling, stop=stop_tokens(tokenizer), seed=job.run.seed)
     whole = replace(stage, sampling=sampling, longest_tokens=longest)
-    return replace(strategy, stages=tuple(whole if s is stage else s for s in strategy.stages))
+
+    def equal(other: Stage) -> Stage:
+        if other is stage:
+            return whole
+        return replace(other, rollout=whole) if isinstance(other, Replay) else other
+
+    return replace(strategy, stages=tuple(equal(s) for s in strategy.stages))
 
 
 def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Lengths of the rows that may become of rows of the data, at most."""
+    """Lengths of the rows that may become of rows of the data, at most. In the place of any may come a text of another prompt, where
+    texts are recalled."""
     for stage in rollouts(strategy.stages):
+        if replays(strategy.stages):
+            lengths = np.full_like(lengths, stage.longest_tokens)
         new = np.minimum(lengths + stage.sampling.max_new_tokens, stage.longest_tokens)
         lengths = np.repeat(np.maximum(lengths, new), stage.sampling.samples)
     return lengths

@@ -9,16 +9,19 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from strategies.core import StrategyConfig
+from strategies.distillm import DistiLLM
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.on_policy import GKD
 from strategies.policy import GOPD, OPD
 from strategies.sequence import SeqKD, VerifiedCoT
+from strategies.taid import TAID
 from strategies.terms import Terms
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
+    "distillm": DistiLLM,
     "filtered-layers": Ted,
     "g-opd": GOPD,
     "gkd": GKD,
@@ -26,6 +29,7 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "logits": Logits,
     "opd": OPD,
     "seq-kd": SeqKD,
+    "taid": TAID,
     "terms": Terms,
     "verified-cot": VerifiedCoT,
 }

@@ -53,9 +53,10 @@ class OPD(OnPolicy):
         asked = () if reference is None else (Score(reference, reference, ScoreRequest("per-token")),)
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), *asked, RowsOf("pg", "written")),
+            stages=(*self.writing(), Score(self.teacher, self.teacher, take.request), *asked, RowsOf("pg", "written")),
             updates=(lm_update(Term("pg", objective, constant(1.0), signal=ACTED)),),
             signals={self.teacher: Taught(take, endpoint=self.teacher), ACTED: TakenActions(teacher=self.teacher, reference=reference)},
+            controllers=self.controllers(),
         )
 
 

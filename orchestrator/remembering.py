@@ -1,0 +1,53 @@
+"""What the student wrote, kept for later steps of the same run: a training worker's side of the rollout log, and the door's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.config import EndpointConfig, ReplayEndpoint
+from cluster.rollout_log import RolloutLog
+from cluster.storage import Folder
+from orchestrator.collective import gather
+from orchestrator.errors import Refusal
+from strategies.core import Columns, Strategy
+from strategies.stages.replay import fresh_rows, replays
+
+ROLLOUTS = "rollouts"
+"""The log's folder in that of the run."""
+
+
+class Remembering:
+    """Writes every step's texts down before the student that the step made goes out: whoever waits for that student finds them."""
+
+    def __init__(self, log: RolloutLog, rank: int):
+        self._log, self._rank = log, rank
+
+    def begin(self, step: int) -> None:
+        """A run that goes on after `step` forgets what an earlier attempt wrote for later steps."""
+        if self._rank == 0:
+            self._log.forget_after(step)
+
+    def write(self, step: int, bundle: Columns) -> None:
+        """The texts of a step's bundle that are new. Collective: returns once every rank has written."""
+        self._log.write(step, self._rank, fresh_rows(bundle))
+        gather([0.0])
+
+
+def rollout_log(run: Folder) -> RolloutLog:
+    """The log of a run, in its folder."""
+    return RolloutLog(run.child(ROLLOUTS))
+
+
+def with_log(endpoints: Mapping[str, EndpointConfig], strategy: Strategy, run: Folder) -> dict[str, EndpointConfig]:
+    """The endpoints of a run, of which those that recall texts know its folder. `Refusal` for one that a recipe has put in their place,
+    or for such a one that it has put elsewhere."""
+    recalling = {stage.endpoint for stage in replays(strategy.stages)}
+    found = dict(endpoints)
+    for name, config in endpoints.items():
+        if isinstance(config, ReplayEndpoint) and not config.folder and name in recalling:
+            found[name] = config.model_copy(update={"folder": rollout_log(run).folder.root})
+        elif isinstance(config, ReplayEndpoint) or name in recalling:
+            do = f"Leave endpoints.{name} out, or give it another name: a run that recalls its own texts brings what it needs."
+            expected = "nothing: the run remembers by itself" if name in recalling else "an endpoint that scores, writes or judges"
+            raise Refusal(f"endpoints.{name}", f"engine {config.engine!r}", expected, do)
+    return found
