@@ -7,7 +7,9 @@ where its student wrote nothing; whoever reads a step knows by other means that 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,14 +21,15 @@ SUFFIX = ".npz"
 
 @dataclass(frozen=True)
 class RolloutLog:
-    """Grows at its end; only a run that goes on from an earlier step takes back what later steps left."""
+    """Grows at its end, and is shortened at its beginning by who knows what is not read again; a run that goes on from an earlier step
+    takes back what later steps left."""
 
     folder: Folder
 
     def write(self, step: int, part: int, columns: Columns) -> None:
         """Rows written for `step`, of the worker numbered `part`. Replaces what is there."""
-        content = io.BytesIO()
-        np.savez(content, **columns)
+        content, arrays = io.BytesIO(), dict[str, Any](columns)
+        np.savez(content, **arrays)
         self._of(step).write(f"{part:05d}{SUFFIX}", content.getvalue())
 
     def read(self, step: int) -> list[Columns]:
@@ -39,8 +42,15 @@ class RolloutLog:
 
     def forget_after(self, step: int) -> None:
         """Removes what was written for later steps."""
+        self._forget(lambda found: found > step)
+
+    def forget_before(self, step: int) -> None:
+        """Removes what was written for earlier steps."""
+        self._forget(lambda found: found < step)
+
+    def _forget(self, unwanted: Callable[[int], bool]) -> None:
         for name in self.folder.names():
-            if name.isdigit() and int(name) > step:
+            if name.isdigit() and unwanted(int(name)):
                 self.folder.child(name).clear()
 
     def _of(self, step: int) -> Folder:

@@ -152,9 +152,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     """
     run, train, strategy = job.run, job.run.train, job.run.strategy.build()
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
-    endpoints = teaching.used_endpoints(job, strategy)
     folder = run_folder(job, recipe_name, resume)
-    endpoints = with_log(endpoints, strategy, folder)
+    endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen = states.frozen_endpoints(job, strategy)

@@ -10,7 +10,7 @@ from cluster.storage import Folder
 from orchestrator.collective import gather
 from orchestrator.errors import Refusal
 from strategies.core import Columns, Strategy
-from strategies.stages.replay import fresh_rows, replays
+from strategies.stages.replay import Replay, fresh_rows, replays
 
 ROLLOUTS = "rollouts"
 """The log's folder in that of the run."""
@@ -19,8 +19,9 @@ ROLLOUTS = "rollouts"
 class Remembering:
     """Writes every step's texts down before the student that the step made goes out: whoever waits for that student finds them."""
 
-    def __init__(self, log: RolloutLog, rank: int):
-        self._log, self._rank = log, rank
+    def __init__(self, log: RolloutLog, stage: Replay, rank: int):
+        self._log, self._stage, self._rank = log, stage, rank
+        self._texts: dict[int, int] = {}
 
     def begin(self, step: int) -> None:
         """A run that goes on after `step` forgets what an earlier attempt wrote for later steps."""
@@ -29,8 +30,26 @@ class Remembering:
 
     def write(self, step: int, bundle: Columns) -> None:
         """The texts of a step's bundle that are new. Collective: returns once every rank has written."""
-        self._log.write(step, self._rank, fresh_rows(bundle))
-        gather([0.0])
+        texts = fresh_rows(bundle)
+        self._log.write(step, self._rank, texts)
+        self._texts[step] = int(gather([float(len(texts["row_id"]))]).sum())
+
+    def forget(self, committed: int) -> None:
+        """Removes what no step recalls that follows `committed` finished steps, to which the run may have to go back."""
+        if self._rank != 0 or not committed:
+            return
+        step, lacking = committed - self._stage.rollout.staleness, self._stage.capacity_rows
+        while step > 0 and lacking > 0:
+            lacking -= self._count(step)
+            step -= 1
+        self._log.forget_before(step + 1)
+        self._texts = {s: count for s, count in self._texts.items() if s > step}
+
+    def _count(self, step: int) -> int:
+        """Texts of a step over all ranks."""
+        if step not in self._texts:
+            self._texts[step] = sum(len(part["row_id"]) for part in self._log.read(step))
+        return self._texts[step]
 
 
 def rollout_log(run: Folder) -> RolloutLog:

@@ -61,7 +61,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
     controls = Controls(strategy.controllers, start.controls if start else {}, 1 + (job.freshness.staleness if job.freshness else 0))
-    memory = Remembering(rollout_log(job.folder), rank) if replays(strategy.stages) else None
+    memory = next((Remembering(rollout_log(job.folder), stage, rank) for stage in replays(strategy.stages)), None)
     publisher = _publisher(job, next(iter(players.values())), rank)
     if memory:
         memory.begin(step)
@@ -223,6 +223,9 @@ class Trainer:
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
+        last = checkpoint.committed(self._job.folder) if self._memory else None
+        if self._memory and last:
+            self._memory.forget(checkpoint.read_position(last).step)
 
     def _checkpoint_due(self, step: int) -> bool:
         period = self._job.run.checkpoint.every_steps

@@ -68,6 +68,11 @@ def test_a_run_that_goes_on_takes_back_later_steps_of_any_number_of_workers(log:
         log.read(5)
 
 
+def test_what_nobody_reads_again_is_removed(log: RolloutLog) -> None:
+    log.forget_before(4)
+    assert log.folder.names() == ["00000004", "00000005"]
+
+
 def test_it_has_no_opinion(log: RolloutLog) -> None:
     with pytest.raises(ValueError, match="recalls"):
         engine(log).score({}, None)  # type: ignore[arg-type]
