@@ -15,7 +15,7 @@ from strategies.stages.replay import Replay, fresh_rows
 from strategies.stages.rollout import Rollout
 from tests.strategies.test_rollout import Counting, bundle, rows
 
-SHARE, FRESH = 0.7, 0.5
+SHARE, FRESH = 0.7, 0.3
 ROLLOUT = Rollout(Sampling(samples=2, max_new_tokens=3, seed=4, stop=(0,)), constant(SHARE), staleness=1, longest_tokens=8)
 STAGE = Replay(ROLLOUT, constant(1 - FRESH), capacity_rows=4)
 
