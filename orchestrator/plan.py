@@ -41,7 +41,7 @@ from orchestrator.memory import (
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
-from orchestrator.remembering import with_log
+from orchestrator.remembering import about_memory, with_log
 from orchestrator.rollouts import equipped, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
@@ -190,7 +190,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         disk=_disk(job, people, data, order, added),
         memory=memory,
         fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
-        warnings=(*warnings, *heavy),
+        warnings=(*warnings, *heavy, *about_memory(strategy, order, data)),
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from cluster.config import EndpointConfig, ReplayEndpoint
 from cluster.rollout_log import RolloutLog
@@ -11,6 +12,10 @@ from orchestrator.collective import gather
 from orchestrator.errors import Refusal
 from strategies.core import Columns, Strategy
 from strategies.stages.replay import Replay, fresh_rows, replays
+
+if TYPE_CHECKING:
+    from orchestrator.data import PreparedData
+    from orchestrator.order import Order
 
 ROLLOUTS = "rollouts"
 """The log's folder in that of the run."""
@@ -70,3 +75,10 @@ def with_log(endpoints: Mapping[str, EndpointConfig], strategy: Strategy, run: F
             expected = "nothing: the run remembers by itself" if name in recalling else "an endpoint that scores, writes or judges"
             raise Refusal(f"endpoints.{name}", f"engine {config.engine!r}", expected, do)
     return found
+
+
+def about_memory(strategy: Strategy, order: Order, data: PreparedData) -> list[str]:
+    """A warning where the rows of a whole run are too few to recall any."""
+    rows = order.about_rows(data.train.tokens / data.train.rows)
+    few = [s for s in replays(strategy.stages) if s.capacity_rows > rows * s.rollout.sampling.samples]
+    return [f"nothing is recalled: the whole run has {rows:,.0f} rows, and replay_rows is {s.capacity_rows:,}. Lower it." for s in few]

@@ -81,6 +81,12 @@ def test_a_share_that_cannot_move_before_the_end_is_warned_of(bench: Bench) -> N
     assert any("none before the end" in w for w in bench.plan(*RECALLS[:2]).warnings)
 
 
+@pytest.mark.parametrize(("texts", "few"), [("replay_rows=32", False), ("replay_rows=33", True)])
+def test_a_run_too_short_to_recall_anything_is_warned_of(bench: Bench, texts: str, few: bool) -> None:
+    plan = bench.plan(*RECALLS, f"strategy.{texts}")
+    assert any("nothing is recalled: the whole run has 32 rows" in w for w in plan.warnings) == few
+
+
 def test_where_nobody_writes_a_store_may_answer(bench: Bench) -> None:
     plan = bench.plan("strategy=taid")
     assert set(plan.endpoints) == {"teacher"} and plan.freshness(None) is None and len(plan.captures()) == 0
