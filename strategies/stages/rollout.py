@@ -77,7 +77,8 @@ class Rollout:
         return {**others, **joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
 
     def drawn(self, columns: Columns, of_share: float = 1.0) -> NDArray[np.bool_]:
-        """Which rows are written, `(R,)`; of these, with `of_share`, the same part whenever they are asked for."""
+        """Rows whose number u, drawn by seed, step and row, is below `of_share` of the share that is written, `(R,)`; none of held-out
+        ones. A smaller `of_share` finds some of the same rows."""
         step, row_ids = int(columns["step"][0]), columns["row_id"]
         if step == 0:
             return np.zeros(len(row_ids), dtype=bool)
