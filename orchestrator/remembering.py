@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cluster.config import EndpointConfig, ReplayEndpoint
 from cluster.rollout_log import RolloutLog
 from cluster.storage import Folder
+from orchestrator import checkpoint
 from orchestrator.collective import gather
 from orchestrator.errors import Refusal
 from strategies.core import Columns, Strategy
@@ -39,9 +41,10 @@ class Remembering:
         self._log.write(step, self._rank, texts)
         self._texts[step] = int(gather([float(len(texts["row_id"]))]).sum())
 
-    def forget(self, committed: int) -> None:
-        """Removes what no step recalls that follows `committed` finished steps, to which the run may have to go back."""
-        if self._rank != 0 or not committed:
+    def forget(self, run: Folder) -> None:
+        """Removes what no step recalls that follows the newest committed checkpoint of `run`, to which the run may have to go back."""
+        committed = newest_commit(run) if self._rank == 0 else 0
+        if not committed:
             return
         step, lacking = committed - self._stage.rollout.staleness, self._stage.capacity_rows
         while step > 0 and lacking > 0:
@@ -60,6 +63,15 @@ class Remembering:
 def rollout_log(run: Folder) -> RolloutLog:
     """The log of a run, in its folder."""
     return RolloutLog(run.child(ROLLOUTS))
+
+
+def newest_commit(run: Folder) -> int:
+    """Finished steps of a run's newest committed checkpoint; 0 where there is none, or Ray is just writing down which it is."""
+    try:
+        last = checkpoint.committed(run)
+        return checkpoint.read_position(last).step if last else 0
+    except (json.JSONDecodeError, FileNotFoundError):  # half of a snapshot, or a checkpoint that has given way to a newer one
+        return 0
 
 
 def with_log(endpoints: Mapping[str, EndpointConfig], strategy: Strategy, run: Folder) -> dict[str, EndpointConfig]:

@@ -223,9 +223,8 @@ class Trainer:
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
-        last = checkpoint.committed(self._job.folder) if self._memory else None
-        if self._memory and last:
-            self._memory.forget(checkpoint.read_position(last).step)
+        if self._memory:
+            self._memory.forget(self._job.folder)
 
     def _checkpoint_due(self, step: int) -> bool:
         period = self._job.run.checkpoint.every_steps

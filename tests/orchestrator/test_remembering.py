@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from cluster.rollout_log import RolloutLog
 from cluster.storage import Folder
+from orchestrator.checkpoint import PROGRESS, SNAPSHOT, Position
 from orchestrator.remembering import Remembering, rollout_log
 from strategies.core import Columns, Sampling
 from strategies.schedule import constant
@@ -40,6 +43,15 @@ def written(log: RolloutLog) -> Remembering:
     return memory
 
 
+def committing(folder: Path, step: int) -> Folder:
+    """A run whose newest committed checkpoint is of `step`; it has none of 0."""
+    run = Folder(str(folder))
+    if step:
+        run.write(f"kept/{PROGRESS}", json.dumps(asdict(Position(step, 1, {}))).encode())
+        run.write(SNAPSHOT, b'{"latest_checkpoint_result": {"checkpoint_dir_name": "kept"}}')
+    return run
+
+
 def steps(log: RolloutLog) -> list[int]:
     return [int(name) for name in log.folder.names()]
 
@@ -52,17 +64,25 @@ def test_new_texts_alone_are_written_down_without_what_teachers_said(log: Rollou
 
 @pytest.mark.parametrize(("committed", "first"), [(0, 1), (2, 1), (3, 1), (6, 4), (9, 7)])
 @pytest.mark.parametrize("restarted", [False, True])
-def test_what_a_run_that_goes_back_would_recall_stays(log: RolloutLog, committed: int, first: int, restarted: bool) -> None:
+def test_what_a_run_that_goes_back_would_recall_stays(log: RolloutLog, tmp_path: Path, committed: int, first: int, restarted: bool) -> None:
     memory = written(log)
     memory = Remembering(log, STAGE, 0) if restarted else memory
-    memory.forget(committed)  # after 6 steps, step 7 recalls 4 texts of steps up to 5
+    memory.forget(committing(tmp_path, committed))  # after 6 steps, step 7 recalls 4 texts of steps up to 5
     assert steps(log) == list(range(first, STEPS + 1))
 
 
-def test_other_ranks_leave_the_log_alone(log: RolloutLog) -> None:
+@pytest.mark.parametrize("snapshot", [b"", b'{"latest_checkpoint_res', b'{"latest_checkpoint_result": {"checkpoint_dir_name": "gone"}}'])
+def test_a_snapshot_that_is_just_written_forgets_nothing(log: RolloutLog, tmp_path: Path, snapshot: bytes) -> None:
+    memory = written(log)
+    (tmp_path / SNAPSHOT).write_bytes(snapshot)
+    memory.forget(Folder(str(tmp_path)))
+    assert steps(log) == list(range(1, STEPS + 1))
+
+
+def test_other_ranks_leave_the_log_alone(log: RolloutLog, tmp_path: Path) -> None:
     written(log)
     other = Remembering(log, STAGE, 1)
-    other.forget(9)
+    other.forget(committing(tmp_path, 9))
     other.begin(3)
     assert steps(log) == list(range(1, STEPS + 1))
     Remembering(log, STAGE, 0).begin(3)
