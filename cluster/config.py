@@ -22,6 +22,7 @@ __all__ = [
     "Mlflow",
     "ModelName",
     "OpenAIEndpoint",
+    "ReplayEndpoint",
     "Resources",
     "Roles",
     "SavedModel",
@@ -168,6 +169,17 @@ class StoreEndpoint(EndpointModel):
         return {"engine": self.engine, "folders": " ".join(self.folders)}
 
 
+class ReplayEndpoint(EndpointModel):
+    """What the student of this run wrote in earlier steps. Runs that recall it have one; no recipe names it. Loads no model."""
+
+    scores: ClassVar[bool] = False
+    engine: Literal["replay"]
+    folder: str = ""
+    """The run's rollout log; the door fills it in."""
+    actors: PositiveInt = 1
+    resources: Resources = Resources(cpus=0.1, threads=1)
+
+
 def _engine_of(value: object) -> str:
     engine = value.get("engine") if isinstance(value, dict) else getattr(value, "engine", None)
     return str(engine or "transformers")
@@ -178,6 +190,7 @@ EndpointConfig = Annotated[
     | Annotated[OpenAIEndpoint, Tag("openai")]
     | Annotated[FakeEndpoint, Tag("fake")]
     | Annotated[StoreEndpoint, Tag("store")]
+    | Annotated[ReplayEndpoint, Tag("replay")]
     | Annotated[VerifierEndpoint, Tag("verifier")]
     | Annotated[VllmEndpoint, Tag("vllm")],
     Discriminator(_engine_of),

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.config import EndpointConfig, FakeEndpoint, OpenAIEndpoint, StoreEndpoint, VerifierEndpoint, VllmEndpoint
+from cluster.config import (
+    EndpointConfig,
+    FakeEndpoint,
+    OpenAIEndpoint,
+    ReplayEndpoint,
+    StoreEndpoint,
+    VerifierEndpoint,
+    VllmEndpoint,
+)
 from cluster.engines import Columns, Engine, Request, Sampling
 from cluster.offers import Offer, WritingOffer
 
@@ -28,6 +36,10 @@ def make_engine(config: EndpointConfig, vocabulary: int | None = None, threads: 
         from cluster.engines.store import StoreEngine
 
         return StoreEngine(config)
+    if isinstance(config, ReplayEndpoint):
+        from cluster.engines.replay import ReplayEngine
+
+        return ReplayEngine(config)
     if isinstance(config, VerifierEndpoint):
         from cluster.engines.verifier import VerifierEngine
 

@@ -40,6 +40,7 @@ class Board:
         self._first = 0
         self._stop = False
         self._versions: dict[int, Any] = {}
+        self._controls: dict[int, dict[str, float]] = {}
         self._published = asyncio.Condition()
 
     def begin(self, attempt: int, step: int, time: float) -> None:
@@ -67,20 +68,23 @@ class Board:
         """The attempt in charge."""
         return self._attempt
 
-    async def publish(self, attempt: int, versions: dict[int, list[Any]]) -> None:
-        """All versions of the student that may be asked for, by finished steps: each a list of the reference to its weights. What is
-        older than what is known came late, and changes nothing."""
+    async def publish(self, attempt: int, versions: dict[int, list[Any]], controls: dict[int, dict[str, float]] | None = None) -> None:
+        """All versions of the student that may be asked for, by finished steps: each a list of the reference to its weights, and the
+        values of controllers when it went out. What is older than what is known came late, and changes nothing."""
         if (attempt, max(versions)) < (self._attempt, max(self._versions, default=0)):
             return
         async with self._published:
+            self._controls = controls or {}
             self._attempt, self._versions = attempt, {step: reference for step, (reference,) in versions.items()}
             self._published.notify_all()
 
-    async def wait_for_version(self, attempt: int, step: int) -> None:
-        """Returns once the student after `step` steps is there; `RuntimeError` for an attempt that is not in charge any more."""
+    async def wait_for_version(self, attempt: int, step: int) -> dict[str, float]:
+        """Returns once the student after `step` steps is there, with the values that controllers had then; `RuntimeError` for an
+        attempt that is not in charge any more."""
         async with self._published:
             await self._published.wait_for(lambda: attempt < self._attempt or any(v >= step for v in self._versions))
         self._check(attempt)
+        return self._controls.get(step, {})
 
     async def version(self, attempt: int, step: int | None) -> tuple[int, list[Any]]:
         """The student after `step` finished steps, the newest without one; waits for it after a restart of this actor."""

@@ -2,7 +2,8 @@
 
 One row per block keeps Ray Data from regrouping anything, and flat lists are zero-copy in both directions.
 Control columns, each of one number: `step` (the optimizer step it belongs to, from 1; 0 for held-out rows), `bundle`
-(its number in the attempt's stream), `attempt`, `rows_total` (rows of the whole step over all workers), `steps` (of the run).
+(its number in the attempt's stream), `attempt`, `rows_total` (rows of the whole step over all workers), `steps` (of the run), and
+`control/<name>`, float64, the values of controllers that are due for the step.
 """
 
 from __future__ import annotations

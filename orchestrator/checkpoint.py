@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ class Position:
     """Held-out metrics at this step."""
     journal: tuple[Mapping[str, Any], ...] = ()
     """The latest journal entries, so that none is lost with a driver."""
+    controls: Mapping[str, Any] = field(default_factory=dict)
+    """What controllers remember (`orchestrator.controls`)."""
 
 
 def save(players: Mapping[str, Layout], position: Position, rank: int, more: Callable[[Path], None] | None = None) -> Checkpoint:

@@ -20,13 +20,14 @@ from pydantic import (
     ValidationError,
 )
 
-from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
+from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName, ReplayEndpoint
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
+from strategies.stages.replay import REPLAY
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -173,8 +174,9 @@ class Job(Model):
 
     @property
     def endpoints(self) -> Mapping[str, EndpointConfig]:
-        """All that are defined, by name. The student's own have its model unless the recipe says more of them."""
-        return {**student_endpoints(self.run.student), **self.cluster.endpoints, **self.run.endpoints}
+        """All that are defined, by name. The student's own have its model unless the recipe says more of them, and its texts one more."""
+        own: dict[str, EndpointConfig] = {**student_endpoints(self.run.student), REPLAY: ReplayEndpoint(engine="replay")}
+        return {**own, **self.cluster.endpoints, **self.run.endpoints}
 
 
 def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cluster: Path | Mapping[str, Any] | None = None) -> Job:

@@ -52,6 +52,10 @@ class Order:
         steps = sum(len(self._token_steps(e)) - 1 for e in range(whole))
         return steps + round(part * (len(self._token_steps(whole)) - 1)) if part else steps
 
+    def about_rows(self, mean_tokens: float) -> float:
+        """Rows of the whole run, where the data's have so many tokens on average."""
+        return self.steps * (self.batch_tokens / mean_tokens if self.batch_tokens else self.batch_rows)
+
     @property
     def _rows(self) -> Rows:
         return _open(self.folder)

@@ -41,6 +41,7 @@ from orchestrator.memory import (
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
+from orchestrator.remembering import about_memory, with_log
 from orchestrator.rollouts import equipped, live_authors, longest_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
@@ -152,8 +153,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     """
     run, train, strategy = job.run, job.run.train, job.run.strategy.build()
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
-    endpoints = teaching.used_endpoints(job, strategy)
     folder = run_folder(job, recipe_name, resume)
+    endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
@@ -190,7 +191,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         disk=_disk(job, people, data, order, added),
         memory=memory,
         fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
-        warnings=(*warnings, *heavy),
+        warnings=(*warnings, *heavy, *about_memory(strategy, order, data)),
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan

@@ -13,8 +13,10 @@ from orchestrator.checks.machine import is_local, machine_memory
 from orchestrator.checks.machine import text as size
 from orchestrator.memory import Memory
 from orchestrator.sketch import Network
+from strategies.control import begun
 from strategies.core import AnyTerm, Progress
 from strategies.stages.repair import Repair
+from strategies.stages.replay import Replay, replays
 from strategies.stages.rollout import rollouts
 
 if TYPE_CHECKING:
@@ -72,13 +74,23 @@ def _strategy(plan: Plan) -> Iterator[str]:
         yield f"{who} writes up to {stage.sampling.max_new_tokens} tokens after each prompt{age}{beside}"
     for mending in (s for s in plan.strategy.stages if isinstance(s, Repair)):
         yield f"{mending.endpoint} mends what is wrong of it in up to {mending.sampling.max_new_tokens} tokens"
+    yield from (_recalled(s, plan.steps) for s in replays(plan.strategy.stages))
+    for name, value in begun(plan.strategy.controllers).items():
+        yield f"{name} begins at {value:g} and moves by {', '.join(sorted(plan.strategy.controllers[name].hears))}"
     for update in plan.strategy.updates:
         every = f" every {update.every} steps" if update.every > 1 else ""
-        yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan.steps) for t in update.terms)
+        yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan) for t in update.terms)
 
 
-def _term(term: AnyTerm, steps: int) -> str:
-    first, last = term.scale(Progress(0, steps)), term.scale(Progress(max(0, steps - 1), steps))
+def _recalled(stage: Replay, steps: int) -> str:
+    """How many of the student's rows are old ones."""
+    first, last = stage.share(Progress(0, steps)), stage.share(Progress(max(0, steps - 1), steps))
+    return f"{first:.0%} to {last:.0%} of its rows are recalled from the newest {stage.capacity_rows:,} texts, once there are as many"
+
+
+def _term(term: AnyTerm, plan: Plan) -> str:
+    begin, steps = begun(plan.strategy.controllers), plan.steps
+    first, last = term.scale(Progress(0, steps, begin)), term.scale(Progress(max(0, steps - 1), steps, begin))
     weight = f"{first:g}" if first == last else f"{first:g} to {last:g}"
     signal = f" of {term.signal}" if term.signal else ""
     return f"{term.name} = {weight} x {type(term.objective).__name__}{signal}"

@@ -5,7 +5,7 @@ Imports neither torch nor a strategy, because the process that reads starts with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from strategies.core import Columns
 
 
-Gate = Callable[[int, int], None]
-"""Given an attempt and a step, returns when the step's rows may be read."""
+Gate = Callable[[int, int], Mapping[str, float]]
+"""Given an attempt and a step, returns when the step's rows may be read, with the values of controllers that are due for it."""
+CONTROL = "control/"
 
 
-def _open_gate(attempt: int, step: int) -> None:
+def _open_gate(attempt: int, step: int) -> Mapping[str, float]:
     """Nothing to wait for."""
+    return {}
 
 
 OPEN: Gate = _open_gate
@@ -60,24 +62,26 @@ def read_bundles(order: Order, start_step: int, attempt: int, with_held_out: boo
     """
     bundles = _train_bundles(order, start_step, partial(gate, attempt))
     first = list(islice(bundles, order.bundles_per_step))
-    held_out = _held_out_bundles(order) if with_held_out else iter(())
+    values = {name: value for name, value in first[0][1].items() if name.startswith(CONTROL)} if first else {}
+    held_out = _held_out_bundles(order, values) if with_held_out else iter(())
     for number, (step, rows, total) in enumerate(chain(first, held_out, bundles)):
         yield to_table(_stamped(rows, step, number, attempt, total, order.steps))
 
 
-def _train_bundles(order: Order, start_step: int, gate: Callable[[int], None]) -> Iterator[tuple[int, Columns, int]]:
+def _train_bundles(order: Order, start_step: int, gate: Callable[[int], Mapping[str, float]]) -> Iterator[tuple[int, Columns, int]]:
     """Step, rows, and rows of the whole step, for every bundle after `start_step`."""
     train = Rows(order.folder, "train")
     for step, parts in steps_from(order, start_step):
-        gate(step)
+        values = {CONTROL + name: np.asarray([value], dtype=np.float64) for name, value in gate(step).items()}
         total = sum(len(p) for p in parts)
-        yield from ((step, train.read(part), total) for part in parts)
+        yield from ((step, {**train.read(part), **values}, total) for part in parts)
 
 
-def _held_out_bundles(order: Order) -> Iterator[tuple[int, Columns, int]]:
+def _held_out_bundles(order: Order, values: Columns) -> Iterator[tuple[int, Columns, int]]:
+    """Step, rows and their number; `values` of controllers stand beside them only because all bundles have the same columns."""
     first = len(Rows(order.folder, "train"))
     for part in held_out_parts(Rows(order.folder, "held_out"), order):
-        yield HELD_OUT_STEP, prepared_rows(order.folder, part + first), len(part)
+        yield HELD_OUT_STEP, {**prepared_rows(order.folder, part + first), **values}, len(part)
 
 
 def prepared_rows(folder: str, row_ids: NDArray[np.int64]) -> Columns:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from strategies.core import Columns
 from strategies.stages.judge import PASSING
 
-WRITTEN = ("rows", "texts", "tokens", "finished", "surprise", "repeated", "places", "left_out", "seconds")
+WRITTEN = ("rows", "texts", "tokens", "finished", "surprise", "repeated", "places", "left_out", "seconds", "ages", "recalled")
 """What is summed over the bundles of a step in which the student writes."""
 JUDGED = ("judged", "reward", "passed", "judge_failed", "unjudgeable", "judge_seconds")
 """The same of one in which a verifier judges."""
@@ -47,11 +48,24 @@ def _written(bundle: Columns) -> list[float]:
         float(places),
         float(bundle["rollout/left_out"][0]),
         float(bundle["rollout/seconds"][0]),
+        float(_ages(bundle).sum()),
+        float(np.count_nonzero(written & (bundle["written_by"] != bundle["policy_version"][0]))),
     ]
 
 
-def rollout_metrics(sums: Sequence[float]) -> dict[str, float]:
-    """Of a step over all ranks: `rollout/share` of the rows that the student wrote, mean `rollout/length` in tokens, share of
+def oldest_steps(bundle: Columns) -> float:
+    """Age of the oldest text of a bundle; 0 without any."""
+    return float(_ages(bundle).max(initial=0)) if "written" in bundle else 0.0
+
+
+def _ages(bundle: Columns) -> NDArray[np.int64]:
+    """Steps that each text's writer was behind, `(n,)`: 0 for the student that the step begins with."""
+    return np.asarray(bundle["step"][0] - 1 - bundle["written_by"][bundle["written"].astype(bool)], dtype=np.int64)
+
+
+def rollout_metrics(sums: Sequence[float], oldest: float) -> dict[str, float]:
+    """Of a step over all ranks: `rollout/share` of the rows that the student wrote, `rollout/recalled` of those that it wrote for an
+    earlier step, mean `age_steps` of the writers and that of the `oldest_steps`, mean `rollout/length` in tokens, share of
     `rollout/finished` texts, `rollout/surprise`, the mean -log q of written tokens at temperature 1, which estimates the student's
     entropy in nats, share of `rollout/repeated` four-token pieces, prompts `rollout/left_out`, and `write_seconds`.
 
@@ -69,6 +83,9 @@ def rollout_metrics(sums: Sequence[float]) -> dict[str, float]:
         "rollout/repeated": of["repeated"] / max(1.0, of["places"]),
         "rollout/left_out": of["left_out"],
         "write_seconds": of["seconds"],
+        "rollout/recalled": of["recalled"] / max(1.0, of["rows"]),
+        "oldest_steps": oldest,
+        **({"age_steps": of["ages"] / of["texts"]} if of["texts"] else {}),
         **(_verdicts(of) if "judged" in of else {}),
     }
 

@@ -16,6 +16,7 @@ from orchestrator.errors import Refusal
 from orchestrator.pieces import Bad
 from strategies.core import Sampling, Stage, Strategy
 from strategies.stages.repair import Lessons, Repair
+from strategies.stages.replay import Replay
 from strategies.stages.rollout import Rollout, rollouts
 
 
@@ -40,11 +41,20 @@ def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -
         raise Refusal("data.max_length_tokens", f"{longest} for prompts and {new} new tokens", "room for both", do)
     stop = stop_tokens(tokenizer)
 
+    def told(given: Sampling) -> Sampling:
+        return replace(given, stop=stop, seed=job.run.seed)
+
+    writer = replace(stage, sampling=told(stage.sampling), longest_tokens=longest)
+
     def whole(given: Stage) -> Stage:
-        if not isinstance(given, Rollout | Repair):
-            return given
-        known = replace(given, sampling=replace(given.sampling, stop=stop, seed=job.run.seed), longest_tokens=longest)
-        return replace(known, feedback=_feedback(job, known.feedback_text, tokenizer)) if isinstance(known, Repair) else known
+        if given is stage:
+            return writer
+        if isinstance(given, Replay):
+            return replace(given, rollout=writer)
+        if isinstance(given, Repair):
+            feedback = _feedback(job, given.feedback_text, tokenizer)
+            return replace(given, sampling=told(given.sampling), longest_tokens=longest, feedback=feedback)
+        return given
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
 
@@ -69,7 +79,10 @@ def _feedback(job: Job, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Lengths of the rows that may become of rows of the data, at most."""
+    """Lengths of the rows that may become of rows of the data, at most. In the place of any may come a text of another prompt, where
+    texts are recalled."""
     for stage in strategy.stages:
+        if isinstance(stage, Replay):
+            lengths = np.full_like(lengths, stage.rollout.longest_tokens)
         lengths = stage.longest_rows(lengths) if isinstance(stage, Rollout | Repair | Lessons) else lengths
     return lengths

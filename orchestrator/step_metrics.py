@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestrator.bundle import scalar
 from orchestrator.collective import gather, world_size
-from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
+from orchestrator.rollout_metrics import oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.versions import VERSION
 from strategies.core import COUNT, Columns, Progress, Update
 from strategies.sources import Source, Taught
@@ -28,10 +28,10 @@ def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float,
     paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     texts, counts = rollout_sums(bundle), {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
-    first = [*texts, *counts.values()]
-    ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *lost])
+    first, largest = [*texts, *counts.values()], [*lost, oldest_steps(bundle)]
+    ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *largest])
     tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(first) :]
-    dropped = ranks[:, len(ranks[0]) - len(lost) :].amax(0).tolist() if lost else []
+    *dropped, oldest = ranks[:, len(ranks[0]) - len(largest) :].amax(0).tolist()
     seconds = time.perf_counter() - began + waited_seconds
     age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
     timing = {
@@ -44,7 +44,7 @@ def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float,
         "age_steps": age,
     }
     told = ranks.sum(0).tolist()[: len(first)]
-    timing |= rollout_metrics(told[: len(texts)]) | dict(zip(counts, told[len(texts) :], strict=True))
+    timing |= rollout_metrics(told[: len(texts)], oldest) | dict(zip(counts, told[len(texts) :], strict=True))
     timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
     timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
     return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}

@@ -24,10 +24,12 @@ from orchestrator.board import RankJournal
 from orchestrator.bundle import scalar
 from orchestrator.collective import gather, total, world_size
 from orchestrator.config import RunConfig
+from orchestrator.controls import Controls
 from orchestrator.errors import RunFailed
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
+from orchestrator.remembering import Remembering, rollout_log
 from orchestrator.step_metrics import gradient_shares, loss_metrics, stream_metrics
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers
@@ -35,6 +37,7 @@ from orchestrator.versions import Publisher, kept_versions
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
 from strategies.sources import Source, scored_columns
+from strategies.stages.replay import replays
 
 MOST_SKIPPED_STEPS = 10
 """Consecutive steps with a gradient that is not finite before the run fails."""
@@ -57,11 +60,16 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     step = start.step if start else 0
     if step >= job.steps:
         raise RunFailed(f"step {step} of {job.steps} is done: a finished run does not start again")
+    controls = Controls(strategy.controllers, start.controls if start else {}, 1 + (job.freshness.staleness if job.freshness else 0))
+    memory = next((Remembering(rollout_log(job.folder), stage, rank) for stage in replays(strategy.stages)), None)
     publisher = _publisher(job, next(iter(players.values())), rank)
+    if memory:
+        memory.begin(step)
     if publisher:  # before anything waits for the first rows, which wait for it
-        publisher.begin(ray.get(job.board.attempt.remote()), step, _older_versions(resumed))
+        controls.send_with(step)
+        publisher.begin(ray.get(job.board.attempt.remote()), step, _older_versions(resumed), controls.versions)
     journal.begin(stream.attempt)
-    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, publisher)
+    trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, controls, publisher, memory)
     try:
         _train(job, stream, trainer, journal, step)
     finally:
@@ -148,10 +156,12 @@ class Trainer:
         strategy: Strategy,
         networks: Networks,
         journal: RankJournal,
+        controls: Controls,
         publisher: Publisher | None = None,
+        memory: Remembering | None = None,
     ):
         self._job, self._strategy, self._networks = job, strategy, networks
-        self._journal, self._publisher = journal, publisher
+        self._journal, self._controls, self._publisher, self._memory = journal, controls, publisher, memory
         self.held_out = HeldOut([], [], 0)
         """Nothing until the first step is over."""
         self._terms = evaluate.evaluation_terms(job.measured)
@@ -160,15 +170,23 @@ class Trainer:
     def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
         """One optimizer step on this rank's bundle; returns whether all ranks stop after it."""
         began = time.perf_counter()
-        progress = Progress(step - 1, self._job.steps)
+        progress = Progress(step - 1, self._job.steps, self._controls.values)
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
         stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
-        metrics |= stream_metrics(bundle, self._strategy.signals, began, waited_seconds)
+        metrics |= stream_metrics(bundle, self._strategy.signals, began, waited_seconds) | self._controls.metrics
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
+        self._controls.after_step(metrics, progress)
         if self._publisher and step < self._job.steps:
-            self._publisher.publish(step)
+            self._send(self._publisher, step, bundle)
         return stop
+
+    def _send(self, publisher: Publisher, step: int, bundle: Columns) -> None:
+        """The student after `step` steps, once what it is to be read with is there: the step's own texts, and controllers' values."""
+        if self._memory:
+            self._memory.write(step, bundle)
+        self._controls.send_with(step)
+        publisher.publish(step)
 
     def held_bytes(self) -> dict[str, int]:
         """What this rank holds of the first player."""
@@ -193,16 +211,21 @@ class Trainer:
             metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
             metrics |= evaluate.teacher_cross_entropy(self.held_out.bundles, self._job.measured)
             self._journal.evaluated(attempt, step, metrics)
+            if self.due(step):  # and not where a person stopped the run, so that one that goes on is as one that never stopped
+                self._controls.after_evaluation(metrics)
         if not (stop or step == self._job.steps or self._checkpoint_due(step)):
             return
         more = self._publisher.keep if self._publisher else None
-        position = checkpoint.Position(step, attempt, metrics, tuple(dataclasses.asdict(e) for e in self._journal.recent))
+        journal = tuple(dataclasses.asdict(e) for e in self._journal.recent)
+        position = checkpoint.Position(step, attempt, metrics, journal, self._controls.to_json())
         ray.train.report(
             metrics,
             checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more),
             checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
+        if self._memory:
+            self._memory.forget(self._job.folder)
 
     def _checkpoint_due(self, step: int) -> bool:
         period = self._job.run.checkpoint.every_steps

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 VERSION = "policy_version"
 """Control column: the version that a bundle was written with."""
 REPEAT_SECONDS = 5.0
+NO_CONTROLS: Mapping[int, Mapping[str, float]] = {}
 KEPT = "version_{:08d}.safetensors"
 """Files of a checkpoint with older versions that the steps after it are written with."""
 
@@ -46,9 +47,10 @@ class Freshness:
         """Finished steps of the oldest student that may write step `step` (from 1); exactly it writes unless `newest`."""
         return max(0, step - 1 - self.staleness)
 
-    def gate(self, attempt: int, step: int) -> None:
-        """Returns when the version that step `step` needs is out."""
-        ray.get(self.board.wait_for_version.remote(attempt, self.due(step)))
+    def gate(self, attempt: int, step: int) -> dict[str, float]:
+        """Returns when the version that step `step` needs is out, with the values that controllers had then."""
+        values: dict[str, float] = ray.get(self.board.wait_for_version.remote(attempt, self.due(step)))
+        return values
 
     def version(self, attempt: int, step: int) -> tuple[int, Any]:
         """The version that writes step `step`, and the reference to its weights."""
@@ -83,12 +85,20 @@ class Publisher:
     def __init__(self, board: Any, layout: Layout, rank: int, staleness: int, adapter_scale: float | None):
         self._board, self._layout, self._rank, self._scale = board, layout, rank, adapter_scale
         self._recent: deque[tuple[int, Any]] = deque(maxlen=staleness + 1)
+        self._controls: Mapping[int, Mapping[str, float]] = {}
         self._attempt = 0
         self._ended = threading.Event()
 
-    def begin(self, attempt: int, step: int, older: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Speaks for `attempt`; sends the versions that a checkpoint kept, then the student after `step` steps."""
-        self._attempt = attempt
+    def begin(
+        self,
+        attempt: int,
+        step: int,
+        older: Mapping[int, Mapping[str, Tensor]],
+        controls: Mapping[int, Mapping[str, float]] = NO_CONTROLS,
+    ) -> None:
+        """Speaks for `attempt`; sends the versions that a checkpoint kept, then the student after `step` steps. With every version go
+        the values of controllers that `controls` holds for it by then."""
+        self._attempt, self._controls = attempt, controls
         for number in sorted(older):
             self._send(number, dict(older[number]))
         self.publish(step)
@@ -122,7 +132,9 @@ class Publisher:
         self._tell()
 
     def _tell(self) -> None:
-        self._board.publish.remote(self._attempt, {step: [reference] for step, reference in list(self._recent)})
+        recent = list(self._recent)
+        values = {step: dict(self._controls.get(step, {})) for step, _ in recent}
+        self._board.publish.remote(self._attempt, {step: [reference] for step, reference in recent}, values)
 
     def _repeat(self) -> None:
         """Tells it again and again: a board that was restarted knows nothing, and everybody may be waiting for it."""

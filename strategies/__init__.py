@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from strategies.core import StrategyConfig
+from strategies.distillm import DistiLLM
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
@@ -19,11 +20,13 @@ from strategies.personalised import Personalised
 from strategies.policy import GOPD, KDRL, OPD, RLAD
 from strategies.preference import SODA
 from strategies.sequence import SeqKD, VerifiedCoT
+from strategies.taid import TAID
 from strategies.terms import Terms
 from strategies.tsd_kd import TokenSelectiveDualKD
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
     "cross-entropy": CrossEntropyOnly,
+    "distillm": DistiLLM,
     "filtered-layers": Ted,
     "g-opd": GOPD,
     "gkd": GKD,
@@ -37,6 +40,7 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "rlad": RLAD,
     "seq-kd": SeqKD,
     "soda": SODA,
+    "taid": TAID,
     "terms": Terms,
     "token-selective-dual-kd": TokenSelectiveDualKD,
     "verified-cot": VerifiedCoT,

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from strategies.control import Controller
     from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
     from strategies.sources import Source
@@ -38,6 +39,8 @@ class Progress:
     """Optimizer steps finished before this one; the first step sees 0."""
     steps: int
     """Optimizer steps of the whole run."""
+    controls: Mapping[str, float] = field(default_factory=dict)
+    """Values of the strategy's controllers."""
 
     @property
     def fraction(self) -> float:
@@ -266,6 +269,8 @@ class Strategy:
     signals: Mapping[str, Source] = field(default_factory=dict)
     authors: tuple[Authored, ...] = ()
     """Text that is written before training; the rows are then the kept texts, of all authors, instead of the data's own."""
+    controllers: Mapping[str, Controller] = field(default_factory=dict)
+    """Numbers that move by what training reports, by the name under which objectives and stages find their values."""
 
     @property
     def rows_together(self) -> int:

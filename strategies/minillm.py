@@ -64,9 +64,10 @@ class MiniLLM(OnPolicy):
         rows = (*(RowsOf(t.name, "written") for t in written), *(RowsOf(t.name, "given") for t in given))
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, self.take.request), *rows),
+            stages=(*self.writing(), Score(self.teacher, self.teacher, self.take.request), *rows),
             updates=(lm_update(*written, *given),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher), ACTED: TakenActions(teacher=self.teacher)},
+            controllers=self.controllers(),
         )
 
     def _on_written(self) -> tuple[Term, ...]:

@@ -6,13 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from strategies.core import Objective, Player, Sampling, Strategy, StrategyConfig, Term, TwoPass, lm_update
+from strategies.control import AdaptiveShare, Controlled, Controller
+from strategies.core import Objective, Player, Sampling, Stage, Strategy, StrategyConfig, Term, TwoPass, lm_update
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.mixtures import JSD
-from strategies.schedule import ScheduleConfig, schedule
+from strategies.schedule import ScheduleConfig, Share, schedule
 from strategies.sources import Take, TakeConfig, TakeTopK, Taught
+from strategies.stages.replay import Replay
 from strategies.stages.rollout import Rollout, RowsOf
 from strategies.stages.score import Score
+
+SHARE = "student_share"
+"""The controller of how much the student writes."""
 
 
 class OnPolicy(StrategyConfig):
@@ -20,8 +25,14 @@ class OnPolicy(StrategyConfig):
 
     teacher: str = "teacher"
     """Name of the endpoint that scores the rows."""
-    student_share: ScheduleConfig = 1.0
-    """Share of the rows that the student writes; the others keep the data's own completions."""
+    student_share: ScheduleConfig | AdaptiveShare = 1.0
+    """Share of the rows that the student writes; the others keep the data's own completions. A number, a schedule, such as
+    `{steps: [[0, 0.0], [500, 1.0]]}` for a warm-up, or `{rise: 0.1}` to grow whenever the held-out loss has risen. Nobody writes
+    where it is 0."""
+    replay_share: Share = 0.0
+    """Share of these rows that are not written anew but recalled from earlier steps."""
+    replay_rows: PositiveInt = 1000
+    """The newest texts that are recalled; while there are fewer, all are written anew."""
     samples: PositiveInt = 1
     """Texts for each prompt."""
     sample_temperature: PositiveFloat = 1.0
@@ -42,18 +53,33 @@ class OnPolicy(StrategyConfig):
     def rollout(self) -> Rollout:
         """The stage in which the student writes."""
         sampling = Sampling(self.samples, self.sample_temperature, self.top_p, self.sample_top_k, self.max_new_tokens)
-        return Rollout(sampling, schedule(self.student_share), self.prompt_tokens, self.staleness, self.newest)
+        share = Controlled(SHARE) if isinstance(self.student_share, AdaptiveShare) else schedule(self.student_share)
+        return Rollout(sampling, share, self.prompt_tokens, self.staleness, self.newest)
+
+    def writing(self) -> tuple[Stage, ...]:
+        """The stages that put texts of the student in the place of the data's: recalled ones, then new ones."""
+        if self.student_share == 0:
+            return ()
+        rollout = self.rollout()
+        recalled = () if self.replay_share == 0 else (Replay(rollout, schedule(self.replay_share), self.replay_rows),)
+        return (*recalled, rollout)
+
+    def controllers(self) -> dict[str, Controller]:
+        """What moves by the run's own metrics."""
+        return {SHARE: self.student_share} if isinstance(self.student_share, AdaptiveShare) else {}
 
     def taught(self, objective: Objective | TwoPass, take: Take, kd_weight: ScheduleConfig, ce_weight: ScheduleConfig) -> Strategy:
         """One objective on the teacher's scores of every row, and cross-entropy on the data's own completions."""
         kd = Term("kd", objective, schedule(kd_weight), signal=self.teacher)
         ce = () if ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(ce_weight)),)
-        on_given = tuple(RowsOf(term.name, "given") for term in ce)
+        writing = self.writing()
+        on_given = tuple(RowsOf(term.name, "given") for term in ce if writing)
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), *on_given),
+            stages=(*writing, Score(self.teacher, self.teacher, take.request), *on_given),
             updates=(lm_update(kd, *ce),),
             signals={self.teacher: Taught(take, endpoint=self.teacher)},
+            controllers=self.controllers(),
         )
 
 

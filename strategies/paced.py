@@ -60,7 +60,8 @@ class Paced(OnPolicy):
         on_given = tuple(RowsOf(term.name, "given") for term in ce)
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, self.take.request), Reward(self.verifier), pace, *on_given),
+            stages=(*self.writing(), Score(self.teacher, self.teacher, self.take.request), Reward(self.verifier), pace, *on_given),
             updates=(lm_update(*divergences, *ce),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
+            controllers=self.controllers(),
         )

@@ -47,6 +47,7 @@ class Personalised(OnPolicy):
         mend = (Repair(self.teacher, sampling, self.feedback), judge, Lessons(self.variant, self.most_changed))
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), judge, *mend),
+            stages=(*self.writing(), judge, *mend),
             updates=(lm_update(Term("ce", CrossEntropy(), constant(1.0))),),
+            controllers=self.controllers(),
         )

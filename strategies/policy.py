@@ -41,9 +41,10 @@ class Acting(OnPolicy):
         acted = TakenActions(teacher=self.teacher, reference=reference, outcome=bool(judged))
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), *judged, Score(self.teacher, self.teacher, take.request), *asked, RowsOf("pg", "written")),
+            stages=(*self.writing(), *judged, Score(self.teacher, self.teacher, take.request), *asked, RowsOf("pg", "written")),
             updates=(lm_update(Term("pg", objective, constant(1.0), signal=ACTED)),),
             signals={self.teacher: Taught(take, endpoint=self.teacher), ACTED: acted},
+            controllers=self.controllers(),
         )
 
 

@@ -60,7 +60,8 @@ class TokenSelectiveDualKD(OnPolicy):
         weights = (self.direct_weight, self.indirect_weight, self.entropy_weight)
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, self.take.request)),
+            stages=(*self.writing(), Score(self.teacher, self.teacher, self.take.request)),
             updates=(lm_update(*(term for term, weight in zip(terms, weights, strict=True) if weight != 0)),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
+            controllers=self.controllers(),
         )

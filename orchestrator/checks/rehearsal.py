@@ -53,6 +53,10 @@ class _Rehearsal:
         tokens = np.count_nonzero(columns["loss_mask"])
         return {"hidden": np.zeros(tokens * self.width, np.float32), "dropped_mass": np.zeros(1, np.float32)}
 
+    def recall(self, through: int, rows: int) -> Columns:
+        """See `strategies.stages.replay.Recaller`: before the first step nobody has written."""
+        return {}
+
     def judge(self, columns: Columns) -> Columns:
         """See `strategies.core.Verifier.judge`."""
         do = f"Set endpoints.{self.name}={{engine: verifier, kind: math}}, or another kind: exact, numeric, regex, callable, tests."

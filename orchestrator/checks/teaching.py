@@ -11,6 +11,7 @@ from orchestrator import evaluate
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
+from strategies.control import CONTROL, begun
 from strategies.core import AnyTerm, Progress, StatesTerm, Strategy, Term
 from strategies.sources import Taught, scored_columns
 
@@ -32,7 +33,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_parts(where, strategy)
     _check_columns(where, strategy)
     _check_best_metric(job, strategy)
-    warnings = _check_weights(where, strategy, steps or 1000)
+    warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
     unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
@@ -106,7 +107,7 @@ def _check_reads(where: str, term: Term, strategy: Strategy) -> None:
 
 
 def _check_columns(where: str, strategy: Strategy) -> None:
-    there = ROW_COLUMNS | CONTROL_COLUMNS
+    there = ROW_COLUMNS | CONTROL_COLUMNS | {CONTROL + name for name in strategy.controllers}
     for stage in strategy.stages:
         missing = sorted(stage.needs - there)
         if missing:
@@ -136,16 +137,38 @@ def measured(strategy: Strategy) -> dict[str, Taught]:
 
 
 def _check_best_metric(job: Job, strategy: Strategy) -> None:
-    given = job.run.checkpoint.best_metric
-    known = [f"eval/{t.name}" for t in evaluate.evaluation_terms(measured(strategy))] + ["eval/perplexity"]
+    given, known = job.run.checkpoint.best_metric, evaluation_metrics(strategy)
     if given not in known:
         do = nearest(given, known) or "Correct the name."
         raise Refusal("checkpoint.best_metric", repr(given), f"one of {', '.join(known)}", do)
 
 
+def _check_controllers(where: str, job: Job, strategy: Strategy) -> list[str]:
+    """What controllers listen to is measured."""
+    terms = [f"loss/{t.name}" for u in strategy.updates for t in u.terms]
+    evaluations = evaluation_metrics(strategy)
+    for name, controller in strategy.controllers.items():
+        for metric in sorted(controller.hears - {*terms, *evaluations}):
+            expected = f"one of {', '.join([*evaluations, *terms])}"
+            do = nearest(metric, [*evaluations, *terms]) or "Correct the name."
+            raise Refusal(f"{where}: {name}", f"the metric {metric!r}, which nobody measures", expected, do)
+    listening = sorted(n for n, c in strategy.controllers.items() if c.hears & {*evaluations})
+    if listening and job.run.data.held_out is None and not job.run.data.held_out_rows:
+        do = "Set data.held_out_rows, or give a number or a schedule."
+        raise Refusal(f"{where}: {listening[0]}", "no held-out rows", "some, because it moves by evaluations", do)
+    seldom = not (job.run.evaluate.every_steps or job.run.checkpoint.every_steps)
+    return [f"{n!r} moves by evaluations, and there is none before the end: set evaluate.every_steps." for n in listening if seldom]
+
+
+def evaluation_metrics(strategy: Strategy) -> list[str]:
+    """Names of what evaluations find of a strategy's student."""
+    return [f"eval/{t.name}" for t in evaluate.evaluation_terms(measured(strategy))] + ["eval/perplexity"]
+
+
 def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:
     """Some term has a weight at some step. Negative weights are fine: only sums that are always zero teach nothing."""
-    points = [Progress(int(s), steps) for s in np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int))]
+    begin = begun(strategy.controllers)
+    points = [Progress(int(s), steps, begin) for s in np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int))]
     idle: list[AnyTerm] = []
     for update in strategy.updates:
         never = [t for t in update.terms if not any(t.scale(p) for p in points)]

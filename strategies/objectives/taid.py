@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -38,16 +39,30 @@ def taid(log_q: Tensor, log_p: Tensor, share: float) -> tuple[Tensor, Tensor]:
 class Taid(Divergence):
     """Weighted sum over tokens of `-T^2 sum p_t log q_T`, `p_t = softmax(((1 - t) sg[z_q] + t z_p) / T)`: arXiv:2501.16937.
 
-    t follows a schedule of progress here; the paper's pace is `taid_update`, whose state no objective keeps. On a bucketed
-    top-k the bucket is interpolated as if it were one token.
+    t follows a schedule of progress here, and the paper's pace in `PacedTaid`. On a bucketed top-k the bucket is interpolated as if
+    it were one token.
     """
 
     type: Literal["taid"] = "taid"
     progress_share: Share = Ramp(ramp=(0.3, 1.0))
     """Share t of the teacher in the target: 0 is the student itself and teaches nothing, 1 is forward KL's gradient."""
 
+    def share(self, progress: Progress) -> float:
+        """t at a step."""
+        return schedule(self.progress_share)(progress)
+
     def between(self, log_q: Tensor, log_p: Tensor, progress: Progress) -> Tensor:
-        return taid(log_q, log_p, schedule(self.progress_share)(progress))
+        return taid(log_q, log_p, self.share(progress))
+
+
+class PacedTaid(Taid):
+    """The same with the t of a controller, `TaidController`."""
+
+    control: str
+    """Name of the controller."""
+
+    def share(self, progress: Progress) -> float:
+        return progress.controls[self.control]
 
 
 class TaidPace(Settings):
@@ -88,3 +103,29 @@ def taid_update(state: TaidState, loss: float, progress: Progress, pace: TaidPac
     momentum = pace.inertia * state.momentum + (1.0 - pace.inertia) * change
     gain = pace.rate * 0.5 * (1.0 + math.tanh(momentum / 2.0)) * (1.0 - state.share)  # a logistic that cannot overflow
     return TaidState(min(pace.end, max(line, state.share + gain)), loss, momentum)
+
+
+@dataclass(frozen=True)
+class TaidController:
+    """`taid_update` once per optimizer step, with the loss of `term` over the whole global step: its value is t of the next one."""
+
+    pace: TaidPace
+    term: str
+
+    @property
+    def hears(self) -> frozenset[str]:
+        return frozenset({f"loss/{self.term}"})
+
+    def begin(self) -> Mapping[str, float]:
+        return {"share": self.pace.start, "momentum": 0.0}
+
+    def after_step(self, state: Mapping[str, float], metrics: Mapping[str, float], progress: Progress) -> Mapping[str, float]:
+        known = TaidState(state["share"], state.get("loss"), state["momentum"])
+        new = taid_update(known, metrics[f"loss/{self.term}"], progress, self.pace)
+        return {"share": new.share, "momentum": new.momentum} | ({} if new.loss is None else {"loss": new.loss})
+
+    def after_evaluation(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> Mapping[str, float]:
+        return state
+
+    def value(self, state: Mapping[str, float]) -> float:
+        return state["share"]

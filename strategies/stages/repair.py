@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from strategies.core import COUNT, Author, Columns, Endpoint, Sampling
 from strategies.stages.judge import PASSING
-from strategies.stages.rollout import LONGEST_ROW, ROWS, WRITTEN, Line, drawn_at, joined
+from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, joined, lines_of, split
+from strategies.stages.rollout import LONGEST_ROW, drawn_at
 
 Variant = Literal["direct", "refine", "combine"]
 _KEPT = {"direct": slice(0, 1), "refine": slice(1, 2), "combine": slice(0, 2)}
@@ -45,7 +46,7 @@ class Repair:
 
     @property
     def needs(self) -> frozenset[str]:
-        return ROWS | WRITTEN | _JUDGED | {"step"}
+        return ROWS | LINE_COLUMNS | _JUDGED | {"step"}
 
     @property
     def adds(self) -> frozenset[str]:
@@ -59,7 +60,7 @@ class Repair:
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         if not isinstance(endpoint, Author):
             raise ValueError(f"stage Repair needs an endpoint that writes; {self.endpoint!r} does not")
-        rows, judged = _lines(columns), columns["judged"].astype(bool)
+        rows, judged = lines_of(columns), columns["judged"].astype(bool)
         written = columns["written"].astype(bool)
         passed = written & _right(columns)
         failed = written & judged & ~passed
@@ -78,7 +79,7 @@ class Repair:
         }
         given = [row for row in rows if not row.written]
         return {
-            **{name: values for name, values in columns.items() if name not in ROWS | WRITTEN | _JUDGED},
+            **{name: values for name, values in columns.items() if name not in ROWS | LINE_COLUMNS | _JUDGED},
             **joined([*given, *repaired]),
             "lead": np.concatenate([np.zeros(0, np.int32), *(w.lead for w in able)]),
             "lead_lengths": np.asarray([0] * len(given) + [len(w.lead) for w in able], dtype=np.int32),
@@ -103,7 +104,7 @@ class Repair:
             "max_new_tokens": np.minimum(self.longest_tokens - lengths, self.sampling.max_new_tokens).astype(np.int32),
         }
         found = author.write(questions, drawn_at(step, self.sampling))
-        texts = _parts(found["tokens"], found["lengths"])
+        texts = split(found["tokens"], found["lengths"])
         rows = [w.repaired(text, bool(ended)) for w, text, ended in zip(wrong, texts, found["finished"], strict=True)]
         return rows, float(found["cost"][0]) if "cost" in found else 0.0
 
@@ -126,7 +127,7 @@ class Lessons:
 
     @property
     def needs(self) -> frozenset[str]:
-        return ROWS | WRITTEN | _JUDGED | _REPAIRED
+        return ROWS | LINE_COLUMNS | _JUDGED | _REPAIRED
 
     @property
     def adds(self) -> frozenset[str]:
@@ -139,7 +140,7 @@ class Lessons:
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         right = _right(columns) & (columns["changed"].astype(np.float64) <= self.most_changed)
         found: list[Line] = []
-        for row, lead, kept in zip(_lines(columns), _parts(columns["lead"], columns["lead_lengths"]), right, strict=True):
+        for row, lead, kept in zip(lines_of(columns), split(columns["lead"], columns["lead_lengths"]), right, strict=True):
             if not row.written:
                 found.append(row)
             elif kept:
@@ -184,22 +185,6 @@ def _behind(lead: NDArray[np.generic], text: NDArray[np.generic], row: Line) -> 
     """A row of the same prompt with another text behind what is read, whose log-probabilities nobody knows."""
     mask = np.concatenate([np.zeros(len(lead), np.uint8), np.ones(len(text), np.uint8)])
     return replace(row, tokens=np.concatenate([lead, text]), loss_mask=mask, behaviour=np.zeros(len(text), np.float32))
-
-
-def _lines(columns: Columns) -> list[Line]:
-    """The rows behind a stage that writes: the lines that it `joined`."""
-    masks = _parts(columns["loss_mask"], columns["lengths"])
-    counts = np.asarray([np.count_nonzero(m) for m in masks], dtype=np.int64)
-    columns_of = {"tokens": columns["lengths"], "behaviour": counts, "reference": columns["reference_lengths"]}
-    tokens, behaviour, reference = (_parts(columns[name], lengths) for name, lengths in columns_of.items())
-    plain = (columns[name].tolist() for name in ("row_id", "written", "sample", "finished"))
-    whole = zip(tokens, masks, behaviour, reference, *plain, strict=True)
-    return [Line(t, m, i, b, r, bool(w), s, bool(f)) for t, m, b, r, i, w, s, f in whole]
-
-
-def _parts(values: NDArray[np.generic], lengths: NDArray[np.generic]) -> list[NDArray[np.generic]]:
-    """The part of each row in a flat column."""
-    return np.split(values, np.cumsum(lengths.astype(np.int64))[:-1]) if len(lengths) else []
 
 
 def _one(value: float) -> NDArray[np.float32]:

@@ -10,8 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from strategies.control import CONTROL, Controlled, told
 from strategies.core import Author, Columns, Endpoint, Progress, Sampling, Schedule, Stage
 from strategies.schedule import constant
+from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, joined, lines_of
 
 STUDENT = "student"
 """The endpoint that has the weights of the student in training."""
@@ -28,13 +30,14 @@ class Rollout:
     is no prompt: nobody predicts a row's first token, so plain text looks just like that.
     `share` of the rows are written, drawn row by row from seed, step and row (GKD's lambda, arXiv:2306.13649, algorithm 1);
     the others stay as they are, as do held-out rows (`step` 0). A prompt that leaves no room for a single token is left out and
-    counted. Texts of one row follow each other under its `row_id`. `paired` puts the row itself before each text, with the same
-    prompt unpredicted on both sides: chosen and rejected in turn, as objectives that compare rows in pairs want them. Then `share` is
-    1, and a row without loss tokens is left out, too, as is one whose text is empty.
+    counted. Texts of one row follow each other under its `row_id`. Rows that a stage before has from an earlier student pass. `paired`
+    puts the row itself before each text, with the same prompt unpredicted on both sides: chosen and rejected in turn, as objectives that
+    compare rows in pairs want them. Then `share` is 1, and a row without loss tokens is left out, too, as is one whose text is empty.
 
     Adds for R rows with N loss tokens: `written` (R,) uint8, `sample` (R,) int32, `finished` (R,) uint8, 1 for a row that ends
-    as it should; `behaviour` (N,) float32, log-probabilities of written tokens at temperature 1 under the weights that wrote
-    them, 0 for others; `reference` (Q,) int32 and `reference_lengths` (R,) int32, the rows' own completions;
+    as it should; `written_by` (R,) int64, the finished steps of the student that wrote it, -1 for the data's own: the bundle's
+    `policy_version` where it has one; `behaviour` (N,) float32, log-probabilities of written tokens at temperature 1 under the
+    weights that wrote them, 0 for others; `reference` (Q,) int32 and `reference_lengths` (R,) int32, the rows' own completions;
     `rollout/seconds` and `rollout/left_out` (1,).
     """
 
@@ -54,11 +57,11 @@ class Rollout:
 
     @property
     def needs(self) -> frozenset[str]:
-        return ROWS | {"step", "steps"}
+        return ROWS | {"step", "steps"} | ({CONTROL + self.share.control} if isinstance(self.share, Controlled) else set())
 
     @property
     def adds(self) -> frozenset[str]:
-        return WRITTEN | {"rollout/seconds", "rollout/left_out"}
+        return LINE_COLUMNS | {"rollout/seconds", "rollout/left_out"}
 
     @property
     def follows(self) -> bool:
@@ -74,8 +77,9 @@ class Rollout:
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         if not isinstance(endpoint, Author):
             raise ValueError(f"stage Rollout needs an endpoint that writes; {self.endpoint!r} does not")
-        rows = _split(columns, self.prompt_tokens)
-        drawn, room = self._drawn(columns), self.longest_tokens - np.asarray([len(r.prompt) for r in rows], dtype=np.int64)
+        rows, before = _split(columns, self.prompt_tokens), lines_of(columns)
+        recalled = np.asarray([line.written for line in before], dtype=bool)
+        drawn, room = self.drawn(columns) & ~recalled, self.longest_tokens - np.asarray([len(r.prompt) for r in rows], dtype=np.int64)
         able = (room > 0) & np.asarray([not self.paired or r.predicts for r in rows], dtype=bool)
         asked = np.flatnonzero(drawn & able)
         began = time.perf_counter()
@@ -85,7 +89,7 @@ class Rollout:
         left_out = int(np.count_nonzero(drawn & ~able))
         for i, row in enumerate(rows):
             if not drawn[i]:
-                found.append(row.given())
+                found.append(before[i] if recalled[i] else row.given())
             for text in texts.get(i, []):
                 if not self.paired:
                     found.append(text)
@@ -96,14 +100,15 @@ class Rollout:
         kept = {name: values for name, values in columns.items() if name not in ROWS}
         return {**kept, **joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
 
-    def _drawn(self, columns: Columns) -> NDArray[np.bool_]:
-        """Which rows are written, `(R,)`."""
+    def drawn(self, columns: Columns, of_share: float = 1.0) -> NDArray[np.bool_]:
+        """Rows whose number u, drawn by seed, step and row, is below `of_share` of the share that is written, `(R,)`; none of held-out
+        ones. A smaller `of_share` finds some of the same rows."""
         step, row_ids = int(columns["step"][0]), columns["row_id"]
         if step == 0:
             return np.zeros(len(row_ids), dtype=bool)
-        share = self.share(Progress(step - 1, int(columns["steps"][0])))
+        share = self.share(Progress(step - 1, int(columns["steps"][0]), told(columns)))
         draws = [np.random.default_rng((self.sampling.seed, step, int(r))).random() for r in row_ids]
-        return np.asarray(draws, dtype=np.float64) < share
+        return np.asarray(draws, dtype=np.float64) < share * of_share
 
     def _texts(self, rows: list[_Row], room: NDArray[np.int64], columns: Columns, author: Author) -> list[list[Line]]:
         """The texts of each row."""
@@ -119,15 +124,21 @@ class Rollout:
         written = author.write(prompts, sampling)
         lengths = written["lengths"].astype(np.int64)
         ends = np.cumsum(lengths)
+        version = self._version(columns)
         found: list[list[Line]] = [[] for _ in rows]
         for n, (size, end) in enumerate(zip(lengths, ends, strict=True)):
             row = rows[n // self.sampling.samples]
             part = slice(int(end - size), int(end))
-            line = row.continued(
-                written["tokens"][part], written["logprobs"][part], int(written["sample"][n]), bool(written["finished"][n])
-            )
+            sample, finished = int(written["sample"][n]), bool(written["finished"][n])
+            line = row.continued(written["tokens"][part], written["logprobs"][part], sample, finished, version)
             found[n // self.sampling.samples].append(line)
         return found
+
+    def _version(self, columns: Columns) -> int:
+        """Finished steps of the student that writes."""
+        if not self.follows:
+            return 0
+        return int(columns["policy_version"][0]) if "policy_version" in columns else int(columns["step"][0]) - 1
 
 
 def drawn_at(step: int, sampling: Sampling) -> Sampling:
@@ -158,20 +169,6 @@ class RowsOf:
         mask = columns["loss_mask"].astype(bool)
         weights = np.repeat(chosen, columns["lengths"].astype(np.int64))[mask].astype(np.float32)
         return {**columns, f"weights/{self.term}": weights}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row as it leaves the stage."""
-
-    tokens: NDArray[np.generic]
-    loss_mask: NDArray[np.generic]
-    row_id: int
-    behaviour: NDArray[np.generic]
-    reference: NDArray[np.generic]
-    written: bool = False
-    sample: int = 0
-    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,21 +203,15 @@ class _Row:
         mask[: self.prompt_length] = 0
         return replace(replace(self, loss_mask=mask).given(), sample=sample)
 
-    def continued(self, text: NDArray[np.generic], logprobs: NDArray[np.generic], sample: int, finished: bool) -> Line:
+    def continued(self, text: NDArray[np.generic], logprobs: NDArray[np.generic], sample: int, finished: bool, version: int) -> Line:
         tokens = np.concatenate([self.prompt, text])
         mask = np.concatenate([np.zeros(self.prompt_length, np.uint8), np.ones(len(text), np.uint8)])
-        return Line(tokens, mask, self.row_id, logprobs, self.reference, True, sample, finished)
+        return Line(tokens, mask, self.row_id, logprobs, self.reference, sample, finished, version)
 
 
 def rollouts(stages: Sequence[Stage]) -> list[Rollout]:
     """Those of `stages` in which the student writes."""
     return [s for s in stages if isinstance(s, Rollout)]
-
-
-ROWS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
-"""Columns of rows."""
-WRITTEN = frozenset({"written", "sample", "finished", "behaviour", "reference", "reference_lengths"})
-"""The others that rows have behind a stage that writes."""
 
 
 def _split(columns: Columns, prompt_tokens: int) -> list[_Row]:
@@ -233,26 +224,6 @@ def _split(columns: Columns, prompt_tokens: int) -> list[_Row]:
         prompt = first if first > 1 else min(prompt_tokens, max(1, len(mask) - 1))
         rows.append(_Row(columns["tokens"][part], mask, int(row_id), prompt))
     return rows
-
-
-def joined(lines: list[Line]) -> Columns:
-    """Lines as flat columns."""
-
-    def flat(values: list[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray[np.generic]:
-        return np.concatenate([np.zeros(0, dtype), *values]).astype(dtype, copy=False)
-
-    return {
-        "tokens": flat([line.tokens for line in lines], np.int32),
-        "lengths": np.asarray([len(line.tokens) for line in lines], dtype=np.int32),
-        "loss_mask": flat([line.loss_mask for line in lines], np.uint8),
-        "row_id": np.asarray([line.row_id for line in lines], dtype=np.int64),
-        "behaviour": flat([line.behaviour for line in lines], np.float32),
-        "reference": flat([line.reference for line in lines], np.int32),
-        "reference_lengths": np.asarray([len(line.reference) for line in lines], dtype=np.int32),
-        "written": np.asarray([line.written for line in lines], dtype=np.uint8),
-        "sample": np.asarray([line.sample for line in lines], dtype=np.int32),
-        "finished": np.asarray([line.finished for line in lines], dtype=np.uint8),
-    }
 
 
 def _one(value: float) -> NDArray[np.float32]:

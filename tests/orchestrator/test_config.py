@@ -178,7 +178,7 @@ def test_a_recipe_changes_single_fields_of_a_cluster_endpoint() -> None:
     big, mine = job.endpoints["big"], job.endpoints["mine"]
     assert isinstance(big, TransformersEndpoint) and isinstance(mine, FakeEndpoint)
     assert (big.model, big.dtype, big.actors, mine.vocabulary) == ("big/model", "float32", 3, 9)
-    assert set(job.endpoints) == {"base", "big", "other", "mine", "student"}
+    assert set(job.endpoints) == {"base", "big", "other", "mine", "student", "replay"}
     assert job.cluster.endpoints["big"].actors == 2
 
 

@@ -81,3 +81,60 @@ def test_who_cannot_judge_is_refused(bench: Bench, overrides: tuple[str, ...], w
     with pytest.raises(Refusal) as caught:
         bench.plan(*JUDGED, *overrides)
     assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+RECALLS = ("strategy=distillm", "strategy.max_new_tokens=16", "evaluate.every_steps=2")
+
+
+def test_the_plan_says_what_is_recalled_and_what_moves(bench: Bench) -> None:
+    plan = bench.plan(*RECALLS, "strategy.replay_rows=24")
+    said = " ".join(plan_text(plan).split())
+    assert "distillm: Replay(replay) -> Rollout(student) -> Score(teacher) -> train" in said
+    assert "0% to 75% of its rows are recalled from the newest 24 texts" in said
+    assert "student_share begins at 0 and moves by eval/cross_entropy" in said
+    assert not plan.warnings, plan.warnings
+    replay, rollout, _ = plan.strategy.stages
+    assert replay.rollout is rollout and rollout.longest_tokens == 64  # type: ignore[attr-defined]
+    log = plan.endpoints["replay"]
+    assert log == plan.sources.answering["replay"] and log.folder == f"{plan.folder.root}/rollouts"  # type: ignore[union-attr]
+
+
+def test_texts_of_any_length_may_be_recalled(bench: Bench) -> None:
+    def worker(*overrides: str) -> int:
+        plan = bench.plan(*RECALLS, "strategy.max_new_tokens=2", *overrides)
+        return next(m for m in plan.memory if m.role == "worker").parts["bundles"]
+
+    assert worker() > worker("strategy.replay_share=0")
+
+
+def test_a_share_that_cannot_move_before_the_end_is_warned_of(bench: Bench) -> None:
+    assert any("none before the end" in w for w in bench.plan(*RECALLS[:2]).warnings)
+
+
+@pytest.mark.parametrize(("texts", "few"), [("replay_rows=32", False), ("replay_rows=33", True)])
+def test_a_run_too_short_to_recall_anything_is_warned_of(bench: Bench, texts: str, few: bool) -> None:
+    plan = bench.plan(*RECALLS, f"strategy.{texts}")
+    assert any("nothing is recalled: the whole run has 32 rows" in w for w in plan.warnings) == few
+
+
+def test_where_nobody_writes_a_store_may_answer(bench: Bench) -> None:
+    plan = bench.plan("strategy=taid")
+    assert set(plan.endpoints) == {"teacher"} and plan.freshness(None) is None and len(plan.captures()) == 0
+    assert "taid begins at 0.3 and moves by loss/kd" in plan_text(plan)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.held_out_rows=0",), ["student_share", "no held-out rows", "data.held_out_rows"]),
+        (("strategy.student_share={metric: eval/cross_entrop}",), ["'eval/cross_entrop'", "Did you mean 'eval/cross_entropy'?"]),
+        (("endpoints.replay={engine: fake, vocabulary: 512}",), ["endpoints.replay", "the run remembers by itself"]),
+        (("endpoints.teacher={engine: replay}",), ["endpoints.teacher", "engine 'replay'", "scores"]),
+        (("endpoints.replay={engine: replay, folder: elsewhere}",), ["endpoints.replay", "the run remembers by itself"]),
+        (("strategy.student_share={rise: 0.1, larger: 1}",), ["student_share"]),
+    ],
+)
+def test_a_memory_that_cannot_work_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(Refusal) as caught:
+        bench.plan(*RECALLS, *overrides)
+    assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestrator.rollout_metrics import rollout_metrics, rollout_sums
+from orchestrator.rollout_metrics import oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.step_metrics import stream_metrics
 from strategies.core import Columns
+
+
+BUNDLES = ("step", "rollout/left_out", "rollout/seconds")
+"""Columns of a bundle as a whole."""
 
 
 def bundle() -> Columns:
@@ -22,26 +26,31 @@ def bundle() -> Columns:
         "behaviour": np.asarray([0, 0, *[-0.5] * 6, *[-2.0] * 4], np.float32),
         "rollout/left_out": np.asarray([3], np.float32),
         "rollout/seconds": np.asarray([0.25], np.float32),
+        "step": np.asarray([9], np.int64),
+        "policy_version": np.asarray([7], np.int64),
+        "written_by": np.asarray([-1, 7, 3], np.int64),
     }
 
 
 def test_a_steps_texts_in_numbers() -> None:
-    found = rollout_metrics(rollout_sums(bundle()))
+    found = rollout_metrics(rollout_sums(bundle()), oldest_steps(bundle()))
     assert found["rollout/share"] == pytest.approx(2 / 3) and found["rollout/length"] == 5 and found["rollout/finished"] == 0.5
     assert found["rollout/surprise"] == pytest.approx((6 * 0.5 + 4 * 2.0) / 10)
     assert found["rollout/repeated"] == pytest.approx(2 / 4)  # three equal pieces of the dull text, one of the other
+    assert found["age_steps"] == (1 + 5) / 2 and found["oldest_steps"] == 5 and found["rollout/recalled"] == pytest.approx(1 / 3)
     assert found["rollout/left_out"] == 3 and found["write_seconds"] == 0.25
 
 
 def test_bundles_add_up_and_one_without_texts_has_none() -> None:
     twice = np.add(rollout_sums(bundle()), rollout_sums(bundle()))
-    once, both = rollout_metrics(rollout_sums(bundle())), rollout_metrics(twice.tolist())
+    once, both = rollout_metrics(rollout_sums(bundle()), 5.0), rollout_metrics(twice.tolist(), 5.0)
     assert all(both[name] == pytest.approx(once[name]) for name in once if name not in ("rollout/left_out", "write_seconds"))
     plain = bundle()
     del plain["written"]
-    assert rollout_metrics(rollout_sums(plain)) == {}
+    assert rollout_metrics(rollout_sums(plain), oldest_steps(plain)) == {}
     silent = bundle() | {"written": np.zeros(3, np.uint8)}
-    assert rollout_metrics(rollout_sums(silent))["rollout/length"] == 0
+    found = rollout_metrics(rollout_sums(silent), oldest_steps(silent))
+    assert found["rollout/length"] == found["oldest_steps"] == 0 and "age_steps" not in found
 
 
 def test_verdicts_count_where_there_are_any() -> None:
@@ -52,10 +61,10 @@ def test_verdicts_count_where_there_are_any() -> None:
         "judge/unjudgeable": np.asarray([1], np.int64),
         "judge/seconds": np.asarray([0.5], np.float32),
     }
-    found = rollout_metrics(rollout_sums(bundle() | verdicts))
+    found = rollout_metrics(rollout_sums(bundle() | verdicts), 0)
     assert found["rollout/reward"] == 0.375 and found["rollout/passed"] == 0.5
     assert (found["rollout/judge_failed"], found["rollout/unjudgeable"], found["judge_seconds"]) == (2, 1, 0.5)
-    nobody = rollout_metrics(rollout_sums(bundle() | verdicts | {"judged": np.zeros(3, np.uint8)}))
+    nobody = rollout_metrics(rollout_sums(bundle() | verdicts | {"judged": np.zeros(3, np.uint8)}), 0)
     assert nobody["rollout/reward"] == 0 and nobody["rollout/passed"] == 0
 
 
@@ -68,6 +77,6 @@ def test_what_stages_count_is_logged_beside_what_texts_were_like() -> None:
 
 
 def test_a_bundle_without_rows_has_zeros() -> None:
-    empty = {name: values[:0] if name not in ("rollout/left_out", "rollout/seconds") else values for name, values in bundle().items()}
-    found = rollout_metrics(rollout_sums(empty))
+    empty = {name: values[:0] if name not in BUNDLES else values for name, values in bundle().items()}
+    found = rollout_metrics(rollout_sums(empty), oldest_steps(empty))
     assert found["rollout/length"] == found["rollout/share"] == 0 and found["rollout/left_out"] == 3

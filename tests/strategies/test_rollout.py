@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from strategies.control import Controlled
 from strategies.core import Columns, Endpoint, Sampling, ScoreRequest
 from strategies.schedule import constant
 from strategies.stages.rollout import Rollout, RowsOf
@@ -64,6 +65,9 @@ def test_every_prompt_is_continued_and_its_own_completion_is_the_reference() -> 
     assert len(out["behaviour"]) == out["loss_mask"].sum() == 18
     assert np.split(out["reference"], np.cumsum(out["reference_lengths"])[:-1])[0].tolist() == [1, 2]
     assert STAGE.adds <= set(out)
+    assert set(out["written_by"].tolist()) == {2}, "the student that step 3 begins with, where nobody says otherwise"
+    older = STAGE(bundle() | {"policy_version": np.asarray([1], np.int64)}, Counting())
+    assert set(older["written_by"].tolist()) == {1}
 
 
 def test_plain_text_lends_its_first_tokens() -> None:
@@ -90,6 +94,13 @@ def test_a_share_of_the_rows_is_written_and_the_same_ones_again() -> None:
     assert 0.42 < drawn < 0.58
     none = replace(STAGE, share=constant(0.0))(bundle(), Counting())
     assert np.array_equal(none["tokens"], bundle()["tokens"])
+
+
+def test_a_share_may_be_a_controllers_value() -> None:
+    moving = replace(STAGE, share=Controlled("mine"))
+    assert moving.needs == STAGE.needs | {"control/mine"}
+    for value, count in ((0.0, 0), (1.0, 6)):
+        assert moving(bundle() | {"control/mine": np.asarray([value])}, Counting())["written"].sum() == count
 
 
 def test_each_step_draws_anew() -> None:
