@@ -24,10 +24,9 @@ from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
-from orchestrator.student_endpoint import fill_student_endpoint, student_endpoint
+from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
-from strategies.stages.rollout import STUDENT
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -45,6 +44,9 @@ class Lora(Model):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """Module names as PEFT takes them; the output head is not a target."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What goes to whoever writes with the student's weights while it trains: all of them with every version, or the adapter, and what
+    it adapts once."""
 
 
 class StudentConfig(Model):
@@ -174,8 +176,8 @@ class Job(Model):
 
     @property
     def endpoints(self) -> Mapping[str, EndpointConfig]:
-        """All that are defined, by name. The student's own has its model unless the recipe says more of it."""
-        return {STUDENT: student_endpoint(self.run.student), **self.cluster.endpoints, **self.run.endpoints}
+        """All that are defined, by name. Those of the student's own network have its model unless the recipe says more of them."""
+        return {**student_endpoints(self.run.student, self.run.strategy), **self.cluster.endpoints, **self.run.endpoints}
 
 
 def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cluster: Path | Mapping[str, Any] | None = None) -> Job:
@@ -190,8 +192,8 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
     cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
     _merge_endpoints(content, cluster_content)
-    fill_student_endpoint(content, StudentConfig.model_fields["dtype"].default)
     content["strategy"] = _strategy(content.get("strategy"), where)
+    fill_student_endpoints(content, content["strategy"], StudentConfig.model_fields["dtype"].default)
     run = _validated(RunConfig, content, where)
     return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))
 

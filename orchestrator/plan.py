@@ -13,7 +13,7 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import authored, checkpoint, stores
+from orchestrator import authored, checkpoint, following, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
@@ -29,25 +29,27 @@ from orchestrator.memory import (
     Memory,
     Work,
     disk,
+    following_memory,
     largest_work,
     part_work,
+    published_bytes,
     scorer_memory,
     small_process,
     stream_bytes,
     surroundings,
+    with_averages,
     with_frozen,
     worker_memory,
 )
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
-from orchestrator.rollouts import equipped, longest_rows
+from orchestrator.rollouts import equipped, longest_rows, read_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
-from strategies.stages.rollout import rollouts
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -118,11 +120,12 @@ class Plan:
 
     def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
-        return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary, freshness)
+        answering, weights = self.sources.answering, following.weight_sets(self.strategy)
+        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights)
 
     def freshness(self, board: Any) -> Freshness | None:
-        """How old the student may be that writes, by the versions that `board` knows; None where it does not write."""
-        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages)), None)
+        """How old the student may be that writes, by the versions that `board` knows; None where nobody follows it."""
+        return following.freshness(self.strategy, board)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -156,8 +159,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen = states.frozen_endpoints(job, strategy)
-    people, found = networks.cast(job, {**frozen, **authored.writers(job, strategy), **endpoints})
-    strategy = equipped(job, strategy, people.tokenizer)
+    people, found = networks.cast(job, {**frozen, **authored.writers(job, strategy), **endpoints}, strategy.follows)
+    strategy = equipped(job, strategy, people.tokenizer, {name: network.context for name, network in people.teachers.items()})
     inner = states.check_states(job, strategy, people, frozen)
     added, asked = teaching.rehearse(job, strategy, people.vocabulary, {name: network.hidden for name, network in people.teachers.items()})
     text, data, silent = _rows(job, strategy, people)
@@ -167,7 +170,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
+    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy), partial(read_rows, strategy))
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(
         job=job,
@@ -238,12 +241,15 @@ def _fits(
     job: Job, people: Cast, work: Work, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
 ) -> tuple[tuple[Memory, ...], list[str]]:
     """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
-    run = job.run
+    run, strategy = job.run, job.run.strategy.build()
+    moving, averages = following.weight_sets(strategy), len(following.average_rates(strategy))
     machine.check_processors(job, wanted)
+    worker = with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)
+    scorers = _scorers(people, found.answering, work, wanted[1:])
     memory = (
-        with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work),
-        *_scorers(people, found.answering, work, wanted[1:]),
-        surroundings(),
+        with_averages(worker, people.student, averages),
+        *(following_memory(m, people.student) if m.role in moving else m for m in scorers),
+        surroundings(published_bytes(people.student, following.versions(strategy), averages)),
     )
     heavy = machine.check_memory(job, memory, stream_bytes(run, work, wanted))
     asked = {w.spec.name: job.endpoints[w.spec.name] for w in found.captures}

@@ -14,6 +14,7 @@ from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.on_policy import GKD
 from strategies.policy import GOPD, OPD
+from strategies.self_distillation import OPSD, SDFT
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.terms import Terms
 
@@ -25,6 +26,8 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "inner-states": InnerStates,
     "logits": Logits,
     "opd": OPD,
+    "opsd": OPSD,
+    "sdft": SDFT,
     "seq-kd": SeqKD,
     "terms": Terms,
     "verified-cot": VerifiedCoT,

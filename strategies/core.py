@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from strategies.follow import Follow
     from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
     from strategies.sources import Source
@@ -261,6 +262,9 @@ class Strategy:
     signals: Mapping[str, Source] = field(default_factory=dict)
     authors: tuple[Authored, ...] = ()
     """Text that is written before training; the rows are then the kept texts, of all authors, instead of the data's own."""
+    follows: Mapping[str, Follow] = field(default_factory=dict)
+    """Endpoints that have the student's own network, and how their weights follow it. The endpoint of a stage that writes while
+    the student learns need not be named."""
 
 
 def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:

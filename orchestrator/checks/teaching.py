@@ -15,6 +15,7 @@ from cluster.config import EndpointConfig
 from cluster.engines.fake import FakeEngine
 from orchestrator import evaluate
 from orchestrator.bundle import HELD_OUT_STEP
+from orchestrator.checks.following import check_following
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
@@ -38,6 +39,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     where = f"strategy.{job.run.strategy.type}"
     _check_parts(where, strategy)
     _check_columns(where, strategy)
+    check_following(job, strategy)
     _check_best_metric(job, strategy)
     warnings = _check_weights(where, strategy, steps or 1000)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
