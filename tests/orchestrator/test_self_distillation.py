@@ -72,8 +72,9 @@ def test_the_student_learns_what_only_its_teacher_reads(home: Path, ray_session:
     content = recipe(home, f"learns-{kind}", {"type": kind}, steps=30, warmup_steps=2)
     result = distill(content, cluster=cluster(home))
     first = evaluations(home, f"learns-{kind}")[0]
-    assert first["eval/teacher_cross_entropy/self"] > 0.3, "held-out rows are scored by a teacher that has not read their answers"
-    assert result.metrics["eval/cross_entropy"] < 0.1 < first["eval/teacher_cross_entropy/self"]
+    # a guess between two answers costs log 2 a row, at least 0.17 for each of its two to four tokens; who has read them pays almost nothing
+    assert first["eval/teacher_cross_entropy/self"] > 0.17, "held-out rows are scored by a teacher that has not read their answers"
+    assert result.metrics["eval/cross_entropy"] < 0.1
     assert result.metrics["eval/forward_kl"] > first["eval/forward_kl"], "it has moved away from what it was"
 
 
