@@ -68,14 +68,13 @@ class Board:
         """The attempt in charge."""
         return self._attempt
 
-    async def publish(self, attempt: int, versions: dict[int, list[Any]], controls: dict[int, dict[str, float]] | None = None) -> None:
-        """All versions of the student that may be asked for, by finished steps: each a list of the reference to its weights, and the
-        values of controllers when it went out. What is older than what is known came late, and changes nothing."""
+    async def publish(self, attempt: int, versions: dict[int, Any], controls: dict[int, dict[str, float]] | None = None) -> None:
+        """All versions of the student that may be asked for, by finished steps: each its sets of weights by name, as lists of one
+        reference; and the values of controllers when it went out. What is older than what is known came late, and changes nothing."""
         if (attempt, max(versions)) < (self._attempt, max(self._versions, default=0)):
             return
         async with self._published:
-            self._controls = controls or {}
-            self._attempt, self._versions = attempt, {step: reference for step, (reference,) in versions.items()}
+            self._attempt, self._versions, self._controls = attempt, versions, controls or {}
             self._published.notify_all()
 
     async def wait_for_version(self, attempt: int, step: int) -> dict[str, float]:
@@ -86,13 +85,13 @@ class Board:
         self._check(attempt)
         return self._controls.get(step, {})
 
-    async def version(self, attempt: int, step: int | None) -> tuple[int, list[Any]]:
+    async def version(self, attempt: int, step: int | None) -> tuple[int, Any]:
         """The student after `step` finished steps, the newest without one; waits for it after a restart of this actor."""
         async with self._published:
             await self._published.wait_for(lambda: attempt < self._attempt or self._has(step))
         self._check(attempt)
         number = max(self._versions) if step is None else step
-        return number, [self._versions[number]]
+        return number, self._versions[number]
 
     def _has(self, step: int | None) -> bool:
         return bool(self._versions) if step is None else step in self._versions

@@ -45,6 +45,9 @@ class Lora(Model):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """Module names as PEFT takes them; the output head is not a target."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What goes to whoever writes with the student's weights while it trains: all of them with every version, or the adapter, and what
+    it adapts once."""
 
 
 class StudentConfig(Model):
@@ -174,9 +177,10 @@ class Job(Model):
 
     @property
     def endpoints(self) -> Mapping[str, EndpointConfig]:
-        """All that are defined, by name. The student's own have its model unless the recipe says more of them, and its texts one more."""
-        own: dict[str, EndpointConfig] = {**student_endpoints(self.run.student), REPLAY: ReplayEndpoint(engine="replay")}
-        return {**own, **self.cluster.endpoints, **self.run.endpoints}
+        """All that are defined, by name. Those of the student's own network have its model unless the recipe says more of them, and its
+        texts have one more."""
+        own = student_endpoints(self.run.student, self.run.strategy)
+        return {**own, REPLAY: ReplayEndpoint(engine="replay"), **self.cluster.endpoints, **self.run.endpoints}
 
 
 def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cluster: Path | Mapping[str, Any] | None = None) -> Job:
@@ -191,8 +195,8 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
     cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
     _merge_endpoints(content, cluster_content)
-    fill_student_endpoints(content, StudentConfig.model_fields["dtype"].default)
     content["strategy"] = _strategy(content.get("strategy"), where)
+    fill_student_endpoints(content, content["strategy"], StudentConfig.model_fields["dtype"].default)
     run = _validated(RunConfig, content, where)
     return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))
 

@@ -93,9 +93,11 @@ def largest_work(
     signal_bytes: int,
     become: Callable[[NDArray[np.int64]], NDArray[np.int64]] = lambda lengths: lengths,
     together: int = 1,
+    read: Callable[[str, NDArray[np.int64]], NDArray[np.int64]] = lambda endpoint, lengths: lengths,
 ) -> Work:
     """Measured on the bundles of some steps of the real order. `signal_bytes` are what stages add to every loss token, `become` says
-    how long the rows are that may become of rows of the data, and `together` of those the student reads in one forward."""
+    how long the rows are that may become of rows of the data, `together` how many of those the student reads in one forward, and `read`
+    how long an endpoint reads them."""
     rows = Rows(order.folder, "train")
     steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
     bundles = [become(np.asarray(rows.lengths[b], dtype=np.int64)) for s in steps.tolist() for b in order.bundles(s) if len(b)]
@@ -107,7 +109,7 @@ def largest_work(
     return Work(
         micro=largest,
         micros=max(len(groups) for groups in micros),
-        forward_tokens={n: max(r * t for b in bundles for r, t in _groups(b, m.forward_tokens)) for n, m in models.items()},
+        forward_tokens={n: max(r * t for b in bundles for r, t in _groups(read(n, b), m.forward_tokens)) for n, m in models.items()},
         bundle_bytes=tokens * (ROW_TOKEN_BYTES + signal_bytes),
         steps=order.steps,
     )
@@ -146,6 +148,21 @@ def worker_memory(run: RunConfig, student: Network, work: Work, workers: Demand)
         "bundles": work.bundle_bytes * min(run.train.read_ahead_bundles + 1, work.steps),
     }
     return Memory(workers.role, workers.processes, parts, on_gpu=workers.share.gpus > 0)
+
+
+def with_averages(worker: Memory, student: Network, averages: int) -> Memory:
+    """A training worker whose rank 0 keeps moving averages of the student; counted for every worker."""
+    return replace(worker, parts={**worker.parts, "averages": averages * student.parameters * FLOAT}) if averages else worker
+
+
+def following_memory(scorer: Memory, student: Network) -> Memory:
+    """An actor that takes published weights: they are put together beside those that they replace."""
+    return replace(scorer, parts={**scorer.parts, "published": student.parameters * student.dtype.itemsize})
+
+
+def published_bytes(student: Network, versions: int, averages: int) -> int:
+    """What the versions that may be asked for hold of Ray's object store."""
+    return versions * student.parameters * (student.dtype.itemsize + averages * FLOAT)
 
 
 COMPARED_COPIES = 4
@@ -227,9 +244,9 @@ def small_process(demand: Demand) -> Memory:
     return Memory(demand.role, demand.processes, {"process": READER_BYTES})
 
 
-def surroundings() -> Memory:
-    """What runs beside the roles on the driver's machine."""
-    return Memory("driver and Ray", 1, {"process": DRIVER_BYTES})
+def surroundings(versions: int = 0) -> Memory:
+    """What runs beside the roles on the driver's machine, with the bytes of published versions."""
+    return Memory("driver and Ray", 1, {"process": DRIVER_BYTES, **({"versions": versions} if versions else {})})
 
 
 def stream_bytes(run: RunConfig, work: Work, demands: tuple[Demand, ...]) -> int:

@@ -7,7 +7,7 @@ Nothing in Ray promises this, so workers assert it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import ray.data
@@ -19,7 +19,7 @@ from cluster.resources import Share
 from orchestrator.bundle import from_table, to_table
 from orchestrator.order import Order
 from orchestrator.reading import OPEN, OrderSource
-from orchestrator.versions import FollowingEngine, Freshness
+from orchestrator.versions import STUDENT_WEIGHTS, FollowingEngine, Freshness
 from strategies.core import Stage
 from strategies.stages.rollout import STUDENT
 
@@ -36,11 +36,15 @@ class StreamSpec:
     vocabulary: int
     """Token ids the student can be asked about; teachers drop the rest."""
     freshness: Freshness | None = None
-    """How old the student may be that writes; None where it does not write."""
+    """How old the student may be that writes; None where nobody follows it."""
+    weights: Mapping[str, str] = field(default_factory=lambda: {STUDENT: STUDENT_WEIGHTS})
+    """Which of a version's sets of weights an endpoint's engine takes, by endpoint that follows the student."""
 
     def followers(self, name: str | None) -> Freshness | None:
         """How an endpoint's engine follows the student; None for one that stays as it is."""
-        return self.freshness if name == STUDENT else None
+        if self.freshness is None or name is None or name not in self.weights:
+            return None
+        return replace(self.freshness, weights=self.weights[name])
 
 
 def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: bool) -> ray.data.Dataset:

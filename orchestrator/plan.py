@@ -13,7 +13,7 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import authored, checkpoint, stores
+from orchestrator import authored, checkpoint, following, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
@@ -29,12 +29,15 @@ from orchestrator.memory import (
     Memory,
     Work,
     disk,
+    following_memory,
     largest_work,
     part_work,
+    published_bytes,
     scorer_memory,
     small_process,
     stream_bytes,
     surroundings,
+    with_averages,
     with_frozen,
     worker_memory,
 )
@@ -42,14 +45,13 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
 from orchestrator.remembering import about_memory, with_log
-from orchestrator.rollouts import equipped, live_authors, longest_rows
+from orchestrator.rollouts import equipped, live_authors, longest_rows, read_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
 from strategies.core import ScoreRequest, Strategy
 from strategies.sources import Taught
-from strategies.stages.rollout import rollouts
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -120,11 +122,12 @@ class Plan:
 
     def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
-        return StreamSpec(self.order, self.strategy.stages, self.sources.answering, self.shares, self.vocabulary, freshness)
+        answering, weights = self.sources.answering, following.weight_sets(self.strategy)
+        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights)
 
     def freshness(self, board: Any) -> Freshness | None:
-        """How old the student may be that writes, by the versions that `board` knows; None where it does not write."""
-        return next((Freshness(s.staleness, s.newest, board) for s in rollouts(self.strategy.stages) if s.follows), None)
+        """How old the student may be that writes, by the versions that `board` knows; None where nobody follows it."""
+        return following.freshness(self.strategy, board)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -158,8 +161,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
-    people, found = networks.cast(job, {**frozen, **writing, **endpoints})
-    strategy = equipped(job, strategy, people.tokenizer)
+    people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows)
+    strategy = equipped(job, strategy, people.tokenizer, people.contexts)
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
@@ -169,7 +172,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy), strategy.rows_together)
+    work = _work(job, strategy, order, found_sources, added)
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(
         job=job,
@@ -218,6 +221,12 @@ def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, Prep
     return told, prepare(told.data if told else data, people.tokenizer, data.split_seed, cache), warnings
 
 
+def _work(job: Job, strategy: Strategy, order: Order, found: Sources, added: int) -> Work:
+    """The most that processes have in hand at once."""
+    become, read = partial(longest_rows, strategy), partial(read_rows, strategy)
+    return largest_work(job.run, order, found.answering, added, become, strategy.rows_together, read)
+
+
 def _disk(job: Job, people: Cast, data: PreparedData, order: Order, added: int) -> Disk:
     """What the run will write, after a check that it fits."""
     written = disk(job.run, people.student, data, order.steps, added)
@@ -252,12 +261,15 @@ def _fits(
     job: Job, people: Cast, work: Work, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
 ) -> tuple[tuple[Memory, ...], list[str]]:
     """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
-    run = job.run
+    run, strategy = job.run, job.run.strategy.build()
+    moving, averages = following.weight_sets(strategy), len(following.average_rates(strategy))
     machine.check_processors(job, wanted)
+    worker = with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)
+    scorers = _scorers(people, found.answering, work, wanted[1:])
     memory = (
-        with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work),
-        *_scorers(people, found.answering, work, wanted[1:]),
-        surroundings(),
+        with_averages(worker, people.student, averages),
+        *(following_memory(m, people.student) if m.role in moving else m for m in scorers),
+        surroundings(published_bytes(people.student, following.versions(strategy), averages)),
     )
     heavy = machine.check_memory(job, memory, stream_bytes(run, work, wanted))
     asked = {w.spec.name: job.endpoints[w.spec.name] for w in found.captures}

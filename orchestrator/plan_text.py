@@ -15,9 +15,11 @@ from orchestrator.memory import Memory
 from orchestrator.sketch import Network
 from strategies.control import begun
 from strategies.core import AnyTerm, Progress
+from strategies.follow import Follow
 from strategies.stages.repair import Repair
 from strategies.stages.replay import Replay, replays
 from strategies.stages.rollout import rollouts
+from strategies.stages.view import behind
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -77,6 +79,8 @@ def _strategy(plan: Plan) -> Iterator[str]:
     yield from (_recalled(s, plan.steps) for s in replays(plan.strategy.stages))
     for name, value in begun(plan.strategy.controllers).items():
         yield f"{name} begins at {value:g} and moves by {', '.join(sorted(plan.strategy.controllers[name].hears))}"
+    for view in (s for s in behind(plan.strategy.stages) if s.context.text):
+        yield f"{view.endpoint} reads {view.context.text!r} before each of these rows, and weighs none that has no reference or no room"
     for update in plan.strategy.updates:
         every = f" every {update.every} steps" if update.every > 1 else ""
         yield f"{update.player}{every} learns from " + ", ".join(_term(t, plan) for t in update.terms)
@@ -116,10 +120,11 @@ def _short(fingerprint: str) -> str:
 
 def _teachers(plan: Plan) -> Iterator[str]:
     writing = {stage.endpoint for stage in rollouts(plan.strategy.stages) if stage.follows}
+    own = writing | set(plan.strategy.follows)
     for name, config in plan.endpoints.items():
         network, offer = plan.cast.teachers.get(name), plan.offers.get(name)
-        described = _network(network, plan) if network and name not in writing else offer.line if offer else ""
-        about = ", writes with the weights in training" if name in writing else ""
+        described = _network(network, plan) if network and name not in own else offer.line if offer else ""
+        about = ", writes with the weights in training" if name in writing else _following(plan.strategy.follows.get(name))
         yield f"{name} ({config.engine}, {config.actors} {'actor' if config.actors == 1 else 'actors'}{about}) {described}".rstrip()
     yield from _authors(plan)
     yield from (_stored(w) for w in plan.sources.read)
@@ -128,6 +133,15 @@ def _teachers(plan: Plan) -> Iterator[str]:
         yield f"{name} (frozen in every training worker) {_network(plan.cast.teachers[name], plan)}"
     if plan.endpoints or plan.frozen:
         yield f"{plan.vocabulary:,} token ids are shared by all"
+
+
+def _following(follow: Follow | None) -> str:
+    """Whose weights an endpoint has."""
+    if follow is None:
+        return ""
+    if not follow.moves:
+        return ", the student as it begins"
+    return f", an average of the student at rate {follow.rate:g}" if follow.averages else ", the weights in training"
 
 
 def _authors(plan: Plan) -> Iterator[str]:

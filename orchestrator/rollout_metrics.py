@@ -49,7 +49,7 @@ def _written(bundle: Columns) -> list[float]:
         float(bundle["rollout/left_out"][0]),
         float(bundle["rollout/seconds"][0]),
         float(_ages(bundle).sum()),
-        float(np.count_nonzero(written & (bundle["written_by"] != bundle["policy_version"][0]))),
+        float(np.count_nonzero(written & (bundle["written_by"] != bundle.get("policy_version", bundle["written_by"])))),
     ]
 
 

@@ -1,8 +1,11 @@
-"""Rows that the student writes during training: what the door adds to the stage that writes, and how large they may be."""
+"""Rows that the student writes during training: what the door adds to the stages that write and read them, and how large they may
+be."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from orchestrator.authored import stop_tokens
 from orchestrator.chat import ChatTemplate
-from orchestrator.checks.networks import conversations
+from orchestrator.checks.networks import adds_before, conversations
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.pieces import Bad
@@ -18,10 +21,14 @@ from strategies.core import Sampling, Stage, Strategy
 from strategies.stages.repair import Lessons, Repair
 from strategies.stages.replay import Replay
 from strategies.stages.rollout import Rollout, rollouts
+from strategies.stages.view import REFERENCE, Context, ScoreBehind, behind
 
 
-def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -> Strategy:
-    """The strategy whose stages that write know the tokens that end a text, the longest row, and the run's seed.
+def equipped(
+    job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, positions: Mapping[str, int | None] = MappingProxyType({})
+) -> Strategy:
+    """The strategy whose stages that write know the tokens that end a text, the longest row, and the run's seed, and whose contexts
+    are ids. `positions` are those that the endpoints' networks have.
 
     `Refusal` for more than one stage that continues prompts, for texts that leave no room for a prompt, and for signals to be stored of
     rows that do not exist yet.
@@ -39,21 +46,31 @@ def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -
     if new >= longest:
         do = f"Set data.max_length_tokens to more than {new}, by the length of a prompt, or lower strategy.max_new_tokens."
         raise Refusal("data.max_length_tokens", f"{longest} for prompts and {new} new tokens", "room for both", do)
-    stop = stop_tokens(tokenizer)
+    return _told(job, strategy, stage, tokenizer, positions)
 
-    def told(given: Sampling) -> Sampling:
+
+def _told(
+    job: Job, strategy: Strategy, stage: Rollout, tokenizer: PreTrainedTokenizerBase, positions: Mapping[str, int | None]
+) -> Strategy:
+    """The strategy with what only a run knows in its stages, of which `stage` continues prompts."""
+    stop, longest = stop_tokens(tokenizer), job.run.data.max_length_tokens
+
+    def drawn(given: Sampling) -> Sampling:
         return replace(given, stop=stop, seed=job.run.seed)
 
-    writer = replace(stage, sampling=told(stage.sampling), longest_tokens=longest)
+    writer = replace(stage, sampling=drawn(stage.sampling), longest_tokens=longest)
 
     def whole(given: Stage) -> Stage:
-        if given is stage:
-            return writer
-        if isinstance(given, Replay):
-            return replace(given, rollout=writer)
-        if isinstance(given, Repair):
-            feedback = _feedback(job, given.feedback_text, tokenizer)
-            return replace(given, sampling=told(given.sampling), longest_tokens=longest, feedback=feedback)
+        match given:
+            case Rollout():
+                return writer
+            case Replay():
+                return replace(given, rollout=writer)
+            case Repair():
+                feedback = _feedback(job, given.feedback_text, tokenizer)
+                return replace(given, sampling=drawn(given.sampling), longest_tokens=longest, feedback=feedback)
+            case ScoreBehind():
+                return replace(given, context=read_context(given.context, tokenizer, stop, positions.get(given.endpoint)))
         return given
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
@@ -78,6 +95,15 @@ def _feedback(job: Job, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return tuple(int(i) for i in tokenizer(turn, add_special_tokens=False)["input_ids"])
 
 
+def read_context(context: Context, tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...], positions: int | None) -> Context:
+    """A context as ids, for a teacher that has so many `positions`."""
+    first, _, second = context.text.partition(REFERENCE)
+    before, between = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (first, second))
+    opening = tuple(adds_before(tokenizer))
+    longest = context.longest_tokens if positions is None else positions
+    return replace(context, before=before, between=between, opening=opening, endings=stop, longest_tokens=longest)
+
+
 def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Lengths of the rows that may become of rows of the data, at most. In the place of any may come a text of another prompt, where
     texts are recalled."""
@@ -85,4 +111,13 @@ def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.i
         if isinstance(stage, Replay):
             lengths = np.full_like(lengths, stage.rollout.longest_tokens)
         lengths = stage.longest_rows(lengths) if isinstance(stage, Rollout | Repair | Lessons) else lengths
+    return lengths
+
+
+def read_rows(strategy: Strategy, endpoint: str, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Lengths of rows as an endpoint reads them, at most: behind their contexts. No reference is longer than its row may become."""
+    for stage in (s for s in behind(strategy.stages) if s.endpoint == endpoint and s.context.text):
+        context = stage.context
+        longer = lengths * (1 + context.shows_reference) + len(context.before) + len(context.between)
+        lengths = np.maximum(lengths, np.minimum(longer, context.longest_tokens))
     return lengths

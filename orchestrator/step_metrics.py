@@ -15,21 +15,23 @@ from strategies.core import COUNT, Columns, Progress, Update
 from strategies.sources import Source, Taught
 
 FREE = np.zeros(1, dtype=np.float32)
-"""What an answer without a price costs."""
+"""What an answer without a price costs, and a teacher that is shown everything leaves out."""
 
 
 def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float, waited_seconds: float) -> dict[str, float]:
     """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
-    a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `dropped_mass` the
-    most that a token of one lost. What stages count (`strategies.core.COUNT`) is summed under its own name."""
+    a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `left_out` how many
+    rows that the student wrote could not be shown to one, `dropped_mass` the most that a token of one lost. What stages count
+    (`strategies.core.COUNT`) is summed under its own name."""
     scored = [(s.endpoint, name) for name, s in signals.items() if isinstance(s, Taught) and s.endpoint]
     teachers = sorted({endpoint for endpoint, _ in scored})
     worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
+    unseen = [sum(float(bundle.get(f"{name}/left_out", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     texts, counts = rollout_sums(bundle), {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
     first, largest = [*texts, *counts.values()], [*lost, oldest_steps(bundle)]
-    ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *largest])
+    ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *unseen, *largest])
     tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(first) :]
     *dropped, oldest = ranks[:, len(ranks[0]) - len(largest) :].amax(0).tolist()
     seconds = time.perf_counter() - began + waited_seconds
@@ -47,6 +49,7 @@ def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float,
     timing |= rollout_metrics(told[: len(texts)], oldest) | dict(zip(counts, told[len(texts) :], strict=True))
     timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
     timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
+    timing |= {f"left_out/{t}": n for t, n in zip(teachers, summed[2 * len(teachers) :], strict=False) if n}
     return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
 
 

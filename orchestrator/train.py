@@ -26,6 +26,7 @@ from orchestrator.collective import gather, total, world_size
 from orchestrator.config import RunConfig
 from orchestrator.controls import Controls
 from orchestrator.errors import RunFailed
+from orchestrator.following import parcel
 from orchestrator.layouts import Layout
 from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
 from orchestrator.players import BoundPlayers, load_players
@@ -67,7 +68,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
         memory.begin(step)
     if publisher:  # before anything waits for the first rows, which wait for it
         controls.send_with(step)
-        publisher.begin(ray.get(job.board.attempt.remote()), step, _older_versions(resumed), controls.versions)
+        publisher.begin(ray.get(job.board.attempt.remote()), step, _kept_versions(resumed), controls.versions)
     journal.begin(stream.attempt)
     trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, controls, publisher, memory)
     try:
@@ -85,7 +86,7 @@ def _train(job: WorkerJob, stream: Stream, trainer: Trainer, journal: RankJourna
         stop = trainer.step(step, bundle, stream.waited_seconds)
         if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(trainer.held_bytes())
-            trainer.held_out = _held_out(job, stream, journal.rank)
+            trainer.measure(_held_out(job, stream, journal.rank))
         if trainer.due(step) or stop:
             trainer.report(step, stream.attempt, stop)
         if stop:
@@ -98,11 +99,10 @@ def _publisher(job: WorkerJob, student: Layout, rank: int) -> Publisher | None:
     """Who sends the student's versions out; None where nobody writes with them."""
     if job.freshness is None:
         return None
-    lora = job.run.student.lora
-    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, lora.alpha / lora.r if lora else None)
+    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, parcel(job.run))
 
 
-def _older_versions(checkpoint: Checkpoint | None) -> dict[int, dict[str, torch.Tensor]]:
+def _kept_versions(checkpoint: Checkpoint | None) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
     if checkpoint is None:
         return {}
     with checkpoint.as_directory() as folder:
@@ -163,7 +163,7 @@ class Trainer:
         self._job, self._strategy, self._networks = job, strategy, networks
         self._journal, self._controls, self._publisher, self._memory = journal, controls, publisher, memory
         self.held_out = HeldOut([], [], 0)
-        """Nothing until the first step is over."""
+        """Nothing until the first step is over (`measure`)."""
         self._terms = evaluate.evaluation_terms(job.measured)
         self._skipped = 0
 
@@ -187,6 +187,12 @@ class Trainer:
             self._memory.write(step, bundle)
         self._controls.send_with(step)
         publisher.publish(step)
+
+    def measure(self, held_out: HeldOut) -> None:
+        """Evaluates these rows from now on, which are scored."""
+        self.held_out = held_out
+        if self._publisher:
+            self._publisher.settled()
 
     def held_bytes(self) -> dict[str, int]:
         """What this rank holds of the first player."""

@@ -19,6 +19,7 @@ from strategies.paced import Paced
 from strategies.personalised import Personalised
 from strategies.policy import GOPD, KDRL, OPD, RLAD
 from strategies.preference import SODA
+from strategies.self_distillation import OPSD, SDFT
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.taid import TAID
 from strategies.terms import Terms
@@ -35,9 +36,11 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "logits": Logits,
     "minillm": MiniLLM,
     "opd": OPD,
+    "opsd": OPSD,
     "paced": Paced,
     "personalised": Personalised,
     "rlad": RLAD,
+    "sdft": SDFT,
     "seq-kd": SeqKD,
     "soda": SODA,
     "taid": TAID,

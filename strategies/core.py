@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from strategies.control import Controller
+    from strategies.follow import Follow
     from strategies.head import TermSums, TokenBatch, TokenLogits
     from strategies.signals import Signal
     from strategies.sources import Source
@@ -271,6 +272,9 @@ class Strategy:
     """Text that is written before training; the rows are then the kept texts, of all authors, instead of the data's own."""
     controllers: Mapping[str, Controller] = field(default_factory=dict)
     """Numbers that move by what training reports, by the name under which objectives and stages find their values."""
+    follows: Mapping[str, Follow] = field(default_factory=dict)
+    """Endpoints that have the student's own network, and how their weights follow it. The endpoint of a stage that writes while
+    the student learns need not be named."""
 
     @property
     def rows_together(self) -> int:

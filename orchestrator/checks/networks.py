@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -35,9 +35,15 @@ class Cast:
     vocabulary: int
     """Ids, from 0, that student and every teacher predict."""
 
+    @property
+    def contexts(self) -> dict[str, int | None]:
+        """Positions that the teachers' networks have, by endpoint; None where one does not tell."""
+        return {name: network.context for name, network in self.teachers.items()}
 
-def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[str]]:
-    """Opens every network and tokenizer of a run and compares them; also returns warnings."""
+
+def cast(job: Job, endpoints: Mapping[str, EndpointConfig], itself: Container[str] = ()) -> tuple[Cast, list[str]]:
+    """Opens every network and tokenizer of a run and compares them; also returns warnings. Endpoints in `itself` are meant to have the
+    student's own weights."""
     run = job.run
     following = {n for n, c in endpoints.items() if follows_student(c)}
     saved = {name: model for name, config in endpoints.items() if name not in following and (model := config.saved_model)}
@@ -53,7 +59,7 @@ def cast(job: Job, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, list[
     own |= named
     for name, theirs in own.items():
         warnings += _compare_tokenizers(name, tokenizer, theirs)
-    warnings += _about_weights(run, student, teachers)
+    warnings += _about_weights(run, student, {name: network for name, network in teachers.items() if name not in itself})
     teachers |= dict.fromkeys(following, student)
     return Cast(student, tokenizer, teachers, own, _shared_vocabulary(student, tokenizer, teachers, endpoints)), warnings
 
@@ -142,14 +148,14 @@ def _compare_tokenizers(name: str, ours: PreTrainedTokenizerBase, theirs: PreTra
             f"EOS is {own} for the student and {other_end} for endpoint {name!r}: the teacher will call every end of a row unlikely. "
             "Give both tokenizers the same eos_token."
         )
-    if _adds_before(ours) != _adds_before(theirs):
+    if adds_before(ours) != adds_before(theirs):
         warnings.append(
-            f"the student's rows begin with {_adds_before(ours)} where endpoint {name!r} is used to {_adds_before(theirs)} (BOS)."
+            f"the student's rows begin with {adds_before(ours)} where endpoint {name!r} is used to {adds_before(theirs)} (BOS)."
         )
     return warnings
 
 
-def _adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special ids that the tokenizer puts before a text."""
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.config import EndpointConfig
 from orchestrator import evaluate
+from orchestrator.checks.following import check_following
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
@@ -32,6 +33,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     where = f"strategy.{job.run.strategy.type}"
     _check_parts(where, strategy)
     _check_columns(where, strategy)
+    check_following(job, strategy)
     _check_best_metric(job, strategy)
     warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}

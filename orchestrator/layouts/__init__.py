@@ -58,9 +58,9 @@ class Layout(Protocol):
         """Takes the tree that `state` describes, filled in by torch.distributed.checkpoint."""
         ...
 
-    def gathered(self) -> dict[str, torch.Tensor]:
-        """Every weight of the wrapped module by name, whole and on the CPU, on rank 0; nothing on others. Collective. What comes
-        may be the live weights themselves: copy before the next step."""
+    def gathered(self, trained: bool = False) -> dict[str, torch.Tensor]:
+        """Every weight of the wrapped module by name, or the `trained` ones alone, whole and on the CPU, on rank 0; nothing on others.
+        Collective. What comes may be the live weights themselves: copy before the next step."""
         ...
 
     def held_bytes(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from orchestrator.config import LayoutConfig
 from orchestrator.errors import Refusal
 from orchestrator.layouts import Numerics, OptimizerFactory
+from orchestrator.layouts.replicated import whole_weights
 from orchestrator.layouts.zero import MOMENTS, HeldPiece, flat_weights, held_piece, make_moments, publish_weights, trained
 
 
@@ -115,14 +116,15 @@ class DeepSpeed:
         everything = self._engine.module.state_dict(keep_vars=True)
         return {name: value for name, value in everything.items() if not isinstance(value, nn.Parameter)}
 
-    def gathered(self) -> dict[str, Tensor]:
+    def gathered(self, trained: bool = False) -> dict[str, Tensor]:
         rank = torch.distributed.get_rank()
         if self._stage < 3:
-            return {} if rank else {name: value.detach().cpu() for name, value in self._engine.module.state_dict().items()}
+            held = {} if rank else whole_weights(self._engine.module, trained)
+            return {name: value.detach().cpu() for name, value in held.items()}
         import deepspeed
 
-        found: dict[str, Tensor] = {} if rank else dict(self._buffers())
-        for name, parameter in self._engine.module.named_parameters():
+        found: dict[str, Tensor] = {} if rank or trained else dict(self._buffers())
+        for name, parameter in ((n, p) for n, p in self._engine.module.named_parameters() if p.requires_grad or not trained):
             with deepspeed.zero.GatheredParameters([parameter]):
                 if not rank:
                     found[name] = parameter.detach().cpu().clone()

@@ -34,8 +34,8 @@ class Fsdp2(Single):
         self.module.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def gathered(self) -> dict[str, torch.Tensor]:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    def gathered(self, trained: bool = False) -> dict[str, torch.Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
         weights: dict[str, Any] = get_model_state_dict(self.module, options=options)
         return weights
 

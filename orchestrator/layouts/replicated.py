@@ -67,11 +67,11 @@ class Single:
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
 
-    def gathered(self) -> dict[str, torch.Tensor]:
+    def gathered(self, trained: bool = False) -> dict[str, torch.Tensor]:
         if torch.distributed.is_initialized() and torch.distributed.get_rank():
             return {}
         whole = self.module.module if isinstance(self.module, DistributedDataParallel) else self.module
-        return {name: value.detach().cpu() for name, value in whole.state_dict().items()}
+        return {name: value.detach().cpu() for name, value in whole_weights(whole, trained).items()}
 
     def held_bytes(self) -> dict[str, int]:
         states = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
@@ -88,6 +88,13 @@ class Ddp(Single):
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)
         return nullcontext() if last else self.module.no_sync()
+
+
+def whole_weights(module: nn.Module, trained: bool) -> dict[str, torch.Tensor]:
+    """The state of a module that lies here whole, or its `trained` parameters under every name they have."""
+    if not trained:
+        return module.state_dict()
+    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def _local_bytes(tensors: list[torch.Tensor]) -> int:

@@ -9,8 +9,7 @@ from orchestrator.rollout_metrics import oldest_steps, rollout_metrics, rollout_
 from orchestrator.step_metrics import stream_metrics
 from strategies.core import Columns
 
-
-BUNDLES = ("step", "rollout/left_out", "rollout/seconds")
+BUNDLES = ("step", "policy_version", "rollout/left_out", "rollout/seconds")
 """Columns of a bundle as a whole."""
 
 
@@ -80,3 +79,9 @@ def test_a_bundle_without_rows_has_zeros() -> None:
     empty = {name: values[:0] if name not in BUNDLES else values for name, values in bundle().items()}
     found = rollout_metrics(rollout_sums(empty), oldest_steps(empty))
     assert found["rollout/length"] == found["rollout/share"] == 0 and found["rollout/left_out"] == 3
+
+
+def test_texts_of_a_snapshot_are_as_old_as_the_run_and_not_recalled() -> None:
+    snapshot = {name: values for name, values in bundle().items() if name != "policy_version"} | {"written_by": np.asarray([-1, 0, 0])}
+    found = rollout_metrics(rollout_sums(snapshot), oldest_steps(snapshot))
+    assert (found["age_steps"], found["rollout/recalled"]) == (8, 0)

@@ -22,7 +22,7 @@ from orchestrator.config import load_job
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec, open_stream
 from orchestrator.published import published_weights
-from orchestrator.versions import Freshness, Publisher, kept_versions
+from orchestrator.versions import Freshness, Parcel, Publisher, kept_versions
 from orchestrator.worker import WorkerJob
 from strategies.core import Sampling, ScoreRequest
 from strategies.stages.rollout import Rollout
@@ -38,7 +38,7 @@ class Whole:
     def __init__(self) -> None:
         self.value = 0.0
 
-    def gathered(self) -> dict[str, torch.Tensor]:
+    def gathered(self, trained: bool = False) -> dict[str, torch.Tensor]:
         return {"model.w": torch.full((2,), self.value), "filters.f": torch.zeros(1)}
 
 
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
 def consume(shard: Any, rank: int, board: Any, staleness: int) -> list[tuple[int, int, list[int]]]:
     """A worker that takes a bundle, and sends out the next version once all have it: step, version, written tokens."""
-    publisher = Publisher(board, Whole(), rank, staleness, None)  # type: ignore[arg-type]
+    publisher = Publisher(board, Whole(), rank, staleness, Parcel())  # type: ignore[arg-type]
     publisher.begin(3, 0, {})
     seen = []
     for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=max(0, staleness - 1)):
@@ -156,7 +156,7 @@ def test_a_board_that_was_restarted_takes_what_is_repeated(board: Board) -> None
 def test_older_versions_come_back_from_a_checkpoint(tmp_path: Path, ray_session: str) -> None:
     board, layout = open_board("versions-kept"), Whole()
     ray.get(board.begin.remote(1, 0, 0.0))
-    publisher = Publisher(board, layout, 0, 2, None)  # type: ignore[arg-type]
+    publisher = Publisher(board, layout, 0, 2, Parcel())  # type: ignore[arg-type]
     publisher.begin(1, 0, {})
     for step in (1, 2, 3):
         layout.value = float(step)
@@ -164,7 +164,7 @@ def test_older_versions_come_back_from_a_checkpoint(tmp_path: Path, ray_session:
     publisher.keep(tmp_path)
     publisher.end()
     kept = kept_versions(tmp_path)
-    assert {step: weights["w"].tolist() for step, weights in kept.items()} == {1: [1.0, 1.0], 2: [2.0, 2.0]}
+    assert {step: sets["student"]["w"].tolist() for step, sets in kept.items()} == {1: [1.0, 1.0], 2: [2.0, 2.0]}
     ray.kill(board)
 
 
@@ -173,7 +173,7 @@ def test_an_adapters_product_is_merged_under_the_models_own_names() -> None:
     a, b, w = torch.randn(2, 4), torch.randn(3, 2), torch.randn(3, 4)
 
     class Adapted:
-        def gathered(self) -> dict[str, torch.Tensor]:
+        def gathered(self, trained: bool = False) -> dict[str, torch.Tensor]:
             return {f"{name}.base_layer.weight": w, f"{name}.lora_A.default.weight": a, f"{name}.lora_B.default.weight": b}
 
     merged = published_weights(Adapted(), 0.5)  # type: ignore[arg-type]

@@ -1,0 +1,27 @@
+"""Checks of endpoints that have the student's own network."""
+
+from __future__ import annotations
+
+from orchestrator.config import Job
+from orchestrator.errors import Refusal
+from orchestrator.following import average_rates
+from strategies.core import Strategy
+
+
+def check_following(job: Job, strategy: Strategy) -> None:
+    """`Refusal` for an endpoint that nobody asks, that would begin as a student that is saved nowhere, or that would need an average of
+    weights where only an adapter is sent."""
+    where, student = f"strategy.{job.run.strategy.type}", job.run.student
+    asked = {stage.endpoint for stage in strategy.stages if stage.endpoint}
+    for name in sorted(set(strategy.follows) - asked):
+        known = ", ".join(sorted(asked)) or "none"
+        raise Refusal(where, f"the endpoint {name!r}, which follows the student", f"one that a stage asks: {known}", "Mend the strategy.")
+    still = sorted(name for name, follow in strategy.follows.items() if not follow.moves)
+    if still and student.init == "random":
+        got = f"'random', for a student that is also its own teacher {still[0]!r}, as it begins"
+        do = "Start from a saved model, or let the teacher follow: strategy.weights=average."
+        raise Refusal("student.init", got, "'pretrained', because fresh weights are saved nowhere", do)
+    if average_rates(strategy) and student.lora is not None and student.lora.publish == "adapter":
+        do = "Set student.lora.publish=merged, or another policy of the teacher's weights."
+        got = "'adapter', with a teacher that is a moving average of the student"
+        raise Refusal("student.lora.publish", got, "'merged', because an average of products is no product of averages", do)
