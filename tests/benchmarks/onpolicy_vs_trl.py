@@ -1,9 +1,9 @@
 """The whole on-policy step, writing, scoring and learning, against TRL's DistillationTrainer: written tokens/s over tokens/s.
 
 Both sides have the same models, prompts in the same order, rows of a step, longest text, optimizer and loss: reverse KL over the
-whole vocabulary on what the student wrote at temperature 1, float32, on the same cores. Teacher and student first learn GSM8K's
-rows for a while, so that texts end by themselves, at uneven lengths, and the learning rate is so small that they go on doing so.
-Each side draws its own texts: tokens are counted, not steps.
+whole vocabulary on what the student wrote at temperature 1, float32, on the same cores. The models have random weights, but for a
+row of their output head that makes a text end every so many tokens, sooner or later by its content: lengths are uneven as they come,
+and the learning rate is so small that they stay so. Each side draws its own texts: tokens are counted, not steps.
 
 TRL has one way to share out threads, and is given the better of two; so has the product without staleness. With `staleness: 1`
 it writes while it trains, which TRL cannot: that ratio stands beside, as does one with the teacher's top 64 only.
@@ -35,7 +35,8 @@ BATCH_ROWS, NEW_TOKENS, ROW_TOKENS = 32, 256, 512
 LR = 1e-5
 TRAIN = {"batch_rows": BATCH_ROWS, "lr": LR, "lr_schedule": "constant", "weight_decay": 0.05, "betas": [0.9, 0.95], "layout": "single"}
 TRL_THREADS = (2, 1)
-LEARNT_STEPS = {"teacher": 60, "student": 150}
+MEAN_TOKENS = 80
+"""Of a text, about, if the longest were not cut."""
 PARTS = ("step_seconds", "stream_wait_seconds", "write_seconds", "score_seconds/teacher", "rollout/length", "rollout/finished")
 
 
@@ -53,7 +54,11 @@ class Way:
 
 SAME = (Way("as shared out"), Way("2 threads each", threads=2))
 """The same work as TRL's. The value is the better one's."""
-BESIDE = (Way("staleness 1", staleness=1), Way("staleness 1, 2 threads each", threads=2, staleness=1), Way("top 64", threads=2, take="topk"))
+BESIDE = (
+    Way("staleness 1", staleness=1),
+    Way("staleness 1, 2 threads each", threads=2, staleness=1),
+    Way("top 64, 2 threads each", threads=2, take="topk"),
+)
 
 
 def measure(settings: Settings) -> Figure:
@@ -78,7 +83,7 @@ def measure(settings: Settings) -> Figure:
         max_new_tokens=new_tokens,
     )
     for folder in (material.teacher, material.student):
-        learn(folder, spec, 3 if settings.smoke else LEARNT_STEPS[folder.name])
+        let_texts_end(folder, spec, mean_tokens=8 if settings.smoke else MEAN_TOKENS)
     raw: dict[str, list[dict[str, float]]] = {}
     for turn in range(settings.rounds):
         for threads in TRL_THREADS[: 1 if settings.smoke else None]:
@@ -100,18 +105,22 @@ def _content(material: Material, way: Way, steps: int, rows: int, new_tokens: in
     return {**content, "strategy": writing, "endpoints": {**content["endpoints"], **student}}
 
 
-def learn(folder: Path, spec: LoopSpec, steps: int) -> None:
-    """Teaches the model in `folder` the rows of `spec` by cross-entropy for so many steps."""
-    torch.set_num_threads(spec.threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=spec.betas, weight_decay=spec.weight_decay, fused=True)
-    for batch in batches(replace(spec, steps=steps, batch_rows=16, seed=1)):
-        ids, mask = batch.padded()
-        labels = ids.masked_fill(mask == 0, -100)
-        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+@torch.inference_mode()
+def let_texts_end(folder: Path, spec: LoopSpec, mean_tokens: int) -> None:
+    """Moves the embedding of EOS of the model in `folder`, which is also its row of the output head, along the mean hidden state, as far
+    as makes EOS as likely on the first rows of `spec` as in texts of `mean_tokens` tokens."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, _ = next(batches(replace(spec, steps=1, batch_rows=8))).padded()
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    weight, end = model.get_output_embeddings().weight, model.config.eos_token_id
+    others = (states @ weight.T).index_fill(1, torch.tensor([end]), -torch.inf).logsumexp(-1)
+    towards = states.mean(0) / states.mean(0).square().sum()
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        far = (low + high) / 2
+        likely = torch.sigmoid(states @ (weight[end] + far * towards) - others).mean()
+        low, high = (far, high) if likely < 1 / mean_tokens else (low, far)
+    weight[end] += far * towards
     model.save_pretrained(folder)
 
 
