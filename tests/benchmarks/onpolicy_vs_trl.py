@@ -2,8 +2,8 @@
 
 Both sides have the same models, prompts in the same order, rows of a step, longest text, optimizer and loss: reverse KL over the
 whole vocabulary on what the student wrote at temperature 1, float32, on the same cores. The models have random weights, but for a
-row of their output head that makes a text end every so many tokens, sooner or later by its content: lengths are uneven as they come,
-and the learning rate is so small that they stay so. Each side draws its own texts: tokens are counted, not steps.
+feature of their embeddings that makes a text end every so many tokens, sooner or later by its content: lengths are uneven as they
+come, and the learning rate is so small that they stay so. Each side draws its own texts: tokens are counted, not steps.
 
 TRL has one way to share out threads, and is given the better of two; so has the product without staleness. With `staleness: 1`
 it writes while it trains, which TRL cannot: that ratio stands beside, as does one with the teacher's top 64 only.
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
-from tests.benchmarks.loop import LoopSpec, batches, prepare_rows, run_loop
+from tests.benchmarks.loop import prepare_rows, run_loop
 from tests.benchmarks.material import Material
 from tests.benchmarks.product import Run, Setup, recipe, run
 from tests.benchmarks.train_vs_trl import check_installed, questions
@@ -37,6 +37,8 @@ TRAIN = {"batch_rows": BATCH_ROWS, "lr": LR, "lr_schedule": "constant", "weight_
 TRL_THREADS = (2, 1)
 MEAN_TOKENS = 80
 """Of a text, about, if the longest were not cut."""
+FEATURE = 0.5
+"""Of every embedding, whose norm is about 1."""
 PARTS = ("step_seconds", "stream_wait_seconds", "write_seconds", "score_seconds/teacher", "rollout/length", "rollout/finished")
 
 
@@ -83,7 +85,7 @@ def measure(settings: Settings) -> Figure:
         max_new_tokens=new_tokens,
     )
     for folder in (material.teacher, material.student):
-        let_texts_end(folder, spec, mean_tokens=8 if settings.smoke else MEAN_TOKENS)
+        let_texts_end(folder, mean_tokens=8 if settings.smoke else MEAN_TOKENS)
     raw: dict[str, list[dict[str, float]]] = {}
     for turn in range(settings.rounds):
         for threads in TRL_THREADS[: 1 if settings.smoke else None]:
@@ -106,21 +108,22 @@ def _content(material: Material, way: Way, steps: int, rows: int, new_tokens: in
 
 
 @torch.inference_mode()
-def let_texts_end(folder: Path, spec: LoopSpec, mean_tokens: int) -> None:
-    """Moves the embedding of EOS of the model in `folder`, which is also its row of the output head, along the mean hidden state, as far
-    as makes EOS as likely on the first rows of `spec` as in texts of `mean_tokens` tokens."""
+def let_texts_end(folder: Path, mean_tokens: int) -> None:
+    """Makes the first feature of all embeddings of the model in `folder` alike, and that of EOS so much larger that in the output head,
+    which is the same matrix, EOS is as likely after random ids as in texts of `mean_tokens` tokens."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, _ = next(batches(replace(spec, steps=1, batch_rows=8))).padded()
-    states = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     weight, end = model.get_output_embeddings().weight, model.config.eos_token_id
-    others = (states @ weight.T).index_fill(1, torch.tensor([end]), -torch.inf).logsumexp(-1)
-    towards = states.mean(0) / states.mean(0).square().sum()
+    weight[:, 0] = FEATURE
+    ids = torch.randint(model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = states @ weight.T
+    others = logits.index_fill(1, torch.tensor([end]), -torch.inf).logsumexp(-1)
     low, high = 0.0, 100.0
     for _ in range(40):
-        far = (low + high) / 2
-        likely = torch.sigmoid(states @ (weight[end] + far * towards) - others).mean()
-        low, high = (far, high) if likely < 1 / mean_tokens else (low, far)
-    weight[end] += far * towards
+        more = (low + high) / 2
+        likely = torch.sigmoid(logits[:, end] + more * states[:, 0] - others).mean()
+        low, high = (more, high) if likely < 1 / mean_tokens else (low, more)
+    weight[end, 0] += more
     model.save_pretrained(folder)
 
 
