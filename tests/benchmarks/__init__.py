@@ -30,6 +30,11 @@ BENCHMARKS: dict[str, Entry] = {
         "training tokens/s over TRL's GKDTrainer on the same rows of uneven length, off-policy",
         "ratio >= 1.3",
     ),
+    "onpolicy-vs-trl": Entry(
+        "tests.benchmarks.onpolicy_vs_trl",
+        "written tokens/s of the whole on-policy step over TRL's DistillationTrainer: same models, prompts, lengths, loss and cores",
+        "ratio >= 1.5",
+    ),
     "first-step": Entry(
         "tests.benchmarks.first_step",
         "seconds from the command to the first optimizer step, with data that was never prepared",
