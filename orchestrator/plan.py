@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import authors, machine, networks, recipe, resumed, served, states, teaching
+from orchestrator.checks import alarms, authors, machine, networks, recipe, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -167,6 +167,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
+    warnings += alarms.about_alarms(run, order.steps, data.held_out.rows)
     work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(

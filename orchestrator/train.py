@@ -163,7 +163,7 @@ class Trainer:
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
         stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
-        metrics |= stream_metrics(bundle, self._strategy.signals, began, waited_seconds)
+        metrics |= stream_metrics(bundle, self._strategy, began, waited_seconds)
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
         if self._publisher and step < self._job.steps:
             self._publisher.publish(step)

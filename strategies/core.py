@@ -261,6 +261,9 @@ class Strategy:
     signals: Mapping[str, Source] = field(default_factory=dict)
     authors: tuple[Authored, ...] = ()
     """Text that is written before training; the rows are then the kept texts, of all authors, instead of the data's own."""
+    base: str | None = None
+    """Signal of a stage that adds `<base>/logprob`, of the network that the student comes from or its teacher came from. Measured
+    only: how far the tokens that the student writes have moved away from it."""
 
 
 def lm_update(*terms: AnyTerm, player: str = "student", every: int = 1) -> Update:

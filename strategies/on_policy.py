@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from strategies.core import Objective, Player, Sampling, Strategy, StrategyConfig, Term, TwoPass, lm_update
+from strategies.core import Objective, Player, Sampling, ScoreRequest, Strategy, StrategyConfig, Term, TwoPass, lm_update
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.mixtures import JSD
 from strategies.schedule import ScheduleConfig, schedule
 from strategies.sources import Take, TakeConfig, TakeTopK, Taught
-from strategies.stages.rollout import Rollout, RowsOf
+from strategies.stages.rollout import STUDENT, Rollout, RowsOf
 from strategies.stages.score import Score
 
 
@@ -38,22 +38,47 @@ class OnPolicy(StrategyConfig):
     """Each step is written by the student of exactly so many steps before; 1 lets it write while it trains."""
     newest: bool = False
     """The newest student writes instead, at most that old: faster where steps are uneven, and not repeatable."""
+    base: str | None = None
+    """Name of the endpoint of the teacher's base, or of the student as it began: the student's distance from it is measured, and nothing
+    is learnt from it."""
+
+    @field_validator("base")
+    @classmethod
+    def _stays_as_it_is(cls, base: str | None) -> str | None:
+        if base == STUDENT:
+            raise ValueError(
+                "expected an endpoint whose weights stay as they are; `student` is the one in training. "
+                "Name its first weights: endpoints.first.model"
+            )
+        return base
 
     def rollout(self) -> Rollout:
         """The stage in which the student writes."""
         sampling = Sampling(self.samples, self.sample_temperature, self.top_p, self.sample_top_k, self.max_new_tokens)
         return Rollout(sampling, schedule(self.student_share), self.prompt_tokens, self.staleness, self.newest)
 
+    def watched(self, *scores: Score) -> tuple[tuple[Score, ...], str | None]:
+        """`scores`, and the stage that asks the base unless one of them tells its log-probabilities already; the base's signal."""
+        if self.base is None:
+            return scores, None
+        for score in scores:
+            if score.endpoint == self.base and "logprob" in score.request.answers:
+                return scores, score.signal
+        signal = f"{self.base}-base" if self.base in {s.signal for s in scores} else self.base
+        return (*scores, Score(signal, self.base, ScoreRequest("per-token"))), signal
+
     def taught(self, objective: Objective | TwoPass, take: Take, kd_weight: ScheduleConfig, ce_weight: ScheduleConfig) -> Strategy:
         """One objective on the teacher's scores of every row, and cross-entropy on the data's own completions."""
         kd = Term("kd", objective, schedule(kd_weight), signal=self.teacher)
         ce = () if ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(ce_weight)),)
         on_given = tuple(RowsOf(term.name, "given") for term in ce)
+        scores, base = self.watched(Score(self.teacher, self.teacher, take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), *on_given),
+            stages=(self.rollout(), *scores, *on_given),
             updates=(lm_update(kd, *ce),),
             signals={self.teacher: Taught(take, endpoint=self.teacher)},
+            base=base,
         )
 
 

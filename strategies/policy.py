@@ -51,11 +51,13 @@ class OPD(OnPolicy):
         """The student writes, the teacher and perhaps a reference say how likely that was."""
         take = TakeTopK(top_k=self.top_k)
         asked = () if reference is None else (Score(reference, reference, ScoreRequest("per-token")),)
+        scores, base = self.watched(Score(self.teacher, self.teacher, take.request), *asked)
         return Strategy(
             players={"student": Player()},
-            stages=(self.rollout(), Score(self.teacher, self.teacher, take.request), *asked, RowsOf("pg", "written")),
+            stages=(self.rollout(), *scores, RowsOf("pg", "written")),
             updates=(lm_update(Term("pg", objective, constant(1.0), signal=ACTED)),),
             signals={self.teacher: Taught(take, endpoint=self.teacher), ACTED: TakenActions(teacher=self.teacher, reference=reference)},
+            base=base or reference,
         )
 
 

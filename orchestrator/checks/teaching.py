@@ -15,6 +15,7 @@ from cluster.config import EndpointConfig
 from cluster.engines.fake import FakeEngine
 from orchestrator import evaluate
 from orchestrator.bundle import HELD_OUT_STEP
+from orchestrator.checks.alarms import check_alarms
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
@@ -39,6 +40,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_parts(where, strategy)
     _check_columns(where, strategy)
     _check_best_metric(job, strategy)
+    check_alarms(job.run, strategy, evaluated(strategy))
     warnings = _check_weights(where, strategy, steps or 1000)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
     unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
@@ -128,6 +130,9 @@ def _check_columns(where: str, strategy: Strategy) -> None:
         if column not in there:
             do = "Add a stage that scores the rows, or drop the signal."
             raise Refusal(where, f"the signal column {column!r}, which no stage adds", "a stage that adds it", do)
+    if strategy.base is not None and not {"written", f"{strategy.base}/logprob"} <= there:
+        got = f"the base {strategy.base!r}, of which no stage adds log-probabilities of written tokens"
+        raise Refusal(where, got, f"stages that add 'written' and '{strategy.base}/logprob'", "Mend the strategy.")
     for term in (t for u in strategy.updates for t in u.terms):
         if getattr(term.objective, "pairs", False) and f"weights/{term.name}" not in there:
             got = f"the term {term.name!r}, which compares rows in pairs, and rows that come one by one"
@@ -142,9 +147,13 @@ def measured(strategy: Strategy) -> dict[str, Taught]:
     return {name: s for i, (name, s) in enumerate(best) if s.endpoint not in {t.endpoint for _, t in best[:i]}}
 
 
+def evaluated(strategy: Strategy) -> list[str]:
+    """Names of the student's metrics on held-out rows."""
+    return [f"eval/{t.name}" for t in evaluate.evaluation_terms(measured(strategy))] + ["eval/perplexity"]
+
+
 def _check_best_metric(job: Job, strategy: Strategy) -> None:
-    given = job.run.checkpoint.best_metric
-    known = [f"eval/{t.name}" for t in evaluate.evaluation_terms(measured(strategy))] + ["eval/perplexity"]
+    given, known = job.run.checkpoint.best_metric, evaluated(strategy)
     if given not in known:
         do = nearest(given, known) or "Correct the name."
         raise Refusal("checkpoint.best_metric", repr(given), f"one of {', '.join(known)}", do)
