@@ -169,7 +169,7 @@ class GoldenVersusProxy(Rule):
         best, now = history.best(alarms.golden, self.evaluations), history.latest(alarms.golden, self.evaluations)
         if best is None or now is None or not best.is_better(now) or abs(now.mean - best.mean) <= self.share * abs(best.mean):
             return None
-        if not now.is_apart(best, self.standard_errors):
+        if not now.is_apart(best, self.standard_errors, history.jitter(alarms.golden) / self.evaluations**0.5):
             return None
         for name in [self.proxy] if self.proxy else self._proxies(history, alarms.golden):
             before, after = history.during(best, name), history.during(now, name)

@@ -13,6 +13,9 @@ import numpy as np
 KEPT = ("rollout/", "eval/")
 """How the names of metrics begin that are always remembered."""
 
+NORMAL_MEDIAN = 0.6745
+"""Median of |x| for a standard normal x."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -29,9 +32,9 @@ class Window:
     def __str__(self) -> str:
         return f"{self.mean:.4g} in steps {self.first} to {self.last}"
 
-    def is_apart(self, other: Window, errors: float) -> bool:
-        """Whether the means differ by more than so many standard errors of their difference."""
-        return abs(self.mean - other.mean) > errors * math.hypot(self.error, other.error)
+    def is_apart(self, other: Window, errors: float, least: float = 0.0) -> bool:
+        """Whether the means differ by more than so many standard errors of their difference; that of a mean is at least `least`."""
+        return abs(self.mean - other.mean) > errors * math.hypot(max(self.error, least), max(other.error, least))
 
     def is_better(self, other: Window) -> bool:
         """Whether the mean is better than that of another window of the same metric."""
@@ -86,6 +89,12 @@ class History:
         at = int(means.argmin() if smaller_is_better(metric) else means.argmax())
         return self._window(metric, slice(at, at + size))
 
+    def jitter(self, metric: str) -> float:
+        """Standard deviation of single values, from the median jump between two that follow each other: what few values of a window
+        are sure to underestimate now and then."""
+        jumps = np.diff(np.asarray(self._values.get(metric, ()), dtype=np.float64))
+        return float(np.median(np.abs(jumps))) / (NORMAL_MEDIAN * math.sqrt(2)) if len(jumps) else 0.0
+
     def during(self, window: Window, metric: str) -> Window | None:
         """Of another metric over the same steps; None where they hold fewer than two values of it."""
         steps = self._steps.get(metric, array("q"))
@@ -93,5 +102,8 @@ class History:
         return self._window(metric, part) if part.stop - part.start >= 2 else None
 
     def _window(self, metric: str, part: slice) -> Window:
-        steps, values = self._steps[metric][part], np.asarray(self._values[metric][part])
-        return Window(metric, steps[0], steps[-1], float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))
+        steps, values = self._steps[metric][part], self._values[metric][part]
+        size = len(values)
+        mean = sum(values) / size
+        spread = sum((value - mean) ** 2 for value in values) / (size - 1)
+        return Window(metric, steps[0], steps[-1], mean, math.sqrt(spread / size))

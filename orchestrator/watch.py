@@ -31,7 +31,7 @@ class Change:
     def __str__(self) -> str:
         if self.finding is None:
             return f"Alarm {self.name} of step {self.since} is over at step {self.at.step}."
-        again = f"still there at step {self.at.step}" if self.since < self.at.step else f"at step {self.since}"
+        again = f"of step {self.since} still there at step {self.at.step}" if self.since < self.at.step else f"at step {self.since}"
         return f"Alarm {self.name} {again}: {self.finding}" + (" The run stops with a checkpoint." if self.stops else "")
 
     @property
