@@ -106,6 +106,7 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tra
         for entries in fit.entries():
             _take(entries, ledger, watch, fit, display)
             _tell(ledger, watch, tracking.result() if tracking.done() else None)
+    fit.close()
     tracker = tracking.result()
     _tell(ledger, watch, tracker)
     if fit.error is not None:

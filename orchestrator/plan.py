@@ -166,7 +166,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
-    warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows) + alarms.about(run, order, data)
+    warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     work = largest_work(run, order, found_sources.answering, added, partial(longest_rows, strategy))
     memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(
@@ -189,7 +189,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         disk=_disk(job, people, data, order, added),
         memory=memory,
         fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
-        warnings=(*warnings, *heavy),
+        warnings=(*warnings, *heavy, *alarms.about_alarms(run, order.steps, data.held_out.rows)),
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan
