@@ -17,6 +17,8 @@ from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer, usable_vocabulary
 from orchestrator.sketch import Network, student_network, teacher_network
 from orchestrator.sources import open_source
+from strategies.sources import Taught
+from strategies.stages.score import Score
 
 SHOWN_TOKENS = 3
 
@@ -158,7 +160,10 @@ def _adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Network]) -> list[str]:
     if run.student.init == "random":
         return []
-    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint]
+    strategy = run.strategy.build()
+    teaching = {s.endpoint for s in strategy.signals.values() if isinstance(s, Taught)}
+    bases = {s.endpoint for s in strategy.stages if isinstance(s, Score) and s.signal == strategy.base} - teaching
+    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint and n not in bases]
     return [f"endpoint {n!r} has the very weights that the student starts from; it can only teach it to stay." for n in same]
 
 
