@@ -50,6 +50,7 @@ def in_mlflow(home: Path) -> Any:
     return MlflowClient(record.uri).get_run(record.run_id)
 
 
+@pytest.mark.slow
 def test_an_alarm_stops_a_run_which_then_goes_on(
     home: Path, ray_session: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
