@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName, ReplayEndpoint
+from orchestrator.alarms import Alarms, switch
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
@@ -160,6 +161,7 @@ class RunConfig(Model):
     checkpoint: CheckpointConfig = CheckpointConfig()
     signals: Annotated[SignalsConfig, _short("mode")] = SignalsConfig()
     text: TextConfig = TextConfig()
+    alarms: Annotated[Alarms, BeforeValidator(switch)] = Alarms()
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name: new ones, or fields that differ from those in `ray_config.yaml`."""
     baseline: bool = False

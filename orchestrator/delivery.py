@@ -150,6 +150,8 @@ class Delivery:
         try:
             if message["kind"] == "params":
                 self._tell_params(message["params"])
+            elif message["kind"] == "tags":
+                self._tell_tags(message["tags"])
             elif message["kind"] == "text":
                 self._tell_text(message["text"], message["file"])
             else:
@@ -170,8 +172,13 @@ class Delivery:
         changed = [RunTag(names[k], v) for k, v in wanted.items() if present.get(k, v) != v or names[k] in run.tags]
         for batch in _batches(new, _BATCH_PARAMS):
             self._client.log_batch(self._run_id, params=batch)
-        for tags in _batches(changed, _BATCH_TAGS):
-            self._client.log_batch(self._run_id, tags=tags)
+        self._tell_tags({tag.key: tag.value for tag in changed})
+
+    def _tell_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for batch in _batches([RunTag(clean_key(k), cut(v, _TAG_CHARACTERS)) for k, v in tags.items()], _BATCH_TAGS):
+            self._client.log_batch(self._run_id, tags=batch)
 
     def _tell_text(self, text: str, file: str) -> None:
         try:

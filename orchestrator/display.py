@@ -112,6 +112,10 @@ class Display:
             self._last_line = time.monotonic()
             self.say(f"step {entry.step}/{self._plan_steps}  {numbers}")
 
+    def alarm(self, text: str) -> None:
+        """What an alarm says as it rises or clears."""
+        self._console.print(text, style="bold yellow", markup=False, soft_wrap=True)
+
     def stopping(self) -> None:
         self.say("Stopping after the next step with a checkpoint. Ctrl-C again stops at once.")
 

@@ -18,10 +18,12 @@ from transformers.utils.logging import disable_progress_bar
 from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
+from orchestrator.alarms import Alarms
+from orchestrator.board import Entry
 from orchestrator.comparison import student_row, teacher_rows
 from orchestrator.config import Job, to_yaml
 from orchestrator.display import Display
-from orchestrator.errors import Interrupted, RunFailed
+from orchestrator.errors import Alarmed, Interrupted, RunFailed
 from orchestrator.filling import fill
 from orchestrator.fit import Fit, start_fit
 from orchestrator.journal import RunRecord
@@ -31,6 +33,7 @@ from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
 from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
+from orchestrator.watch import Watch, stopping_words
 from strategies import baseline
 
 
@@ -98,20 +101,42 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tra
     ledger = Ledger.of(plan.local)
     if plan.done_steps == plan.steps:
         return tracking.result(), ledger
-    fit = start_fit(plan)
+    fit, watch = start_fit(plan), Watch.of(plan.job.run.alarms, plan.local)
     with display.training(plan.steps), _interruptible(fit, display):
         for entries in fit.entries():
-            display.progress(ledger.take(entries))
-            ledger.tell(tracking.result() if tracking.done() else None)
+            _take(entries, ledger, watch, fit, display)
+            _tell(ledger, watch, tracking.result() if tracking.done() else None)
+    fit.close()
     tracker = tracking.result()
-    ledger.tell(tracker)
+    _tell(ledger, watch, tracker)
     if fit.error is not None:
         tracker.finish("FAILED")
         raise RunFailed(f"{fit.reason} Its last checkpoint is kept: distill run --resume {plan.folder.root}") from fit.error
+    if ledger.step < plan.steps and watch.stopped:
+        tracker.finish("FAILED")
+        kept = checkpoint.committed(plan.folder)
+        where = kept.root if kept else "none"
+        raise Alarmed(stopping_words(watch, plan.folder.root, where, ledger.step, plan.steps))
     if ledger.step < plan.steps:
         tracker.finish("KILLED")
         raise Interrupted(f"stopped after step {ledger.step} of {plan.steps}. To go on: distill run --resume {plan.folder.root}")
     return tracker, ledger
+
+
+def _take(entries: list[Entry], ledger: Ledger, watch: Watch, fit: Fit, display: Display) -> None:
+    """What the journal brought: kept, shown, and judged; an alarm may stop the run."""
+    fresh = ledger.take(entries)
+    display.progress(fresh)
+    changes = watch.take(fresh)
+    for change in changes:
+        display.alarm(str(change))
+    if any(change.stops for change in changes):
+        fit.ask_to_stop()
+
+
+def _tell(ledger: Ledger, watch: Watch, tracker: Tracker | None) -> None:
+    ledger.tell(tracker)
+    watch.tell(tracker)
 
 
 def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) -> RunResult:
@@ -172,9 +197,10 @@ def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
 
 
 def control_plan(plan: Plan) -> Plan:
-    """The plan of a run's control: no stages, no endpoints, cross-entropy alone."""
+    """The plan of a run's control: no stages, no endpoints, cross-entropy alone, and nobody watches: it is measured as it is."""
     strategy = baseline()
-    run = plan.job.run.model_copy(update={"strategy": strategy, "baseline": False, "name": plan.name + BASELINE, "endpoints": {}})
+    settings = {"strategy": strategy, "baseline": False, "name": plan.name + BASELINE, "endpoints": {}, "alarms": Alarms(enabled=False)}
+    run = plan.job.run.model_copy(update=settings)
     job = Job(run=run, cluster=plan.job.cluster)
     return replace(
         plan,

@@ -3,6 +3,7 @@
 DistillError
 +-- Refusal      the plan says no; nothing was created (exit 2)
 +-- RunFailed    a run that had started ended with an error (exit 1)
++-- Alarmed      an alarm stopped the run; a checkpoint was written (exit 3)
 +-- Interrupted  a person stopped the run; a checkpoint was written (exit 130)
 """
 
@@ -30,6 +31,12 @@ class Refusal(DistillError):
 
 class RunFailed(DistillError):
     """The run started and ended with an error; its last committed checkpoint is kept."""
+
+
+class Alarmed(DistillError):
+    """An alarm stopped the run, as its recipe asks; a checkpoint is kept."""
+
+    exit_code = 3
 
 
 class Interrupted(DistillError):

@@ -51,6 +51,10 @@ class Fit:
         words = "without a word" if first is None else origin(first)
         return f"{'the run' if rank is None else f'training worker {rank}'} failed: {words}."
 
+    def close(self) -> None:
+        """The board ends, and its name is free for a resumed run even in this process, where an error may still hold the handle."""
+        ray.kill(self.board)
+
     def ask_to_stop(self) -> None:
         """All ranks write a checkpoint at the same next step, and end."""
         ray.get(self.board.ask_to_stop.remote())

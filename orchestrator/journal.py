@@ -1,7 +1,7 @@
 """What a run's folder remembers of its own reporting, whether or not MLflow answers.
 
     metrics.jsonl    every metric row of the surviving lineage, one JSON object a line; the truth that MLflow is a copy of
-    outbox.jsonl     params, texts and students that MLflow is to get, in order
+    outbox.jsonl     params, tags, texts and students that MLflow is to get, in order
     mlflow.json      which MLflow run this folder is, its status, and whether MLflow has everything
     heartbeat.json   which process drives the run, and when it was last seen
 

@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, following, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import actors, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
+from orchestrator.checks import actors, alarms, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -194,7 +194,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         disk=_disk(job, people, data, order, added),
         memory=memory,
         fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
-        warnings=(*warnings, *heavy, *about_memory(strategy, order, data)),
+        warnings=(*warnings, *heavy, *about_memory(strategy, order, data), *alarms.about_alarms(run, order.steps, data.held_out.rows)),
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan

@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.core import Columns
-from strategies.stages.judge import PASSING
+from strategies.stages.judge import PASSING, groups
 
-WRITTEN = ("rows", "texts", "tokens", "finished", "surprise", "repeated", "places", "left_out", "seconds", "ages", "recalled")
-"""What is summed over the bundles of a step in which the student writes."""
-JUDGED = ("judged", "reward", "passed", "judge_failed", "unjudgeable", "judge_seconds")
-"""The same of one in which a verifier judges."""
 NGRAM = 4
 """Tokens of the pieces whose repetition within a text is counted."""
+_MEANS = {
+    "rollout/share": ("texts", "rows"),
+    "rollout/recalled": ("recalled", "rows"),
+    "rollout/length": ("tokens", "texts"),
+    "rollout/finished": ("finished", "texts"),
+    "rollout/surprise": ("surprise", "tokens"),
+    "rollout/repeated": ("repeated", "places"),
+    "rollout/kl_to_base": ("to_base", "tokens"),
+    "rollout/judged": ("judged", "texts"),
+    "rollout/reward": ("reward", "judged"),
+    "rollout/passed": ("passed", "judged"),
+    "rollout/equal_rewards": ("equal", "groups"),
+    "age_steps": ("ages", "texts"),
+}
+_TOTALS = {
+    "rollout/left_out": "left_out",
+    "write_seconds": "seconds",
+    "rollout/judge_failed": "judge_failed",
+    "rollout/unjudgeable": "unjudgeable",
+    "judge_seconds": "judge_seconds",
+}
 
 
-def rollout_sums(bundle: Columns) -> list[float]:
-    """`WRITTEN` of a bundle, and `JUDGED` where there is a verifier; nothing of one in which nobody writes."""
-    return [*_written(bundle), *_judged(bundle)] if "written" in bundle else []
-
-
-def _judged(bundle: Columns) -> list[float]:
-    if "judged" not in bundle:
-        return []
-    rewards = bundle["reward"][bundle["judged"].astype(bool)]
-    counts = (bundle[f"judge/{name}"][0] for name in ("failed", "unjudgeable", "seconds"))
-    return [float(len(rewards)), float(rewards.sum(dtype=np.float64)), float((rewards >= PASSING).sum()), *map(float, counts)]
-
-
-def _written(bundle: Columns) -> list[float]:
+def rollout_sums(bundle: Columns, base: str | None = None) -> dict[str, float]:
+    """What is summed over the bundles of a step, alike for all of a run; nothing of those in which nobody writes. `base` is the
+    signal that has the base's `logprob`."""
+    if "written" not in bundle:
+        return {}
     written = bundle["written"].astype(bool)
     lengths, mask = bundle["lengths"].astype(np.int64), bundle["loss_mask"].astype(bool)
     mine = np.repeat(written, lengths)[mask]
     texts = [row[loss] for row, loss, w in zip(_rows(bundle["tokens"], lengths), _rows(mask, lengths), written, strict=True) if w]
     pieces = [np.lib.stride_tricks.sliding_window_view(t, NGRAM) for t in texts if len(t) >= NGRAM]
     places = sum(len(p) for p in pieces)
-    return [
-        float(len(written)),
-        float(written.sum()),
-        float(mine.sum()),
-        float(bundle["finished"][written].sum()),
-        -float(np.nansum(bundle["behaviour"][mine], dtype=np.float64)),  # a server may not tell
-        float(places - sum(len(np.unique(p, axis=0)) for p in pieces)),
-        float(places),
-        float(bundle["rollout/left_out"][0]),
-        float(bundle["rollout/seconds"][0]),
-        float(_ages(bundle).sum()),
-        float(np.count_nonzero(written & (bundle["written_by"] != bundle.get("policy_version", bundle["written_by"])))),
-    ]
+    surprise = -float(np.nansum(bundle["behaviour"][mine], dtype=np.float64))  # a server may not tell
+    sums = {
+        "rows": float(len(written)),
+        "texts": float(written.sum()),
+        "tokens": float(mine.sum()),
+        "finished": float(bundle["finished"][written].sum()),
+        "surprise": surprise,
+        "repeated": float(places - sum(len(np.unique(p, axis=0)) for p in pieces)),
+        "places": float(places),
+        "left_out": float(bundle["rollout/left_out"][0]),
+        "seconds": float(bundle["rollout/seconds"][0]),
+        "ages": float(_ages(bundle).sum()),
+        "recalled": float(np.count_nonzero(written & (bundle["written_by"] != bundle.get("policy_version", bundle["written_by"])))),
+    }
+    if base is not None:
+        sums["to_base"] = -surprise - float(bundle[f"{base}/logprob"][mine].sum(dtype=np.float64))
+    return sums | (_judged_sums(bundle) if "judged" in bundle else {})
 
 
 def oldest_steps(bundle: Columns) -> float:
@@ -63,42 +75,43 @@ def _ages(bundle: Columns) -> NDArray[np.int64]:
     return np.asarray(bundle["step"][0] - 1 - bundle["written_by"][bundle["written"].astype(bool)], dtype=np.int64)
 
 
-def rollout_metrics(sums: Sequence[float], oldest: float) -> dict[str, float]:
+def _judged_sums(bundle: Columns) -> dict[str, float]:
+    """Of the verdicts on texts."""
+    judged = bundle["judged"].astype(bool) & bundle["written"].astype(bool)
+    rewards = bundle["reward"][judged].astype(np.float64)
+    several = [bundle["reward"][of] for _, of in groups(bundle) if len(of) > 1]
+    return {
+        "judged": float(judged.sum()),
+        "reward": float(rewards.sum()),
+        "passed": float(np.count_nonzero(rewards >= PASSING)),
+        "judge_failed": float(bundle["judge/failed"][0]),
+        "unjudgeable": float(bundle["judge/unjudgeable"][0]),
+        "judge_seconds": float(bundle["judge/seconds"][0]),
+        "groups": float(len(several)),
+        "equal": float(sum(np.ptp(rewards) == 0 for rewards in several)),
+    }
+
+
+def rollout_metrics(sums: Mapping[str, float], oldest: float) -> dict[str, float]:
     """Of a step over all ranks: `rollout/share` of the rows that the student wrote, `rollout/recalled` of those that it wrote for an
     earlier step, mean `age_steps` of the writers and that of the `oldest_steps`, mean `rollout/length` in tokens, share of
     `rollout/finished` texts, `rollout/surprise`, the mean -log q of written tokens at temperature 1, which estimates the student's
     entropy in nats, share of `rollout/repeated` four-token pieces, prompts `rollout/left_out`, and `write_seconds`.
 
-    With a verifier also the mean `rollout/reward` of judged texts and the share that `rollout/passed`, texts without a verdict because
-    it gave way (`rollout/judge_failed`) or because their rows have no answer (`rollout/unjudgeable`), and `judge_seconds`."""
+    With a base b: `rollout/kl_to_base`, the mean log q - log b of written tokens under the weights that wrote them. Of text drawn at
+    temperature 1 from all tokens its expectation is the KL(q, b) of a token at the student's own prefixes (the estimator k1: unbiased,
+    so that the value of a step may be below 0); of other text it is no KL.
+
+    With verdicts: share of texts that were `rollout/judged`, of those the mean `rollout/reward` and the share that `rollout/passed`;
+    texts without one because the verifier gave way (`rollout/judge_failed`) or lacked an answer (`rollout/unjudgeable`), share of
+    `rollout/equal_rewards` among groups of several verdicts, which teach nothing by comparison, and `judge_seconds`.
+
+    Means over nothing are left out.
+    """
     if not sums:
         return {}
-    of = dict(zip((*WRITTEN, *JUDGED), sums, strict=False))
-    texts, tokens = max(1.0, of["texts"]), max(1.0, of["tokens"])
-    return {
-        "rollout/share": of["texts"] / max(1.0, of["rows"]),
-        "rollout/length": of["tokens"] / texts,
-        "rollout/finished": of["finished"] / texts,
-        "rollout/surprise": of["surprise"] / tokens,
-        "rollout/repeated": of["repeated"] / max(1.0, of["places"]),
-        "rollout/left_out": of["left_out"],
-        "write_seconds": of["seconds"],
-        "rollout/recalled": of["recalled"] / max(1.0, of["rows"]),
-        "oldest_steps": oldest,
-        **({"age_steps": of["ages"] / of["texts"]} if of["texts"] else {}),
-        **(_verdicts(of) if "judged" in of else {}),
-    }
-
-
-def _verdicts(of: Mapping[str, float]) -> dict[str, float]:
-    judged = max(1.0, of["judged"])
-    return {
-        "rollout/reward": of["reward"] / judged,
-        "rollout/passed": of["passed"] / judged,
-        "rollout/judge_failed": of["judge_failed"],
-        "rollout/unjudgeable": of["unjudgeable"],
-        "judge_seconds": of["judge_seconds"],
-    }
+    found = {name: sums[of] / sums[by] for name, (of, by) in _MEANS.items() if of in sums and sums[by]}
+    return found | {name: sums[of] for name, of in _TOTALS.items() if of in sums} | {"oldest_steps": oldest}
 
 
 def _rows(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,26 +11,28 @@ from orchestrator.bundle import scalar
 from orchestrator.collective import gather, world_size
 from orchestrator.rollout_metrics import oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.versions import VERSION
-from strategies.core import COUNT, Columns, Progress, Update
-from strategies.sources import Source, Taught
+from strategies.core import COUNT, Columns, Progress, Strategy, Update
+from strategies.sources import Taught
+from strategies.stages.score import Score
 
 FREE = np.zeros(1, dtype=np.float32)
 """What an answer without a price costs, and a teacher that is shown everything leaves out."""
 
 
-def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float, waited_seconds: float) -> dict[str, float]:
+def stream_metrics(bundle: Columns, strategy: Strategy, began: float, waited_seconds: float) -> dict[str, float]:
     """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
     a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `left_out` how many
     rows that the student wrote could not be shown to one, `dropped_mass` the most that a token of one lost. What stages count
     (`strategies.core.COUNT`) is summed under its own name."""
-    scored = [(s.endpoint, name) for name, s in signals.items() if isinstance(s, Taught) and s.endpoint]
+    scored = _scored(strategy)
     teachers = sorted({endpoint for endpoint, _ in scored})
     worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     unseen = [sum(float(bundle.get(f"{name}/left_out", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    texts, counts = rollout_sums(bundle), {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
-    first, largest = [*texts, *counts.values()], [*lost, oldest_steps(bundle)]
+    texts = rollout_sums(bundle, strategy.base)
+    counts = {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
+    first, largest = [*texts.values(), *counts.values()], [*lost, oldest_steps(bundle)]
     ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *unseen, *largest])
     tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(first) :]
     *dropped, oldest = ranks[:, len(ranks[0]) - len(largest) :].amax(0).tolist()
@@ -46,11 +48,17 @@ def stream_metrics(bundle: Columns, signals: Mapping[str, Source], began: float,
         "age_steps": age,
     }
     told = ranks.sum(0).tolist()[: len(first)]
-    timing |= rollout_metrics(told[: len(texts)], oldest) | dict(zip(counts, told[len(texts) :], strict=True))
+    timing |= rollout_metrics(dict(zip(texts, told, strict=False)), oldest) | dict(zip(counts, told[len(texts) :], strict=True))
     timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
     timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
     timing |= {f"left_out/{t}": n for t, n in zip(teachers, summed[2 * len(teachers) :], strict=False) if n}
     return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
+
+
+def _scored(strategy: Strategy) -> Sequence[tuple[str, str]]:
+    """Who answers for which signal, those that are measured only among them."""
+    taught = {(s.endpoint, name) for name, s in strategy.signals.items() if isinstance(s, Taught) and s.endpoint}
+    return sorted(taught | {(s.endpoint, s.signal) for s in strategy.stages if isinstance(s, Score)})
 
 
 def loss_metrics(update: Update, sums: Iterable[float], counts: Mapping[str, float], progress: Progress) -> dict[str, float]:

@@ -110,6 +110,11 @@ class Tracker:
         self._outbox.append([{"kind": "params", "params": flatten(params)}])
         self._wake.set()
 
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run; of two values of one tag the later stays."""
+        self._outbox.append([{"kind": "tags", "tags": dict(tags)}])
+        self._wake.set()
+
     def log_text(self, text: str, artifact_file: str) -> None:
         """A text artifact of the run, at a relative path such as `plan/recipe.yaml`."""
         self._outbox.append([{"kind": "text", "text": text, "file": artifact_file}])

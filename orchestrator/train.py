@@ -174,7 +174,7 @@ class Trainer:
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
         stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
-        metrics |= stream_metrics(bundle, self._strategy.signals, began, waited_seconds) | self._controls.metrics
+        metrics |= stream_metrics(bundle, self._strategy, began, waited_seconds) | self._controls.metrics
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
         self._controls.after_step(metrics, progress)
         if self._publisher and step < self._job.steps:

@@ -275,6 +275,9 @@ class Strategy:
     follows: Mapping[str, Follow] = field(default_factory=dict)
     """Endpoints that have the student's own network, and how their weights follow it. The endpoint of a stage that writes while
     the student learns need not be named."""
+    base: str | None = None
+    """Signal of a stage that adds `<base>/logprob`, of the network that the student comes from or its teacher came from. Measured
+    only: how far the tokens that the student writes have moved away from it."""
 
     @property
     def rows_together(self) -> int:

@@ -62,12 +62,14 @@ class MiniLLM(OnPolicy):
     def build(self) -> Strategy:
         written, given = self._on_written(), self._on_given()
         rows = (*(RowsOf(t.name, "written") for t in written), *(RowsOf(t.name, "given") for t in given))
+        scores, base = self.watched(Score(self.teacher, self.teacher, self.take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), Score(self.teacher, self.teacher, self.take.request), *rows),
+            stages=(*self.writing(), *scores, *rows),
             updates=(lm_update(*written, *given),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher), ACTED: TakenActions(teacher=self.teacher)},
             controllers=self.controllers(),
+            base=base,
         )
 
     def _on_written(self) -> tuple[Term, ...]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from strategies.control import AdaptiveShare, Controlled, Controller
-from strategies.core import Objective, Player, Sampling, Stage, Strategy, StrategyConfig, Term, TwoPass, lm_update
+from strategies.core import Objective, Player, Sampling, ScoreRequest, Stage, Strategy, StrategyConfig, Term, TwoPass, lm_update
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.mixtures import JSD
 from strategies.schedule import ScheduleConfig, Share, schedule
 from strategies.sources import Take, TakeConfig, TakeTopK, Taught
 from strategies.stages.replay import Replay
-from strategies.stages.rollout import Rollout, RowsOf
+from strategies.stages.rollout import STUDENT, Rollout, RowsOf
 from strategies.stages.score import Score
 
 SHARE = "student_share"
@@ -49,6 +49,19 @@ class OnPolicy(StrategyConfig):
     """Each step is written by the student of exactly so many steps before; 1 lets it write while it trains."""
     newest: bool = False
     """The newest student writes instead, at most that old: faster where steps are uneven, and not repeatable."""
+    base: str | None = None
+    """Name of the endpoint of the teacher's base, or of the student as it began: the student's distance from it is measured, and nothing
+    is learnt from it."""
+
+    @field_validator("base")
+    @classmethod
+    def _stays_as_it_is(cls, base: str | None) -> str | None:
+        if base == STUDENT:
+            raise ValueError(
+                "expected an endpoint whose weights stay as they are; `student` is the one in training. "
+                "Name its first weights: endpoints.first.model"
+            )
+        return base
 
     def rollout(self) -> Rollout:
         """The stage in which the student writes."""
@@ -68,18 +81,30 @@ class OnPolicy(StrategyConfig):
         """What moves by the run's own metrics."""
         return {SHARE: self.student_share} if isinstance(self.student_share, AdaptiveShare) else {}
 
+    def watched(self, *scores: Score) -> tuple[tuple[Score, ...], str | None]:
+        """`scores`, and the stage that asks the base unless one of them tells its log-probabilities already; the base's signal."""
+        if self.base is None:
+            return scores, None
+        for score in scores:
+            if score.endpoint == self.base and "logprob" in score.request.answers:
+                return scores, score.signal
+        signal = f"{self.base}-base" if self.base in {s.signal for s in scores} else self.base
+        return (*scores, Score(signal, self.base, ScoreRequest("per-token"))), signal
+
     def taught(self, objective: Objective | TwoPass, take: Take, kd_weight: ScheduleConfig, ce_weight: ScheduleConfig) -> Strategy:
         """One objective on the teacher's scores of every row, and cross-entropy on the data's own completions."""
         kd = Term("kd", objective, schedule(kd_weight), signal=self.teacher)
         ce = () if ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(ce_weight)),)
         writing = self.writing()
         on_given = tuple(RowsOf(term.name, "given") for term in ce if writing)
+        scores, base = self.watched(Score(self.teacher, self.teacher, take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(*writing, Score(self.teacher, self.teacher, take.request), *on_given),
+            stages=(*writing, *scores, *on_given),
             updates=(lm_update(kd, *ce),),
             signals={self.teacher: Taught(take, endpoint=self.teacher)},
             controllers=self.controllers(),
+            base=base,
         )
 
 

@@ -58,10 +58,12 @@ class Paced(OnPolicy):
         ce: tuple[AnyTerm, ...] = () if self.ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(self.ce_weight)),)
         pace = PassRateWeight(tuple(t.name for t in divergences), self.failing_exponent, self.solved_exponent)
         on_given = tuple(RowsOf(term.name, "given") for term in ce)
+        scores, base = self.watched(Score(self.teacher, self.teacher, self.take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), Score(self.teacher, self.teacher, self.take.request), Reward(self.verifier), pace, *on_given),
+            stages=(*self.writing(), *scores, Reward(self.verifier), pace, *on_given),
             updates=(lm_update(*divergences, *ce),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
             controllers=self.controllers(),
+            base=base,
         )

@@ -29,6 +29,8 @@ class Personalised(OnPolicy):
     """Name of the endpoint that repairs."""
     verifier: str = "verifier"
     """Name of the endpoint that judges attempts and repairs by the data's own completions."""
+    base: None = None
+    """Not measured: what is learnt are the teacher's words, not the student's."""
     sample_temperature: PositiveFloat = 0.3
     """At which the student writes."""
     teacher_temperature: NonNegativeFloat = 0.0

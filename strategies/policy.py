@@ -38,13 +38,15 @@ class Acting(OnPolicy):
         """The student writes; the teacher and perhaps a reference say how likely that was, and perhaps a verifier whether it is right."""
         take = TakeTopK(top_k=self.top_k)
         asked = () if reference is None else (Score(reference, reference, ScoreRequest("per-token")),)
+        scores, base = self.watched(Score(self.teacher, self.teacher, take.request), *asked)
         acted = TakenActions(teacher=self.teacher, reference=reference, outcome=bool(judged))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), *judged, Score(self.teacher, self.teacher, take.request), *asked, RowsOf("pg", "written")),
+            stages=(*self.writing(), *judged, *scores, RowsOf("pg", "written")),
             updates=(lm_update(Term("pg", objective, constant(1.0), signal=ACTED)),),
             signals={self.teacher: Taught(take, endpoint=self.teacher), ACTED: acted},
             controllers=self.controllers(),
+            base=base or reference,
         )
 
 

@@ -62,13 +62,15 @@ class SelfDistillation(OnPolicy):
         ce = () if self.ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(self.ce_weight)),)
         score = ScoreBehind(self.teacher, self.teacher, self.take.request, TERM, self._context)
         rate = {"frozen": 0.0, "average": self.average_rate, "live": 1.0}[self.weights]
+        watched, base = self.watched()
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), score, *(RowsOf(term.name, "given") for term in ce)),
+            stages=(*self.writing(), score, *watched, *(RowsOf(term.name, "given") for term in ce)),
             updates=(lm_update(kd, *ce),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
             follows={self.teacher: Follow(rate)},
             controllers=self.controllers(),
+            base=base,
         )
 
 

@@ -58,10 +58,12 @@ class TokenSelectiveDualKD(OnPolicy):
             Term("entropy", Entropy(quantile=self.entropy_quantile), schedule(self.entropy_weight)),
         )
         weights = (self.direct_weight, self.indirect_weight, self.entropy_weight)
+        scores, base = self.watched(Score(self.teacher, self.teacher, self.take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), Score(self.teacher, self.teacher, self.take.request)),
+            stages=(*self.writing(), *scores),
             updates=(lm_update(*(term for term, weight in zip(terms, weights, strict=True) if weight != 0)),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
             controllers=self.controllers(),
+            base=base,
         )

@@ -17,7 +17,9 @@ from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer, usable_vocabulary
 from orchestrator.sketch import Network, student_network, teacher_network
 from orchestrator.sources import open_source
+from strategies.sources import Taught
 from strategies.stages.rollout import BASE
+from strategies.stages.score import Score
 
 SHOWN_TOKENS = 3
 
@@ -165,7 +167,10 @@ def adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Network]) -> list[str]:
     if run.student.init == "random":
         return []
-    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint and n != BASE]
+    strategy = run.strategy.build()
+    teaching = {s.endpoint for s in strategy.signals.values() if isinstance(s, Taught)}
+    bases = {s.endpoint for s in strategy.stages if isinstance(s, Score) and s.signal == strategy.base} - teaching
+    same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint and n not in bases | {BASE}]
     return [f"endpoint {n!r} has the very weights that the student starts from; it can only teach it to stay." for n in same]
 
 

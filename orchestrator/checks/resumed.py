@@ -19,6 +19,7 @@ SIGNALS = "signals."
 FREE = (
     "name",
     "tags",
+    "alarms",
     "train.workers",
     "train.layout.offload_optimizer",
     "train.max_failures",
@@ -37,7 +38,7 @@ FREE = (
     "endpoints.*.max_retries",
     "endpoints.*.price_per_million_tokens",
 )
-"""Settings that a resumed run may change: they say where and how fast, not what."""
+"""Settings that a resumed run may change: they say where, how fast and how watched, not what."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.config import EndpointConfig
 from orchestrator import evaluate
+from orchestrator.checks.alarms import check_alarms
 from orchestrator.checks.following import check_following
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
@@ -35,6 +36,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_columns(where, strategy)
     check_following(job, strategy)
     _check_best_metric(job, strategy)
+    check_alarms(job.run, strategy, evaluation_metrics(strategy))
     warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
     unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
@@ -124,6 +126,9 @@ def _check_columns(where: str, strategy: Strategy) -> None:
         if column not in there:
             do = "Add a stage that scores the rows, or drop the signal."
             raise Refusal(where, f"the signal column {column!r}, which no stage adds", "a stage that adds it", do)
+    if strategy.base is not None and not {"written", f"{strategy.base}/logprob"} <= there:
+        got = f"the base {strategy.base!r}, of which no stage adds log-probabilities of written tokens"
+        raise Refusal(where, got, f"stages that add 'written' and '{strategy.base}/logprob'", "Mend the strategy.")
     for term in (t for u in strategy.updates for t in u.terms):
         if getattr(term.objective, "pairs", False) and f"weights/{term.name}" not in there:
             got = f"the term {term.name!r}, which compares rows in pairs, and rows that come one by one"

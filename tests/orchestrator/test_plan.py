@@ -66,6 +66,22 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
     ("rows that do not divide", both(WORKERS_2, put("train.batch_rows", 9)), ["a multiple of 2", "train.batch_rows=8 or 10"]),
     ("batch below the longest row", put("train.batch_tokens", 5), ["train.batch_tokens", "got 5", "longest row"]),
     ("metric nobody measures", put("checkpoint.best_metric", "eval/loss"), ["checkpoint.best_metric", "eval/cross_entropy"]),
+    (
+        "golden metric nobody measures",
+        put("alarms", {"golden": "eval/cros_entropy"}),
+        ["alarms.golden", "Did you mean 'eval/cross_entropy'"],
+    ),
+    (
+        "proxy nobody measures",
+        put("alarms.golden_versus_proxy", {"proxy": "loss/kl"}),
+        ["alarms.golden_versus_proxy.proxy", "'loss/kl'", "rollout/reward", "Did you mean 'loss/kd'"],
+    ),
+    (
+        "golden is the proxy",
+        put("alarms", {"golden": "eval/forward_kl", "golden_versus_proxy": {"proxy": "eval/forward_kl"}}),
+        ["alarms", "two metrics"],
+    ),
+    ("unknown alarm", put("alarms", {"repetitions": False}), ["alarms.repetitions", "Did you mean 'repetition'"]),
     ("tracking in a folder", cluster(mlflow={"tracking_uri": "./mlruns"}), ["mlflow.tracking_uri", "a folder", "sqlite:///"]),
     ("tracking scheme", cluster(mlflow={"tracking_uri": "htp://host"}), ["scheme 'htp'", "Did you mean 'http'"]),
     ("tracking without host", cluster(mlflow={"tracking_uri": "http:///x"}), ["mlflow.tracking_uri", "'http:///x'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,27 @@ def test_whoever_writes_is_no_teacher_in_the_closing_comparison(bench: Bench, tm
     assert [row.who for row in rows] == ["teacher"]
 
 
+def test_a_base_is_asked_and_neither_learnt_from_nor_measured_on_held_out_rows(bench: Bench) -> None:
+    plan = bench.plan(*WRITES, "strategy.base=first", f"endpoints.first.model={bench.folder / 'student'}")
+    assert "Rollout(student) -> Score(teacher) -> Score(first)" in " ".join(plan_text(plan).split())
+    assert plan.strategy.base == "first" and set(plan.measured) == {"teacher"} and "first" in plan.shares
+    assert not any("'first'" in w for w in plan.warnings)
+
+
+def test_a_strategy_whose_base_nobody_asks_is_refused(bench: Bench) -> None:
+    strategy = bench.plan(*WRITES).strategy
+    said = bench.refusal_of(replace(strategy, base="first"))
+    assert "the base 'first', of which no stage adds log-probabilities" in said
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (("strategy.max_new_tokens=64",), ["data.max_length_tokens", "64 new tokens", "lower strategy.max_new_tokens"]),
         (("signals=store",), ["signals.mode", "'store'", "signals=live"]),
         (("strategy=opd", "strategy.sample_temperature=0.7"), ["sample_temperature 1"]),
+        (("strategy.base=student",), ["strategy: base", "stay as they are", "endpoints.first.model"]),
+        (("strategy.base=teachr",), ["the endpoint 'teachr'", "Did you mean 'teacher'"]),
     ],
 )
 def test_what_cannot_be_written_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:

@@ -39,6 +39,7 @@ WARNINGS: list[tuple[str, Callable[[Bench], None], str]] = [
     ("one term never counts", put("strategy.ce_weight", 0), "'ce' has weight 0 throughout"),
     ("bfloat16 weights", put("student.dtype", "bfloat16"), "rounds away small updates"),
     ("period never reached", put("evaluate.every_steps", 9), "evaluate.every_steps=9 is longer than the run"),
+    ("golden measured once", put("alarms.golden", "eval/cross_entropy"), "alarms.golden is measured 1 times and its alarm wants 10"),
     ("defined in two files", lambda b: b.cluster.update(endpoints=b.recipe["endpoints"]), "in ray_config.yaml and in the recipe"),
     ("baseline of itself", both(put("strategy", "cross-entropy"), put("endpoints", {}), put("baseline", True)), "no teacher"),
     ("batch smaller than its workers", both(WORKERS_2, put("train.batch_tokens", 36)), "less than a row for each of 2 workers"),

@@ -29,7 +29,14 @@ def begun(bench: Bench, *overrides: str) -> Plan:
 
 @pytest.mark.parametrize(
     "override",
-    ["train.workers=2", "train.max_failures=9", "endpoints.teacher.actors=2", "endpoints.teacher.resources.cpus=0.2", "tags.a=b"],
+    [
+        "train.workers=2",
+        "train.max_failures=9",
+        "endpoints.teacher.actors=2",
+        "endpoints.teacher.resources.cpus=0.2",
+        "tags.a=b",
+        "alarms.stop=true",
+    ],
 )
 def test_a_run_goes_on_with_other_resources(bench: Bench, override: str) -> None:
     machine_of()(bench)

@@ -67,9 +67,12 @@ def test_a_run_is_recorded_whole(uri: str, tmp_path: Path) -> None:
     tracker = start(uri, tmp_path / "run", params={"train": {"lr": 2e-5, "betas": (0.9, 0.99)}, "long": "x" * 9000}, tags={"team": "a"})
     tracker.log(rows(1, 700))
     tracker.log_text("recipe", "plan/recipe.yaml")
+    tracker.log_tags({"alarm.x": "rose", "state": "bad"})
+    tracker.log_tags({"alarm.x": "over"})
     assert tracker.finish("FINISHED")
     run = client(uri).get_run(tracker.run_id)
     assert (run.info.status, run.info.experiment_id, run.data.tags["team"]) == ("FINISHED", tracker.experiment_id, "a")
+    assert (run.data.tags["alarm.x"], run.data.tags["state"]) == ("over", "bad")
     assert run.data.params["train.lr"] == "2e-05" and len(run.data.params["long"]) == 6000
     assert steps(uri, tracker.run_id) == list(range(1, 701))
     assert [r.step for r in Journal(tmp_path / "run").rows()] == list(range(1, 701))
