@@ -17,7 +17,7 @@ from orchestrator import authored, checkpoint, following, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import actors, alarms, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
+from orchestrator.checks import alarms, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -45,12 +45,12 @@ from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec
 from orchestrator.plan_text import plan_text
 from orchestrator.remembering import about_memory, with_log
-from orchestrator.rollouts import equipped, live_authors, longest_rows, read_rows
+from orchestrator.rollouts import equipped, longest_rows, read_rows
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
-from strategies.core import ScoreRequest, Strategy
+from strategies.core import Strategy
 from strategies.sources import Taught
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
@@ -167,7 +167,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     text, data, silent = _rows(job, strategy, people)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
-    offers, unsure = _offers({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
+    offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data)
@@ -198,18 +198,6 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan
-
-
-def _offers(
-    endpoints: Mapping[str, EndpointConfig],
-    asked: Mapping[str, Sequence[ScoreRequest]],
-    strategy: Strategy,
-    people: Cast,
-    data: PreparedData,
-) -> tuple[dict[str, Offer | WritingOffer], list[str]]:
-    """What the servers among those that answer give, and warnings, after checks of the others' own actors."""
-    actors.check_stages(endpoints, asked, strategy, people, data)
-    return served.check_servers(endpoints, asked, live_authors(strategy))
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:

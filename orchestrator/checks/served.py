@@ -7,9 +7,24 @@ from collections.abc import Mapping, Sequence
 from cluster.config import EndpointConfig
 from cluster.endpoints import probe, probe_writer
 from cluster.offers import Offer, Unfit, WritingOffer
+from orchestrator.checks import actors
+from orchestrator.checks.networks import Cast
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
-from strategies.core import Sampling, ScoreRequest
+from orchestrator.rollouts import live_authors
+from strategies.core import Sampling, ScoreRequest, Strategy
+
+
+def check_endpoints(
+    endpoints: Mapping[str, EndpointConfig],
+    asked: Mapping[str, Sequence[ScoreRequest]],
+    strategy: Strategy,
+    people: Cast,
+    data: PreparedData,
+) -> tuple[dict[str, Offer | WritingOffer], list[str]]:
+    """What the servers among those that answer give, and warnings, after checks of the others' own actors."""
+    actors.check_stages(endpoints, asked, strategy, people, data)
+    return check_servers(endpoints, asked, live_authors(strategy))
 
 
 def check_servers(
