@@ -49,3 +49,26 @@ def test_each_step_is_written_by_the_student_that_is_due(toy: Path) -> None:
     found = [loop.step()[1] for _ in range(3)]
     assert [bundle["policy_version"].tolist() for bundle in found] == [[0], [0], [1]]
     assert all(bundle["written"].all() and len(bundle["row_id"]) == 48 for bundle in found)
+
+
+REWARDED: dict[str, dict[str, Any]] = {
+    "kdrl": {"type": "kdrl", "samples": 4, "teacher_weight": 5e-3},
+    "kdrl-stale": {"type": "kdrl", "samples": 4, "teacher_weight": 5e-3, "teacher_mask": "failed-group", "staleness": 1},
+    "grpo": {"type": "kdrl", "samples": 4, "teacher_weight": 0.0},
+    "rlad": {"type": "rlad", "samples": 4, "ratio_anchor": 0.9, "clip_ratio": [0.5, 1.0]},
+}
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_the_student_says_more_often_what_a_verifier_wants(toy: Path, name: str) -> None:
+    loop = Loop(toy, REWARDED[name], verifier=Says(5))
+    before = loop.reward()
+    loop.train()
+    assert loop.reward() > before + 0.3, f"{before:.2f}, then {loop.reward():.2f}"
+
+
+def test_a_strong_teacher_beside_the_verifier_is_followed(toy: Path) -> None:
+    loop = Loop(toy, {"type": "kdrl", "samples": 4, "teacher_weight": 1.0, "outcome_weight": 0.01}, verifier=Says(5))
+    before = loop.divergence()
+    loop.train()
+    assert loop.divergence() < 0.6 * before
