@@ -34,8 +34,9 @@ class Controls:
         return {CONTROL + name: value for name, value in self.values.items()}
 
     def after_step(self, metrics: Mapping[str, float], progress: Progress) -> None:
-        """Tells them of the step at `progress`, unless it was skipped: numbers that are not finite would stay with them for ever."""
-        if not metrics["skipped"]:
+        """Tells them of the step at `progress`, unless it was skipped, as what is not finite would stay with them for ever, or taught
+        nothing: its losses are no losses."""
+        if not metrics["skipped"] and metrics.get("micro_batches", 1.0):
             self._states = {name: c.after_step(self._states[name], metrics, progress) for name, c in self._controllers.items()}
 
     def after_evaluation(self, metrics: Mapping[str, float]) -> None:

@@ -261,5 +261,5 @@ def kept_versions(folder: Path) -> dict[int, dict[str, dict[str, Tensor]]]:
         sets = found.setdefault(int(path.stem.partition("_")[2]), {})
         for key, value in load_file(path).items():
             name, _, weight = key.rpartition("/")
-            sets.setdefault(name, {})[weight] = value
+            sets.setdefault(name or STUDENT_WEIGHTS, {})[weight] = value
     return found

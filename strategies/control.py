@@ -67,8 +67,8 @@ class AdaptiveShare(Settings):
     """Added each time."""
     tolerance: float = 0.1
     """By how much the loss must have risen, in its own unit; a negative number also counts losses that fell by less."""
-    metric: str = "eval/cross_entropy"
-    """The held-out loss, smaller is better."""
+    metric: Annotated[str, Field(pattern="^eval/")] = "eval/cross_entropy"
+    """The held-out loss, smaller is better: any metric of an evaluation."""
 
     @property
     def hears(self) -> frozenset[str]:

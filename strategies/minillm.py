@@ -65,7 +65,7 @@ class MiniLLM(OnPolicy):
         scores, base = self.watched(Score(self.teacher, self.teacher, self.take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), *scores, *rows),
+            stages=(*self.writing(always=True), *scores, *rows),
             updates=(lm_update(*written, *given),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher), ACTED: TakenActions(teacher=self.teacher)},
             controllers=self.controllers(),

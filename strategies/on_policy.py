@@ -69,9 +69,10 @@ class OnPolicy(StrategyConfig):
         share = Controlled(SHARE) if isinstance(self.student_share, AdaptiveShare) else schedule(self.student_share)
         return Rollout(sampling, share, self.prompt_tokens, self.staleness, self.newest)
 
-    def writing(self) -> tuple[Stage, ...]:
-        """The stages that put texts of the student in the place of the data's: recalled ones, then new ones."""
-        if self.student_share == 0:
+    def writing(self, always: bool = False) -> tuple[Stage, ...]:
+        """The stages that put texts of the student in the place of the data's: recalled ones, then new ones. None where the student
+        writes nothing throughout, unless `always`, for strategies that need what those stages say of every row."""
+        if self.student_share == 0 and self.base is None and not always:
             return ()
         rollout = self.rollout()
         recalled = () if self.replay_share == 0 else (Replay(rollout, schedule(self.replay_share), self.replay_rows),)

@@ -61,7 +61,7 @@ class Paced(OnPolicy):
         scores, base = self.watched(Score(self.teacher, self.teacher, self.take.request))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), *scores, Reward(self.verifier), pace, *on_given),
+            stages=(*self.writing(always=True), *scores, Reward(self.verifier), pace, *on_given),
             updates=(lm_update(*divergences, *ce),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
             controllers=self.controllers(),

@@ -31,6 +31,8 @@ class Personalised(OnPolicy):
     """Name of the endpoint that judges attempts and repairs by the data's own completions."""
     base: None = None
     """Not measured: what is learnt are the teacher's words, not the student's."""
+    replay_share: Literal[0] = 0
+    """Nothing is recalled: of a repair nobody keeps the attempt."""
     sample_temperature: PositiveFloat = 0.3
     """At which the student writes."""
     teacher_temperature: NonNegativeFloat = 0.0
@@ -49,7 +51,7 @@ class Personalised(OnPolicy):
         mend = (Repair(self.teacher, sampling, self.feedback), judge, Lessons(self.variant, self.most_changed))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), judge, *mend),
+            stages=(*self.writing(always=True), judge, *mend),
             updates=(lm_update(Term("ce", CrossEntropy(), constant(1.0))),),
             controllers=self.controllers(),
         )

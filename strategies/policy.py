@@ -42,7 +42,7 @@ class Acting(OnPolicy):
         acted = TakenActions(teacher=self.teacher, reference=reference, outcome=bool(judged))
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), *judged, *scores, RowsOf("pg", "written")),
+            stages=(*self.writing(always=True), *judged, *scores, RowsOf("pg", "written")),
             updates=(lm_update(Term("pg", objective, constant(1.0), signal=ACTED)),),
             signals={self.teacher: Taught(take, endpoint=self.teacher), ACTED: acted},
             controllers=self.controllers(),

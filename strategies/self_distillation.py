@@ -14,7 +14,7 @@ from strategies.objectives.mixtures import JSD
 from strategies.on_policy import OnPolicy
 from strategies.schedule import ScheduleConfig, schedule
 from strategies.sources import TakeConfig, TakeTopK, Taught
-from strategies.stages.rollout import RowsOf
+from strategies.stages.rollout import STUDENT, RowsOf
 from strategies.stages.view import Context, ScoreBehind
 
 TERM = "kd"
@@ -48,6 +48,10 @@ class SelfDistillation(OnPolicy):
     def _taught_rows(self) -> SelfDistillation:
         if self._context.shows_reference and self.student_share != 1 and self.ce_weight == 0:
             raise ValueError("expected student_share 1 or a ce_weight: rows that the student does not write have no other use here")
+        if self.teacher == STUDENT and self.weights != "live":
+            raise ValueError(f"expected another name than {STUDENT!r} for a teacher whose weights are {self.weights}: that one writes")
+        if self.base == self.teacher:
+            raise ValueError("expected another base than the teacher, such as `base`, the student as it began")
         if self.weights != "frozen" and self.take.type == "hidden":
             raise ValueError("expected another take than hidden: the output head that would read the states moves, too")
         return self
@@ -65,7 +69,7 @@ class SelfDistillation(OnPolicy):
         watched, base = self.watched()
         return Strategy(
             players={"student": Player()},
-            stages=(*self.writing(), score, *watched, *(RowsOf(term.name, "given") for term in ce)),
+            stages=(*self.writing(always=True), score, *watched, *(RowsOf(term.name, "given") for term in ce)),
             updates=(lm_update(kd, *ce),),
             signals={self.teacher: Taught(self.take, endpoint=self.teacher)},
             follows={self.teacher: Follow(rate)},

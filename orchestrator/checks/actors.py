@@ -10,6 +10,7 @@ from cluster.offers import Unfit
 from orchestrator.checks.networks import Cast
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
+from orchestrator.rollouts import live_authors
 from strategies.core import Sampling, ScoreRequest, Strategy
 from strategies.stages.rollout import rollouts
 
@@ -25,7 +26,11 @@ def check_stages(
     written = rollouts(strategy.stages)
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens, *(s.longest_tokens for s in written))
     for name, config in endpoints.items():
-        check_endpoint(name, config, people, asked.get(name, ()), [s.sampling for s in written if s.endpoint == name], longest)
+        check_endpoint(name, config, people, asked.get(name, ()), _samplings(live_authors(strategy), name), longest)
+
+
+def _samplings(writing: Mapping[str, Sampling], name: str) -> list[Sampling]:
+    return [writing[name]] if name in writing else []
 
 
 def check_endpoint(

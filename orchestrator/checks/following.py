@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from cluster.config import follows_student
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
-from orchestrator.following import average_rates
+from orchestrator.following import average_rates, weight_sets
 from strategies.core import Strategy
 
 
@@ -16,6 +17,11 @@ def check_following(job: Job, strategy: Strategy) -> None:
     for name in sorted(set(strategy.follows) - asked):
         known = ", ".join(sorted(asked)) or "none"
         raise Refusal(where, f"the endpoint {name!r}, which follows the student", f"one that a stage asks: {known}", "Mend the strategy.")
+    for name in sorted(asked - set(weight_sets(strategy))):
+        config = job.endpoints.get(name)
+        if config is not None and follows_student(config):
+            got = "true, and nothing of the strategy lets it follow the student: its weights would stay random"
+            raise Refusal(f"endpoints.{name}.follows_student", got, "false", "Drop it, or set strategy.weights to average or live.")
     still = sorted(name for name, follow in strategy.follows.items() if not follow.moves)
     if still and student.init == "random":
         got = f"'random', for a student that is also its own teacher {still[0]!r}, as it begins"

@@ -13,6 +13,7 @@ from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
 from orchestrator.rollouts import live_authors
 from strategies.core import Sampling, ScoreRequest, Strategy
+from strategies.stages.rollout import rollouts
 
 
 def check_endpoints(
@@ -38,9 +39,10 @@ def check_servers(
     return offers, [f"endpoint {n!r} names no tokenizer; its model is taken to share the student's." for n in unknown]
 
 
-def check_lengths(offers: Mapping[str, Offer | WritingOffer], data: PreparedData) -> list[str]:
+def check_lengths(offers: Mapping[str, Offer | WritingOffer], data: PreparedData, strategy: Strategy) -> list[str]:
     """`Refusal` when a server cannot read the longest row; a warning when it does not tell."""
-    longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
+    written = (s.longest_tokens for s in rollouts(strategy.stages))
+    longest = max(data.train.longest_tokens, data.held_out.longest_tokens, *written)
     for name, offer in offers.items():
         if offer.context_tokens is not None and longest > offer.context_tokens:
             do = f"Set data.max_length_tokens={offer.context_tokens} or less, or serve {offer.model!r} with a longer context."

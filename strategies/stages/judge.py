@@ -100,12 +100,15 @@ def advantages(rewards: NDArray[np.float64], scale: bool) -> NDArray[np.float64]
 
 
 def groups(columns: Columns) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each run of rows with equal `row_id`: the numbers of its rows, and those of its written rows with a verdict; one empty run
-    where there are no rows."""
+    """For each run of rows with equal `row_id` and, where rows have one, rising `sample`: the numbers of its rows, and those of its
+    written rows with a verdict; one empty run where there are no rows. Texts of one prompt that were recalled side by side stay apart."""
     row_id = columns["row_id"]
+    new = np.diff(row_id) != 0
+    if "sample" in columns:
+        new |= np.diff(columns["sample"].astype(np.int64)) <= 0
     counts = columns["judged"].astype(bool) & columns["written"].astype(bool)
     rows = np.arange(len(row_id))
-    for group in np.split(rows, np.flatnonzero(np.diff(row_id)) + 1):
+    for group in np.split(rows, np.flatnonzero(new) + 1):
         yield group, group[counts[group]]
 
 

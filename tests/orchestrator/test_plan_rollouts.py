@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,3 +155,29 @@ def test_a_memory_that_cannot_work_is_refused(bench: Bench, overrides: tuple[str
     with pytest.raises(Refusal) as caught:
         bench.plan(*RECALLS, *overrides)
     assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ({"type": "gkd", "student_share": {"metric": "loss/kd"}}, ["student_share", "metric"]),
+        ({"type": "personalised", "replay_share": 0.5}, ["replay_share"]),
+        ({"type": "sdft", "teacher": "student"}, ["another name than 'student'"]),
+        ({"type": "opsd", "base": "self"}, ["another base than the teacher"]),
+    ],
+)
+def test_what_a_strategy_cannot_honour_is_refused(bench: Bench, strategy: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(Refusal) as caught:
+        bench.plan(f"strategy={json.dumps(strategy)}")
+    assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["opd", "minillm"])
+def test_a_student_that_writes_nothing_is_no_mistake(bench: Bench, kind: str) -> None:
+    plan = bench.plan(f"strategy={kind}", "strategy.max_new_tokens=16", "strategy.student_share=0")
+    assert "Rollout(student)" in plan_text(plan)
+
+
+def test_a_teacher_that_nobody_publishes_to_does_not_follow(bench: Bench) -> None:
+    with pytest.raises(Refusal, match="its weights would stay random"):
+        bench.plan(*WRITES, "endpoints.teacher.follows_student=true")

@@ -200,3 +200,8 @@ def test_a_pace_lies_above_0_and_at_most_at_1(right: list[bool], a: float, b: fl
 def test_exponents_that_hold_nothing_back_are_refused(a: float, b: float) -> None:
     with pytest.raises(ValueError, match="expected both above 0"):
         PassRateWeight(("policy",), a, b)
+
+
+def test_texts_of_one_prompt_that_were_recalled_side_by_side_are_two_groups() -> None:
+    columns = rows([(2, 1)] * 4, row_id=[1] * 4, reward=[1.0, 0.0, 0.0, 0.0], written=[1] * 4, judged=[1] * 4, sample=[0, 1, 0, 1])
+    assert GroupAdvantage()(columns, None)["group_failed"].tolist() == [0, 0, 1, 1]
