@@ -67,7 +67,8 @@ def evaluations(home: Path, name: str) -> list[dict[str, float]]:
     return [line["values"] for line in lines if "eval/cross_entropy" in line["values"]]
 
 
-@pytest.mark.parametrize("kind", ["opsd", pytest.param("sdft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["opsd", "sdft"])
 def test_the_student_learns_what_only_its_teacher_reads(home: Path, ray_session: str, kind: str) -> None:
     content = recipe(home, f"learns-{kind}", {"type": kind}, steps=30, warmup_steps=2)
     result = distill(content, cluster=cluster(home))

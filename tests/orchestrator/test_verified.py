@@ -44,6 +44,7 @@ def steps(home: Path, name: str, strategy: dict[str, Any], function: str) -> lis
     return found
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_verifier_that_throws_and_hangs(home: Path, ray_session: str) -> None:
     found = steps(home, "broken", {"type": "kdrl", "teacher_weight": 0.1}, "broken")
     assert all(v["grad_norm"] > 0 for v in found)
