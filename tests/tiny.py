@@ -95,3 +95,13 @@ def tiny_model(
         model = Qwen3ForCausalLM(config)
     model.save_pretrained(str(folder))
     return model
+
+
+def tiny_pair(folder: Path, rows: int) -> Path:
+    """`folder` with a student, a wider teacher of other weights, and `rows.jsonl` of so many prompts with completions."""
+    for name, width, seed in (("student", 32, 0), ("teacher", 48, 1)):
+        tokenizer = tiny_tokenizer(folder / name)
+        tiny_model(folder / name, vocab_size=len(tokenizer), width=width, seed=seed)
+    pairs = ({"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from tests.benchmarks.loop import LoopSpec, batches
+from tests.benchmarks.trl_arguments import shared_arguments
 from tests.benchmarks.window import Trace
 
 
@@ -60,31 +61,8 @@ def train(spec: LoopSpec, folder: str) -> Trace:
 
 
 def arguments(spec: LoopSpec, folder: str) -> GKDConfig:
-    """TRL's defaults but for what both sides share. Without gradient checkpointing, which TRL turns on and the product
-    does not, it is faster and larger."""
-    return GKDConfig(
-        output_dir=folder,
-        lmbda=0.0,
-        beta=0.0,
-        seq_kd=False,
-        max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_rows,
-        train_sampling_strategy="sequential",
-        learning_rate=spec.lr,
-        weight_decay=spec.weight_decay,
-        adam_beta1=spec.betas[0],
-        adam_beta2=spec.betas[1],
-        max_grad_norm=spec.clip_norm,
-        optim="adamw_torch_fused",
-        gradient_checkpointing=spec.gradient_checkpointing,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=spec.seed,
-    )
+    """TRL's defaults but for what both sides share, on the rows' own texts in their order."""
+    return GKDConfig(**shared_arguments(spec, folder), lmbda=0.0, beta=0.0, seq_kd=False, train_sampling_strategy="sequential")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import DistillationConfig, DistillationTrainer
 
 from tests.benchmarks.loop import LoopSpec, batches
+from tests.benchmarks.trl_arguments import shared_arguments
 from tests.benchmarks.window import Trace
 
 
@@ -81,31 +82,14 @@ def prompts(spec: LoopSpec, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def arguments(spec: WritingSpec, folder: str) -> DistillationConfig:
-    """TRL's defaults but for what both sides share. Without gradient checkpointing, which TRL turns on and the product
-    does not, it is faster and larger. Logged every step, as the product does."""
+    """TRL's defaults but for what both sides share, on prompts in their order. Logged every step, as the product does."""
     return DistillationConfig(
-        output_dir=folder,
+        **shared_arguments(spec, folder),
         beta=spec.beta,
         temperature=1.0,
         max_completion_length=spec.max_new_tokens,
-        max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_rows,
         shuffle_dataset=False,
-        learning_rate=spec.lr,
-        weight_decay=spec.weight_decay,
-        adam_beta1=spec.betas[0],
-        adam_beta2=spec.betas[1],
-        max_grad_norm=spec.clip_norm,
-        optim="adamw_torch_fused",
-        gradient_checkpointing=spec.gradient_checkpointing,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        bf16=False,
         logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=spec.seed,
     )
 
 

@@ -15,19 +15,14 @@ from mlflow import MlflowClient
 from jobs import cli
 from orchestrator.journal import RunRecord
 from tests.orchestrator.test_on_policy import recipe
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_pair
 
 STEPS = 14
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alarmed")
-    for name, width, seed in (("student", 32, 0), ("teacher", 48, 1)):
-        tokenizer = tiny_tokenizer(folder / name)
-        tiny_model(folder / name, vocab_size=len(tokenizer), width=width, seed=seed)
-    rows = [{"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(80)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    folder = tiny_pair(tmp_path_factory.mktemp("alarmed"), rows=80)
     (folder / "cluster.yaml").write_text(yaml.safe_dump({"storage": str(folder / "runs"), "address": "auto"}))
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.run import distill
 from tests.orchestrator.test_faults import cluster
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_pair
 
 STEPS = 12
 pytestmark = pytest.mark.slow
@@ -19,13 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("frontier")
-    for name, width, seed in (("student", 32, 0), ("teacher", 48, 1)):
-        tokenizer = tiny_tokenizer(folder / name)
-        tiny_model(folder / name, vocab_size=len(tokenizer), width=width, seed=seed)
-    rows = [{"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(40)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
+    return tiny_pair(tmp_path_factory.mktemp("frontier"), rows=40)
 
 
 def steps(home: Path, name: str, strategy: dict[str, Any], function: str = "even", **train: Any) -> list[dict[str, float]]:

@@ -11,20 +11,14 @@ import pytest
 
 from orchestrator.run import distill
 from tests.orchestrator.test_faults import cluster, kill_when
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_pair
 
 STEPS, EVERY = 10, 3
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("on-policy")
-    for name, width, seed in (("student", 32, 0), ("teacher", 48, 1)):
-        tokenizer = tiny_tokenizer(folder / name)
-        tiny_model(folder / name, vocab_size=len(tokenizer), width=width, seed=seed)
-    rows = [{"prompt": f"def f{i}(x):", "completion": f" return x + {i}"} for i in range(80)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
+    return tiny_pair(tmp_path_factory.mktemp("on-policy"), rows=80)
 
 
 def recipe(home: Path, name: str, strategy: dict[str, Any], **train: Any) -> dict[str, Any]:
