@@ -81,3 +81,12 @@ def test_the_reader_writes_them_beside_the_rows(tmp_path: Path) -> None:
     bundles = [from_table(t) for t in read_bundles(order, 0, 1, True, lambda attempt, step: {"share": step / 4})]
     assert {(int(b["step"][0]), told(b)["share"]) for b in bundles if b["step"][0]} == {(1, 0.25), (2, 0.5), (3, 0.75)}
     assert len({frozenset(b) for b in bundles}) == 1, "all bundles have the same columns"
+
+
+def test_a_step_that_was_skipped_or_taught_nothing_is_not_told() -> None:
+    controls = begin()
+    controls.after_step({"skipped": 0.0, "loss/kd": 5.0}, Progress(0, STEPS))
+    before = controls.to_json()["states"]
+    controls.after_step({"skipped": 1.0, "loss/kd": float("nan")}, Progress(1, STEPS))
+    controls.after_step({"skipped": 0.0, "micro_batches": 0.0, "loss/kd": 0.0}, Progress(2, STEPS))
+    assert controls.to_json()["states"] == before

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 from ray.data import ExecutionOptions
+from safetensors.torch import save_file
 
 from cluster.config import FakeEndpoint
 from cluster.resources import Share
@@ -179,3 +180,8 @@ def test_an_adapters_product_is_merged_under_the_models_own_names() -> None:
     merged = published_weights(Adapted(), 0.5)  # type: ignore[arg-type]
     assert list(merged) == ["layers.0.q_proj.weight"]
     torch.testing.assert_close(merged["layers.0.q_proj.weight"], w + 0.5 * b @ a)
+
+
+def test_versions_without_names_are_the_students_own(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "version_00000003.safetensors")
+    assert {step: {name: list(w) for name, w in sets.items()} for step, sets in kept_versions(tmp_path).items()} == {3: {"student": ["w"]}}

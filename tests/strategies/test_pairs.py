@@ -45,6 +45,10 @@ def test_a_later_epoch_reads_the_same_texts() -> None:
     assert [sampling for _, sampling in author.asked] == [STAGE.sampling] * 2
 
 
+def test_a_snapshots_texts_are_those_of_the_student_as_it_began() -> None:
+    assert STAGE(bundle(step=9), Counting())["written_by"].tolist() == [-1, 0] * 3
+
+
 def test_what_cannot_be_a_pair_is_left_out_whole() -> None:
     unanswered = bundle(prompts=([5] * 9, [8], [9, 10]))
     unanswered["loss_mask"][unanswered["tokens"] == 7] = 0  # the third row's completion
