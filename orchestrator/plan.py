@@ -52,6 +52,7 @@ from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
+from strategies.stages.support import with_vocabulary
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -163,6 +164,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
     people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows)
     strategy = equipped(job, strategy, people.tokenizer, people.contexts)
+    strategy = replace(strategy, stages=with_vocabulary(strategy.stages, people.vocabulary))
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))

@@ -71,7 +71,7 @@ class Teachers:
         found: dict[str, Signal] = {}
         for name in sorted(names, key=lambda n: isinstance(self.sources[n], Blended)):  # members before their blends
             source = self.sources[name]
-            found[name] = source.of(found) if isinstance(source, Blended) else self._signal(micro, name, source, shown)
+            found[name] = source.of(found, micro.columns) if isinstance(source, Blended) else self._signal(micro, name, source, shown)
         return found
 
     def _signal(self, micro: MicroBatch, name: str, source: Taught | TakenActions, shown: Mapping[str, Tapped]) -> Signal:

@@ -14,6 +14,7 @@ from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
 from strategies.minillm import MiniLLM
+from strategies.multi_teacher import MultiTeacher
 from strategies.on_policy import GKD
 from strategies.paced import Paced
 from strategies.personalised import Personalised
@@ -35,6 +36,7 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "kdrl": KDRL,
     "logits": Logits,
     "minillm": MiniLLM,
+    "multi-teacher": MultiTeacher,
     "opd": OPD,
     "opsd": OPSD,
     "paced": Paced,

@@ -20,11 +20,9 @@ SHARE = "student_share"
 """The controller of how much the student writes."""
 
 
-class OnPolicy(StrategyConfig):
-    """What is common to strategies in which the student writes."""
+class StudentWrites(StrategyConfig):
+    """What is common to strategies in which the student writes, whoever teaches."""
 
-    teacher: str = "teacher"
-    """Name of the endpoint that scores the rows."""
     student_share: ScheduleConfig | AdaptiveShare = 1.0
     """Share of the rows that the student writes; the others keep the data's own completions. A number, a schedule, such as
     `{steps: [[0, 0.0], [500, 1.0]]}` for a warm-up, or `{rise: 0.1}` to grow whenever the held-out loss has risen. Nobody writes
@@ -91,6 +89,13 @@ class OnPolicy(StrategyConfig):
                 return scores, score.signal
         signal = f"{self.base}-base" if self.base in {s.signal for s in scores} else self.base
         return (*scores, Score(signal, self.base, ScoreRequest("per-token"))), signal
+
+
+class OnPolicy(StudentWrites):
+    """What is common to strategies in which the student writes and one teacher scores."""
+
+    teacher: str = "teacher"
+    """Name of the endpoint that scores the rows."""
 
     def taught(self, objective: Objective | TwoPass, take: Take, kd_weight: ScheduleConfig, ce_weight: ScheduleConfig) -> Strategy:
         """One objective on the teacher's scores of every row, and cross-entropy on the data's own completions."""

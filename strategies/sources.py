@@ -117,7 +117,8 @@ TakeConfig = Annotated[Take, Field(discriminator="type")]
 
 @dataclass(frozen=True)
 class Taught:
-    """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; one of the two."""
+    """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; or, without either, what a
+    stage made of the answers of others, under the signal's name as well."""
 
     take: Take
     endpoint: str | None = None
@@ -134,23 +135,35 @@ class Taught:
 
     def columns(self, name: str) -> tuple[str, ...]:
         """Columns of a bundle that the signal `name` is made of."""
-        return tuple(f"{name}/{c}" for c in self.take.columns) if self.endpoint else ()
+        return () if self.player else tuple(f"{name}/{c}" for c in self.take.columns)
 
 
 @dataclass(frozen=True)
 class Blended:
-    """One signal made of others of the same strategy, by name and weight (`strategies.blend.Blend`)."""
+    """One signal made of others of the same strategy, by name and weight (`strategies.blend.Blend`).
 
-    members: Mapping[str, float]
+    A weight is a number, or the column `(N,)` of a stage, which tells it for every token. Where columns are all 0, members count alike.
+    """
+
+    members: Mapping[str, float | str]
     kind: Literal["mixture", "product"] = "mixture"
     gives: frozenset[Reads] = DISTRIBUTION
 
-    def of(self, signals: Mapping[str, Signal]) -> Signal:
+    def columns(self, name: str) -> tuple[str, ...]:
+        """Columns of a bundle that the weights are read from."""
+        return tuple(w for w in self.members.values() if isinstance(w, str))
+
+    def of(self, signals: Mapping[str, Signal], columns: Mapping[str, Tensor]) -> Signal:
+        """The signal, from its members and the columns `(N, 1)` of a micro-batch."""
         found = tuple(signals[m] for m in self.members)
         known = tuple(s for s in found if isinstance(s, Dense | Hidden | TopK))
         if len(known) < len(found):
             raise ValueError(f"a blend of {', '.join(self.members)}: expected distributions (dense, hidden, or all topk)")
-        return Blend(known, tuple(self.members.values()), self.kind)
+        weights = [columns[w].flatten() if isinstance(w, str) else w for w in self.members.values()]
+        if all(isinstance(w, Tensor) for w in weights):
+            nobody = torch.stack([w for w in weights if isinstance(w, Tensor)]).sum(0) == 0
+            weights = [torch.where(nobody, torch.ones_like(w), w) for w in weights if isinstance(w, Tensor)]
+        return Blend(known, tuple(weights), self.kind)
 
 
 @dataclass(frozen=True)
@@ -197,5 +210,5 @@ Source = Taught | Blended | TakenActions
 
 def scored_columns(sources: Mapping[str, Source]) -> tuple[str, ...]:
     """Columns of a bundle that all `sources` together are made of, each once."""
-    wanted = (c for name, source in sources.items() if not isinstance(source, Blended) for c in source.columns(name))
+    wanted = (c for name, source in sources.items() for c in source.columns(name))
     return tuple(dict.fromkeys(wanted))

@@ -41,7 +41,7 @@ class SignalConfig(Settings):
     @property
     def source(self) -> Source:
         if self.blend is not None:
-            return Blended(self.blend, self.kind)
+            return Blended(dict(self.blend), self.kind)
         return Taught(self.take, endpoint=self.endpoint, player=self.player)
 
 

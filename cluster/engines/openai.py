@@ -21,7 +21,7 @@ from cluster.answers import refuse_dropped
 from cluster.config import OpenAIEndpoint
 from cluster.engines import Columns, Request, Sampling
 from cluster.engines.openai_calibration import check_calibration
-from cluster.engines.openai_client import Server
+from cluster.engines.openai_client import Server, ServerFailed
 from cluster.engines.openai_dialects import Dialect, NotScored, Said
 from cluster.engines.openai_probe import Reply, ask, most_ids, probe_server
 from cluster.engines.openai_write import Pen
@@ -70,7 +70,13 @@ class OpenAIEngine:
 
     @cached_property
     def _scoring(self) -> tuple[Offer, Dialect]:
-        return probe_server(self._server, self.config)
+        """`ServerFailed` from one that does not answer: it was there at the door."""
+        try:
+            return probe_server(self._server, self.config)
+        except Unfit as error:
+            if isinstance(failure := error.__cause__, ServerFailed) and not failure.refused:
+                raise failure from None
+            raise
 
     @property
     def offer(self) -> Offer:
@@ -93,7 +99,8 @@ class OpenAIEngine:
         """See `cluster.engines.Engine.score`; of kinds `topk` and `per-token`.
 
         Of ids that are not usable only those among a token's top ids are seen, so only they count as dropped.
-        `ServerFailed` when a request was not answered after all its repetitions, `Unfit` when the server gives no such scores.
+        `ServerFailed`, a `ConnectionError`, when a request was not answered after all its repetitions, `Unfit` when the server gives no
+        such scores.
         """
         kept = self._kept(columns, request)
         rows = bundle_rows(columns)

@@ -25,7 +25,7 @@ SHOWN_CHARACTERS = 240
 Json = dict[str, Any]
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(ConnectionError):
     """A request that was not answered. `status` is None when there was no answer at all."""
 
     def __init__(self, url: str, status: int | None, words: str, tries: int):
