@@ -149,14 +149,16 @@ def quickstart(
 
 @app.command()
 def task(
-    name: Annotated[Literal["arithmetic"], typer.Argument(help="Which one.")],
-    folder: Annotated[Path, typer.Option(help="Where data, models and runs go.")] = Path("runs/arithmetic"),
+    name: Annotated[Literal["arithmetic", "specialists"], typer.Argument(help="Which one.")],
+    folder: Annotated[Path | None, typer.Option(help="Where data, models and runs go. [default: runs/NAME]", show_default=False)] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make a task whose answers can be judged: problems, a tokenizer, a trained teacher, and a student that has begun."""
+    """Make data, a tokenizer and teachers to try methods on: `arithmetic`, whose answers can be judged, or two `specialists`."""
+    from jobs.specialists import run_specialists
     from jobs.task import run_task
 
-    run_task(folder, verbose)
+    makers = {"arithmetic": run_task, "specialists": run_specialists}
+    makers[name](folder or Path("runs") / name, verbose)
 
 
 def main() -> None:
