@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,7 @@ from orchestrator.microbatch import MicroBatch
 from strategies.core import AnyTerm, Player, StatesTerm
 from strategies.head import Head
 from strategies.signals import Signal
-from strategies.sources import Blended, Source, TakenActions, Taught
+from strategies.sources import Blended, Source, TakenActions, Taught, read_sources
 from strategies.taps import OUTPUT, Tap, Tapped
 
 
@@ -46,14 +46,10 @@ class Teachers:
 
         One without loss tokens gets no signals: nothing will read them.
         """
-        names = self._wanted({t.signal for t in terms if not isinstance(t, StatesTerm) and t.signal is not None})
+        names = set(read_sources(self.sources, read_signals(terms)))
         shown = self._shown(micro, terms, names)
         signals = self._signals(micro, names, shown) if micro.loss_tokens else {}
         return replace(micro, signals=signals, taught=shown)
-
-    def _wanted(self, names: set[str]) -> set[str]:
-        members = {m for n in names if isinstance(source := self.sources[n], Blended) for m in source.members}
-        return names | members
 
     def _shown(self, micro: MicroBatch, terms: tuple[AnyTerm, ...], names: set[str]) -> dict[str, Tapped]:
         """What frozen players show, by name."""
@@ -83,6 +79,11 @@ class Teachers:
         player = self.frozen[source.player]
         answers: dict[str, Tensor] = player.score(micro, shown[source.player].tokens(OUTPUT), source.take.request)
         return source.take.read(answers, player.head)
+
+
+def read_signals(terms: Iterable[AnyTerm]) -> set[str]:
+    """Names of the signals that terms read."""
+    return {t.signal for t in terms if not isinstance(t, StatesTerm) and t.signal is not None}
 
 
 def heads_of(sources: Mapping[str, Source]) -> set[str]:

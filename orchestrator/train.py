@@ -33,11 +33,11 @@ from orchestrator.players import BoundPlayers, load_players
 from orchestrator.remembering import Remembering, rollout_log
 from orchestrator.step_metrics import gradient_shares, loss_metrics, stream_metrics
 from orchestrator.stream import Stream
-from orchestrator.teachers import Teachers
+from orchestrator.teachers import Teachers, read_signals
 from orchestrator.versions import Publisher, kept_versions
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
-from strategies.sources import Source, scored_columns
+from strategies.sources import Source, read_sources, scored_columns
 from strategies.stages.replay import replays
 
 MOST_SKIPPED_STEPS = 10
@@ -253,7 +253,8 @@ def train_step(
     Returns whether any rank asked to stop, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
-    micros = _cut(run, bundle, strategy.signals, strategy.rows_together)
+    read = read_sources(strategy.signals, read_signals(t for u in strategy.updates for t in u.terms))
+    micros = _cut(run, bundle, read, strategy.rows_together)
     asked = False
     for update in strategy.updates:
         if progress.step % update.every:

@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, field_validator, model_validator
 
-from strategies.core import AnyTerm, Player, Settings, Stage, Strategy, Term, lm_update
+from strategies.choosing import Chosen, ProgressSetting
+from strategies.control import Controlled, Controller
+from strategies.core import AnyTerm, Player, Schedule, Settings, Stage, Strategy, Term, lm_update
 from strategies.objectives import AnyObjective
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
@@ -20,6 +22,8 @@ from strategies.stages.support import SharedSupport
 
 PANEL = "panel"
 """The one signal that is made of all teachers'."""
+CHOICE = "choice/"
+"""Before a teacher's name: the controller that says whether it teaches now."""
 ON_SHARED = "panel/"
 """Before a teacher's name: its answers on the ids that all of them are blended on."""
 
@@ -44,17 +48,19 @@ class TeacherSetting(Settings):
 class GateSetting(Settings):
     """How much each teacher counts for a token, besides its weight and its domains."""
 
-    by: Literal["weight", "cross-entropy", "entropy", "confidence"] = "weight"
+    by: Literal["weight", "cross-entropy", "entropy", "confidence", "progress"] = "weight"
     """`cross-entropy` prefers teachers to whom the token is likely, `entropy` those without doubts, `confidence` those whose first choice
-    is likely; `weight` none."""
+    is likely; `weight` none. `progress` lets one of them teach from one evaluation to the next, and learns which (`progress`)."""
     sharpness: NonNegativeFloat = 1.0
     """How strongly: shares are multiplied by exp(sharpness * score)."""
     best: bool = False
     """The best teacher of each token teaches it alone; sharpness does not matter then."""
+    progress: ProgressSetting = ProgressSetting()
+    """How it is learnt who teaches, with `by: progress`. A teacher's own weight and schedule do not matter then."""
 
     @model_validator(mode="after")
     def _scored(self) -> GateSetting:
-        if self.best and self.by == "weight":
+        if self.best and self.by in ("weight", "progress"):
             raise ValueError("expected by: cross-entropy, entropy or confidence beside best: true, and got nothing that says who is best")
         return self
 
@@ -72,8 +78,7 @@ class MultiTeacher(StudentWrites):
     answer for its row (`gate`). Where one teacher alone counts, by `domains` that do not overlap or by `gate: {best: true}`, its own top-k
     tokens teach; else a mixture or a product of top-k answers is on the ids of all of them, and what one of them did not name has an even
     part of its rest. A term of `sum` is divided by the count of tokens for which its teacher counts. All teachers have the student's
-    tokenizer. With `student_share` above 0 all of this is on text that the student writes while it learns. Shares that are learnt from the
-    student's progress are not here.
+    tokenizer. With `student_share` above 0 all of this is on text that the student writes while it learns.
     """
 
     type: Literal["multi-teacher"] = "multi-teacher"
@@ -123,12 +128,13 @@ class MultiTeacher(StudentWrites):
 
     def build(self) -> Strategy:
         writing = self.writing()
-        asks = [Ask(n, n, self.take.request, t.domains, schedule(t.weight), self.on_failure) for n, t in self.teachers.items()]
+        weights = self._weights()
+        asks = [Ask(n, n, self.take.request, t.domains, weights[n], self.on_failure) for n, t in self.teachers.items()]
         scores, base = self.watched(*asks)
         terms = self._terms()
         gate = Gate(
-            {name: Member(schedule(t.weight), t.domains) for name, t in self.teachers.items()},
-            self.gate.by,
+            {name: Member(weights[name], t.domains) for name, t in self.teachers.items()},
+            "weight" if self.gate.by == "progress" else self.gate.by,
             self.gate.sharpness,
             self.gate.best,
             terms=() if self.combine == "sum" else tuple(terms),
@@ -143,16 +149,27 @@ class MultiTeacher(StudentWrites):
             updates=(lm_update(*kd, *ce),),
             signals=self._signals(),
             authors=self.text.build().authors if self.text else (),
-            controllers=self.controllers(),
+            controllers={**self.controllers(), **self._choices()},
             base=base,
         )
+
+    def _weights(self) -> dict[str, Schedule]:
+        """Of each teacher, before the gate."""
+        if self.gate.by == "progress":
+            return {name: Controlled(CHOICE + name) for name in self.teachers}
+        return {name: schedule(teacher.weight) for name, teacher in self.teachers.items()}
+
+    def _choices(self) -> dict[str, Controller]:
+        """Who teaches next, where that is learnt."""
+        names = tuple(self.teachers)
+        return {CHOICE + n: Chosen(n, names, self.gate.progress) for n in names} if self.gate.by == "progress" else {}
 
     @property
     def _alone(self) -> bool:
         """Whether one teacher at most counts for a token."""
         named = [domain for teacher in self.teachers.values() for domain in teacher.domains]
         apart = all(t.domains for t in self.teachers.values()) and len(set(named)) == len(named)
-        return self.gate.best or apart or len(self.teachers) == 1
+        return self.gate.best or self.gate.by == "progress" or apart or len(self.teachers) == 1
 
     @property
     def _on_shared_ids(self) -> bool:

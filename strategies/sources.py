@@ -7,7 +7,7 @@ one of columns that came with the student's own text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -212,3 +212,10 @@ def scored_columns(sources: Mapping[str, Source]) -> tuple[str, ...]:
     """Columns of a bundle that all `sources` together are made of, each once."""
     wanted = (c for name, source in sources.items() for c in source.columns(name))
     return tuple(dict.fromkeys(wanted))
+
+
+def read_sources(sources: Mapping[str, Source], names: Iterable[str]) -> dict[str, Source]:
+    """Those of `sources` that signals of these names are made of, members of blends among them."""
+    wanted = set(names)
+    wanted |= {m for n in wanted if isinstance(source := sources[n], Blended) for m in source.members}
+    return {name: source for name, source in sources.items() if name in wanted}

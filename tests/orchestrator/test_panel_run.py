@@ -126,9 +126,14 @@ def test_the_run_waits_for_a_teacher_that_comes_back(home: Path, ray_session: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [{}, {"combine": "product"}, {"gate": {"by": "entropy", "best": True}}], ids=["mixture", "product", "best"])
+@pytest.mark.parametrize(
+    "strategy",
+    [{"take": "dense"}, {"take": "dense", "combine": "product"}, {"gate": {"by": "entropy", "best": True}}],
+    ids=["mixture", "product", "best"],
+)
 def test_two_teachers_with_one_opinion_are_one(home: Path, ray_session: str, strategy: dict[str, Any]) -> None:
-    name = f"twins-{len(strategy)}-{'-'.join(strategy)}"
+    name = f"twins-{'-'.join(strategy)}"
     twins = run(home, name, ["near", "twin"], {n: {"model": str(home / "teacher")} for n in ("near", "twin")}, **strategy)
-    alone = run(home, f"{name}-alone", ["near"], {"near": {"model": str(home / "teacher")}})
+    take = {name: value for name, value in strategy.items() if name == "take"}
+    alone = run(home, f"{name}-alone", ["near"], {"near": {"model": str(home / "teacher")}}, **take)
     assert [s["loss"] for s in twins] == pytest.approx([s["loss"] for s in alone], rel=1e-4)
