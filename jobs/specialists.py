@@ -23,7 +23,7 @@ BOTH = "both"
 VOCABULARY = 2048
 TOKENIZER_TEXTS = 3_000
 CODE_CHARACTERS = {"train": 3_000_000, "held_out": 100_000}
-PROBLEMS: dict[arithmetic.Split, int] = {"train": 18_000, "held_out": 600}
+PROBLEMS: dict[arithmetic.Split, int] = {"train": 15_000, "held_out": 600}
 PROBLEMS_IN_A_ROW = 2
 
 TEACHER = {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 576, "num_attention_heads": 4, "head_dim": 48}

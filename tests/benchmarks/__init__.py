@@ -100,6 +100,11 @@ BENCHMARKS: dict[str, Entry] = {
         "a student's KL to its teacher on its own text after on-policy methods over after off-policy logits; accuracies of five methods",
         "ratio < 1.0",
     ),
+    "specialists": Entry(
+        "tests.benchmarks.specialists",
+        "how much of the gap to a specialist's own student a routed student of two specialists closes on each domain; mixture and product too",
+        "share >= 0.95",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",
