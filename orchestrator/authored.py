@@ -17,13 +17,14 @@ from cluster.stores.key import StoreKey
 from orchestrator.chat import ChatTemplate
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.teaching import named_endpoints
-from orchestrator.config import DataConfig, Job
+from orchestrator.config import Job
 from orchestrator.data import template_digest, tokenizer_digest
 from orchestrator.errors import Refusal
 from orchestrator.pieces import Bad
 from orchestrator.prompts import Prompts, prepare_prompts
 from orchestrator.rows import Rows
 from orchestrator.selection import Selected, Source, select
+from orchestrator.settings import DataConfig
 from orchestrator.stores import FoundStore, cache_folder, check_whole, find_store, teacher_identity
 from strategies.core import Strategy
 from strategies.stages.write import Authored
@@ -112,6 +113,9 @@ def measured_data(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBa
 
 def _prompts(data: DataConfig, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Prompts:
     """The prompts that leave room for the longest text."""
+    if data.marks:
+        do = "Leave data.domain and data.score out, or train on rows that are written elsewhere."
+        raise Refusal("data", f"columns about rows ({', '.join(data.marks)})", "none where teachers write the rows", do)
     longest = max(a.write.sampling.max_new_tokens for a in strategy.authors)
     room = data.max_length_tokens - longest
     if room < 1:

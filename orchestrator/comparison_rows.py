@@ -14,12 +14,13 @@ from cluster.storage import Folder
 from orchestrator.authored import measured_data
 from orchestrator.checkpoint import SNAPSHOT
 from orchestrator.comparable import positions_of, tokenizer_of
-from orchestrator.config import DataConfig, load_job
+from orchestrator.config import load_job
 from orchestrator.data import prepare
 from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer
 from orchestrator.result import RECIPE
 from orchestrator.rows import Rows
+from orchestrator.settings import DataConfig
 
 CACHE = "runs/data"
 MOST_TOKENS = 1024

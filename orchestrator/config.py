@@ -24,7 +24,7 @@ from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName, Repl
 from orchestrator.alarms import Alarms, switch
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
-from orchestrator.settings import CheckpointConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
+from orchestrator.settings import CheckpointConfig, DataConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
@@ -66,36 +66,6 @@ class StudentConfig(Model):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     lora: Lora | None = None
     trust_remote_code: bool = False
-
-
-class DataConfig(Model):
-    """Where rows come from and how they become token ids. Rows have `text`, `prompt` + `completion`, or `messages`."""
-
-    train: str
-    """JSONL, Parquet or text file, a folder or glob of them, a saved Hugging Face dataset, or a hub dataset name."""
-    held_out: str | None = None
-    """The same kinds of source. Absent: `held_out_rows` rows are set aside from `train`, chosen by `split_seed`."""
-    held_out_rows: NonNegativeInt = 64
-    """Rows scored once and used by every evaluation."""
-    split_seed: NonNegativeInt = 0
-    """Chooses the held-out rows. The run's own seed leaves them alone, so that runs of several seeds share data and signals."""
-    split: str = "train"
-    """Split of a hub or saved dataset for `train`; a `held_out` source uses its `held_out_split`."""
-    held_out_split: str = "test"
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Renames the source's columns: `{question: prompt, answer: completion}`."""
-    max_length_tokens: PositiveInt = 1024
-    """Longest row, in tokens of the student's tokenizer."""
-    overlong: Literal["split", "truncate", "quarantine"] = "split"
-    """What becomes of longer rows; only `text` rows can be split, others are quarantined instead."""
-    glob: str | None = None
-    """File pattern inside a folder source, such as `**/*.py`."""
-    max_rows: PositiveInt | None = None
-    """Use only the first rows of the source, before splitting."""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The plan refuses data of which more than this share is quarantined."""
 
 
 class LayoutConfig(Model):

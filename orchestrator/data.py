@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config import DataConfig
 from orchestrator.errors import Refusal
 from orchestrator.fingerprint import data_fingerprint, template_digest, tokenizer_digest
 from orchestrator.held_out import choose_held_out
+from orchestrator.marks import domain_counts, marked
 from orchestrator.rows import Rows, RowWriter, rows_digest
+from orchestrator.settings import DataConfig
 from orchestrator.sources import Source, open_source
 from orchestrator.staging import SplitInfo, Staged, check_staged, split_info, stage
 
@@ -70,6 +71,8 @@ class PreparedData:
     quarantine_file: str
     """JSONL of the bad records: source, row (from 1), reason, excerpt."""
     first_row: FirstRow
+    marks: tuple[str, ...] = ()
+    """What it says of rows: of `orchestrator.rows.MARKS`."""
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path) -> PreparedData:
@@ -126,14 +129,15 @@ def _make(
         staged.append(stage(source, config, tokenizer, work / f"staged_{number}", quarantine, config.max_rows if number == 0 else None))
         check_staged(staged[-1], config, quarantine, work.parent / f"quarantine-{fingerprint[:16]}.jsonl")
     train, held_out, how, dropped = _split(work, staged, config.held_out_rows, seed)
+    names = {number: name for each in staged for number, name in each.domains.items()}
     for each in staged:
         shutil.rmtree(each.folder)
     bad = sum((each.bad for each in staged), Counter[str]())
     return PreparedData(
         folder=str(work),
         fingerprint=fingerprint,
-        train=train,
-        held_out=held_out,
+        train=replace(train, domains=domain_counts(Rows(str(work), "train"), names)),
+        held_out=replace(held_out, domains=domain_counts(Rows(str(work), "held_out"), names)),
         held_out_by=how,
         dropped_rows=dropped,
         records=sum(each.records for each in staged),
@@ -141,6 +145,7 @@ def _make(
         content=rows_digest(work),
         quarantine_file=str(quarantine),
         first_row=_first_row(work, tokenizer),
+        marks=marked(config),
     )
 
 
@@ -160,11 +165,12 @@ def _split(work: Path, staged: list[Staged], held_out_rows: int, seed: int) -> t
 
 
 def _copy(rows: Rows, indices: NDArray[np.int64], folder: Path) -> SplitInfo:
-    with RowWriter(folder) as writer:
+    with RowWriter(folder, tuple(rows.marks)) as writer:
         for start in range(0, len(indices), COPY_ROWS):
             wanted = indices[start : start + COPY_ROWS]
             columns = rows.read(wanted)
-            writer.write(columns["tokens"], columns["loss_mask"], columns["lengths"], rows.source_row[wanted])
+            marks = {name: values[wanted] for name, values in rows.marks.items()}
+            writer.write(columns["tokens"], columns["loss_mask"], columns["lengths"], rows.source_row[wanted], marks)
     return split_info(writer)
 
 
@@ -181,10 +187,12 @@ def _load(folder: Path, fingerprint: str) -> PreparedData | None:
     """The prepared data in a folder; None when it is not there, of something else, or damaged."""
     try:
         made = _MANIFEST.validate_json((folder / "manifest.json").read_bytes())
-        sizes = [len(Rows(str(folder), "train")), len(Rows(str(folder), "held_out"))]
+        splits = [Rows(str(folder), "train"), Rows(str(folder), "held_out")]
     except (OSError, ValueError, EOFError):
         return None
-    if made.fingerprint != fingerprint or sizes != [made.train.rows, made.held_out.rows]:
+    if made.fingerprint != fingerprint or [len(rows) for rows in splits] != [made.train.rows, made.held_out.rows]:
+        return None
+    if any(tuple(rows.marks) != made.marks for rows in splits):
         return None
     return replace(made, folder=str(folder), quarantine_file=str(folder / "quarantine.jsonl"))
 

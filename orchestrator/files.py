@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -58,10 +58,11 @@ def known_suffixes() -> str:
     return ", ".join((*JSON_SUFFIXES[:3], PARQUET_SUFFIXES[0], *TEXT_SUFFIXES))
 
 
-def read_file(path: Path, kind: FileKind, where: str, renames: Mapping[str, str]) -> Iterator[Record]:
-    """Records of one file in order. `Refusal` (at `where`) when the file as a whole cannot be read."""
+def read_file(path: Path, kind: FileKind, where: str, renames: Mapping[str, str], marks: Collection[str] = ()) -> Iterator[Record]:
+    """Records of one file in order, with the columns that rows are made from and `marks`. `Refusal` (at `where`) when the file as a
+    whole cannot be read."""
     try:
-        yield from _READERS[kind](path, renames)
+        yield from _parquet(path, renames, marks) if kind == "Parquet" else _READERS[kind](path, renames)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise _unreadable(path, kind, where, error) from error
 
@@ -82,9 +83,9 @@ def renamed(columns: Mapping[str, object], renames: Mapping[str, str]) -> dict[s
     return {**kept, **{new: columns[old] for old, new in renames.items() if old in columns}}
 
 
-def wanted(names: list[str], renames: Mapping[str, str]) -> list[str]:
-    """Those of a table's columns that rows are made from."""
-    return [name for name in names if name in ROW_COLUMNS or name in renames]
+def wanted(names: list[str], renames: Mapping[str, str], marks: Collection[str] = ()) -> list[str]:
+    """Those of a table's columns that rows are made from, and `marks`."""
+    return [name for name in names if name in ROW_COLUMNS or name in renames or name in marks]
 
 
 def _text(path: Path, renames: Mapping[str, str]) -> Iterator[Record]:
@@ -134,15 +135,16 @@ def _line(path: Path, row: int, line: bytes, renames: Mapping[str, str]) -> Reco
     return Record(str(path), row, renamed(value, renames))
 
 
-def _parquet(path: Path, renames: Mapping[str, str]) -> Iterator[Record]:
+def _parquet(path: Path, renames: Mapping[str, str], marks: Collection[str]) -> Iterator[Record]:
+    """Reads no other columns."""
     with pq.ParquetFile(path) as file:
-        batches = file.iter_batches(BATCH_ROWS, columns=wanted(file.schema_arrow.names, renames))
+        batches = file.iter_batches(BATCH_ROWS, columns=wanted(file.schema_arrow.names, renames, marks))
         for first, batch in enumerate(batches):
             for row, values in enumerate(batch.to_pylist(), start=first * BATCH_ROWS + 1):
                 yield Record(str(path), row, renamed(values, renames))
 
 
-_READERS: Mapping[FileKind, Callable[[Path, Mapping[str, str]], Iterator[Record]]] = {"JSONL": _json, "Parquet": _parquet, "text": _text}
+_READERS: Mapping[FileKind, Callable[[Path, Mapping[str, str]], Iterator[Record]]] = {"JSONL": _json, "text": _text}
 
 
 def _unreadable(path: Path, kind: FileKind, where: str, error: Exception) -> Refusal:

@@ -11,9 +11,9 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config import DataConfig
+from orchestrator.settings import DataConfig
 
-CODE = ("chat", "data", "encode", "files", "held_out", "pieces", "prompts", "questions", "rows", "sources", "staging")
+CODE = ("chat", "data", "encode", "files", "held_out", "marks", "pieces", "prompts", "questions", "rows", "sources", "staging")
 """Modules of this package that decide what prepared data looks like."""
 SMALL_FILE_BYTES = 1 << 20
 """Files up to this size are known by their content, larger ones by size and time of change."""

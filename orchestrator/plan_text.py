@@ -193,6 +193,9 @@ def _data(plan: Plan) -> Iterator[str]:
     by = {"source": f"from {run.held_out}"}.get(data.held_out_by, f"set aside as {data.held_out_by} of the same source")
     if not plan.text:
         yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {by}"
+    if data.train.domains:
+        rows = ", ".join(f"{name} {count:,} + {data.held_out.domains.get(name, 0):,}" for name, count in data.train.domains.items())
+        yield f"domains by {run.domain!r}, rows to train on + held out: {rows}"
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
     dropped = f", {data.dropped_rows:,} rows in neither split" if data.dropped_rows else ""
     yield f"longest row {longest:,} tokens (limit {run.max_length_tokens:,}){dropped}, {_short(data.fingerprint)}"

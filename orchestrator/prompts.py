@@ -22,7 +22,6 @@ from typing import IO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config import DataConfig
 from orchestrator.encode import Encoder
 from orchestrator.errors import Refusal
 from orchestrator.files import Record
@@ -30,6 +29,7 @@ from orchestrator.fingerprint import data_fingerprint
 from orchestrator.pieces import Bad, Encoded, Ids, fit
 from orchestrator.questions import Question, question
 from orchestrator.rows import RowWriter
+from orchestrator.settings import DataConfig
 from orchestrator.sources import PROMPT_KINDS, Source, open_source
 
 BATCH = 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from cluster.codecs import CodecConfig, Packed
 
@@ -14,6 +14,45 @@ class Model(BaseModel):
     """Base of every setting: unknown keys are errors, values are frozen, the text under a field is its doc."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class DataConfig(Model):
+    """Where rows come from and how they become token ids. Rows have `text`, `prompt` + `completion`, or `messages`."""
+
+    train: str
+    """JSONL, Parquet or text file, a folder or glob of them, a saved Hugging Face dataset, or a hub dataset name."""
+    held_out: str | None = None
+    """The same kinds of source. Absent: `held_out_rows` rows are set aside from `train`, chosen by `split_seed`."""
+    held_out_rows: NonNegativeInt = 64
+    """Rows scored once and used by every evaluation."""
+    split_seed: NonNegativeInt = 0
+    """Chooses the held-out rows. The run's own seed leaves them alone, so that runs of several seeds share data and signals."""
+    split: str = "train"
+    """Split of a hub or saved dataset for `train`; a `held_out` source uses its `held_out_split`."""
+    held_out_split: str = "test"
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Renames the source's columns: `{question: prompt, answer: completion}`."""
+    domain: str | None = None
+    """Column, after renaming, whose value says to which domain a row belongs; rows without one are quarantined."""
+    score: str | None = None
+    """Column, after renaming, with a number of every row, such as how hard it is; rows without one are quarantined."""
+    max_length_tokens: PositiveInt = 1024
+    """Longest row, in tokens of the student's tokenizer."""
+    overlong: Literal["split", "truncate", "quarantine"] = "split"
+    """What becomes of longer rows; only `text` rows can be split, others are quarantined instead."""
+    glob: str | None = None
+    """File pattern inside a folder source, such as `**/*.py`."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows of the source, before splitting."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The plan refuses data of which more than this share is quarantined."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Columns that say something of a row and are no part of it."""
+        return tuple(dict.fromkeys(name for name in (self.domain, self.score) if name is not None))
 
 
 class EvaluateConfig(Model):

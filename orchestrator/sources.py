@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.config import DataConfig
 from orchestrator.errors import Refusal
 from orchestrator.files import (
     BATCH_ROWS,
@@ -28,6 +27,7 @@ from orchestrator.files import (
     renamed,
     wanted,
 )
+from orchestrator.settings import DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,16 +67,17 @@ def open_source(spec: str, config: DataConfig, split: str, where: str, kinds: Se
         raise Refusal(where, repr(spec), "a path or a hub dataset name", "Copy the data to a folder that every node reaches.")
     path = Path(spec).expanduser()
     if path.is_dir() and any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
-        source = _dataset_source(_saved(path, split, where), spec, split, where, config.columns)
+        source = _dataset_source(_saved(path, split, where), spec, split, where, config)
     elif path.exists() or glob.has_magic(spec):
-        source = _file_source(_found(path, spec, config, where), spec, where, config.columns)
+        source = _file_source(_found(path, spec, config, where), spec, where, config)
     elif _HUB_NAME.fullmatch(spec) and kind_of(path) is None:
-        source = _dataset_source(_from_hub(spec, config.subset, split, where), spec, split, where, config.columns)
+        source = _dataset_source(_from_hub(spec, config.subset, split, where), spec, split, where, config)
     else:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         remedy = f"Did you mean {str(path.parent / near[0])!r}?" if near else "Check the path."
         raise Refusal(where, f"{spec!r}, which does not exist", "a file, folder, glob or hub dataset name", remedy)
     _check_columns(source, config.columns, kinds)
+    _check_marks(source, config)
     return source
 
 
@@ -101,6 +102,15 @@ def _check_columns(source: Source, renames: Mapping[str, str], kinds: Sequence[S
     ]
     do = "".join(hints) + "Rename columns with data.columns, such as {question: prompt, answer: completion}."
     raise Refusal(place, f"the columns {saw}", _listed([" + ".join(kind) for kind in reversed(kinds)]), do)
+
+
+def _check_marks(source: Source, config: DataConfig) -> None:
+    """The columns that say something of rows are there."""
+    after = frozenset(renamed(dict.fromkeys(source.columns), config.columns))
+    for where, name in (("data.domain", config.domain), ("data.score", config.score)):
+        if name is not None and source.columns and name not in after:
+            saw = f"a column of {source.where} {source.spec!r}: {', '.join(sorted(after))}"
+            raise Refusal(where, f"the column {name!r}", saw, _nearest(name, after) or "Correct the name, or leave it out.")
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -147,11 +157,11 @@ def _in_folder(folder: Path, pattern: str | None) -> list[tuple[str, Path]]:
     return [(name, file) for name, file in named if pattern or not any(part.startswith(".") for part in name.split("/"))]
 
 
-def _file_source(files: list[tuple[str, Path, FileKind]], spec: str, where: str, renames: Mapping[str, str]) -> Source:
+def _file_source(files: list[tuple[str, Path, FileKind]], spec: str, where: str, config: DataConfig) -> Source:
     kind = files[0][2]
 
     def records() -> Iterator[Record]:
-        return itertools.chain.from_iterable(read_file(path, kind, where, renames) for _, path, _ in files)
+        return itertools.chain.from_iterable(read_file(path, kind, where, config.columns, config.marks) for _, path, _ in files)
 
     if kind == "Parquet":
         columns = parquet_columns(files[0][1], where)
@@ -163,15 +173,15 @@ def _file_source(files: list[tuple[str, Path, FileKind]], spec: str, where: str,
     return Source(where, spec, tuple((name, path) for name, path, _ in files), columns, records)
 
 
-def _dataset_source(dataset: Dataset, spec: str, split: str, where: str, renames: Mapping[str, str]) -> Source:
-    chosen = dataset.with_format(None).select_columns(wanted(dataset.column_names, renames))
+def _dataset_source(dataset: Dataset, spec: str, split: str, where: str, config: DataConfig) -> Source:
+    chosen = dataset.with_format(None).select_columns(wanted(dataset.column_names, config.columns, config.marks))
 
     def records() -> Iterator[Record]:
         row = 0
         for batch in chosen.iter(BATCH_ROWS):
             for values in zip(*batch.values(), strict=True):
                 row += 1
-                yield Record(f"{spec}[{split}]", row, renamed(dict(zip(batch, values, strict=True)), renames))
+                yield Record(f"{spec}[{split}]", row, renamed(dict(zip(batch, values, strict=True)), config.columns))
 
     files = tuple((Path(file["filename"]).name, Path(file["filename"])) for file in dataset.cache_files)
     return Source(where, spec, files, frozenset(dataset.column_names), records, has_splits=True)

@@ -6,21 +6,24 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from orchestrator.config import DataConfig
 from orchestrator.encode import Encoder
 from orchestrator.errors import Refusal
 from orchestrator.files import EXCERPT_CHARACTERS, Record
+from orchestrator.marks import Marks, mark_arrays, marked, marks_of
 from orchestrator.pieces import Bad, Encoded, fit
 from orchestrator.rows import RowWriter
+from orchestrator.settings import DataConfig
 from orchestrator.sources import Source
+from strategies.domains import domain_id
 
 BATCH_RECORDS = 1024
 BATCH_CHARACTERS = 1 << 20
@@ -34,6 +37,8 @@ class SplitInfo:
     tokens: int
     loss_tokens: int
     longest_tokens: int
+    domains: Mapping[str, int] = field(default_factory=dict)
+    """Rows of each domain by name, where the data has domains."""
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Staged:
     info: SplitInfo = SplitInfo(0, 0, 0, 0)
     records: int = 0
     bad: Counter[str] = field(default_factory=Counter)
+    domains: dict[int, str] = field(default_factory=dict)
+    """Names of the domains of its rows, by number."""
 
 
 def stage(
@@ -53,7 +60,7 @@ def stage(
 ) -> Staged:
     """Encodes a source (its first `max_rows` records) into `folder/train` and appends its bad records to `quarantine`."""
     staged = Staged(source, folder)
-    with quarantine.open("a", encoding="utf-8") as file, RowWriter(folder / "train") as writer:
+    with quarantine.open("a", encoding="utf-8") as file, RowWriter(folder / "train", marked(config)) as writer:
         encoder = Encoder(tokenizer, source.where)
         for batch in _batches(itertools.islice(source.records(), max_rows)):
             _encode(staged, batch, config, encoder, writer, file)
@@ -69,25 +76,30 @@ def _encode(staged: Staged, batch: list[Record], config: DataConfig, encoder: En
     encoded = iter(encoder.encode([record.columns for record in batch if record.problem is None]))
     kept: list[Encoded] = []
     numbers: list[int] = []
+    marks: list[Marks] = []
     for number, record in enumerate(batch, start=staged.records):
         row = Bad(record.problem) if record.problem is not None else next(encoded)
         pieces = row if isinstance(row, Bad) else fit(row, config.max_length_tokens, config.overlong)
-        if isinstance(pieces, Bad):
-            staged.bad[pieces.reason] += 1
-            quarantine.write(_quarantined(record, pieces))
-        else:
+        mark = marks_of(record.columns, config)
+        bad = pieces if isinstance(pieces, Bad) else mark if isinstance(mark, Bad) else None
+        if bad:
+            staged.bad[bad.reason] += 1
+            quarantine.write(_quarantined(record, bad))
+        elif isinstance(pieces, list) and isinstance(mark, Marks):
             kept += pieces
             numbers += [number] * len(pieces)
+            marks += [mark] * len(pieces)
     staged.records += len(batch)
-    _write(writer, kept, numbers)
+    staged.domains |= {domain_id(m.domain): m.domain for m in marks if m.domain is not None}
+    _write(writer, kept, numbers, mark_arrays(marks, marked(config)))
 
 
-def _write(writer: RowWriter, rows: list[Encoded], numbers: list[int]) -> None:
+def _write(writer: RowWriter, rows: list[Encoded], numbers: list[int], marks: Mapping[str, NDArray[np.generic]]) -> None:
     if rows:
         tokens = np.concatenate([row.tokens for row in rows])
         masks = np.concatenate([row.loss_mask for row in rows])
         lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int32)
-        writer.write(tokens, masks, lengths, np.asarray(numbers, dtype=np.int64))
+        writer.write(tokens, masks, lengths, np.asarray(numbers, dtype=np.int64), marks)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.config import EndpointConfig, SavedModel, follows_student
 from orchestrator.checks.recipe import check_attention
-from orchestrator.config import DataConfig, Job, RunConfig, StudentConfig
+from orchestrator.config import Job, RunConfig, StudentConfig
 from orchestrator.data import PreparedData, template_digest
 from orchestrator.errors import Refusal
 from orchestrator.models import load_tokenizer, usable_vocabulary
+from orchestrator.settings import DataConfig
 from orchestrator.sketch import Network, student_network, teacher_network
 from orchestrator.sources import open_source
 from strategies.sources import Taught

@@ -15,6 +15,7 @@ from orchestrator.checks.networks import Cast
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from strategies.core import Columns, Sampling, ScoreRequest, Stage, Strategy
+from strategies.domains import DOMAIN
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def rehearse(
     says.
     """
     where = f"strategy.{job.run.strategy.type}"
-    columns = _smallest_bundle()
+    columns = _smallest_bundle(domains=job.run.data.domain is not None)
     before = set(columns)
     asked: dict[str, list[ScoreRequest]] = {}
     for stage in strategy.stages:
@@ -100,12 +101,13 @@ def _play(where: str, stage: Stage, columns: Columns, endpoint: _Rehearsal) -> C
     return after
 
 
-def _smallest_bundle() -> Columns:
+def _smallest_bundle(domains: bool) -> Columns:
     control: Mapping[str, int] = {"step": HELD_OUT_STEP, "bundle": 0, "attempt": 1, "rows_total": 1, "steps": 1}
     return {
         "tokens": np.asarray([0, 0], dtype=np.int32),
         "lengths": np.asarray([2], dtype=np.int32),
         "loss_mask": np.asarray([0, 1], dtype=np.uint8),
         "row_id": np.asarray([0], dtype=np.int64),
+        **({DOMAIN: np.asarray([0], dtype=np.int64)} if domains else {}),
         **{name: np.asarray([value], dtype=np.int64) for name, value in control.items()},
     }

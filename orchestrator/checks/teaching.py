@@ -15,6 +15,7 @@ from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
 from strategies.control import CONTROL, begun
 from strategies.core import AnyTerm, Progress, StatesTerm, Strategy, Term
+from strategies.domains import DOMAIN
 from strategies.sources import Taught, scored_columns
 
 ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
@@ -33,7 +34,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     """The record by itself. `steps` is None while epochs have not been counted."""
     where = f"strategy.{job.run.strategy.type}"
     _check_parts(where, strategy)
-    _check_columns(where, strategy)
+    _check_columns(where, strategy, ROW_COLUMNS | ({DOMAIN} if job.run.data.domain else set()))
     check_following(job, strategy)
     _check_best_metric(job, strategy)
     check_alarms(job.run, strategy, evaluation_metrics(strategy))
@@ -110,8 +111,9 @@ def _check_reads(where: str, term: Term, strategy: Strategy) -> None:
     raise Refusal(where, got, expected, "Name another signal, or take more of the teacher: `distill strategies terms` lists what.")
 
 
-def _check_columns(where: str, strategy: Strategy) -> None:
-    there = ROW_COLUMNS | CONTROL_COLUMNS | {CONTROL + name for name in strategy.controllers}
+def _check_columns(where: str, strategy: Strategy, rows: frozenset[str]) -> None:
+    """Stages and signals find their columns, those of `rows` among them."""
+    there = rows | CONTROL_COLUMNS | {CONTROL + name for name in strategy.controllers}
     for stage in strategy.stages:
         missing = sorted(stage.needs - there)
         if missing:
@@ -119,7 +121,7 @@ def _check_columns(where: str, strategy: Strategy) -> None:
                 f"{where}: stage {type(stage).__name__}",
                 f"no column {missing[0]!r}",
                 f"a column of the rows or of an earlier stage: {', '.join(sorted(there))}",
-                "Put a stage that adds it before this one.",
+                "Name the column of the data in data.domain." if missing[0] == DOMAIN else "Put a stage that adds it before this one.",
             )
         there = there | stage.adds
     for column in scored_columns(strategy.signals):

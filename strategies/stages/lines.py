@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.core import Columns
+from strategies.domains import DOMAIN
 
 ROWS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
 """Columns of rows."""
@@ -31,6 +32,8 @@ class Line:
     finished: bool = True
     written_by: int = NOBODY
     """Finished steps of the student that wrote it."""
+    domain: int = 0
+    """Number of its domain, where the data has domains."""
 
     @property
     def written(self) -> bool:
@@ -63,19 +66,27 @@ def joined(lines: Sequence[Line]) -> Columns:
     }
 
 
+def replaced(columns: Columns, lines: Sequence[Line]) -> Columns:
+    """A bundle with other rows, each of which keeps its domain where the bundle has domains."""
+    others = {name: values for name, values in columns.items() if name not in ROWS | LINE_COLUMNS}
+    domains = {DOMAIN: np.asarray([line.domain for line in lines], dtype=np.int64)} if DOMAIN in columns else {}
+    return {**others, **joined(lines), **domains}
+
+
 def lines_of(columns: Columns) -> list[Line]:
     """The lines that were `joined`. Rows as the data has them, without those columns, have nothing that is known of a writer."""
     tokens, masks = (split(columns[name], columns["lengths"]) for name in ("tokens", "loss_mask"))
     row_ids = columns["row_id"].tolist()
+    domains = columns[DOMAIN].tolist() if DOMAIN in columns else [0] * len(row_ids)
     counts = np.asarray([np.count_nonzero(m) for m in masks], dtype=np.int64)
     if "written_by" not in columns:
         nothing = np.zeros(0, np.int32)
-        rows = zip(tokens, masks, row_ids, counts.tolist(), strict=True)
-        return [Line(t, m, r, np.zeros(n, np.float32), nothing) for t, m, r, n in rows]
+        rows = zip(tokens, masks, row_ids, counts.tolist(), domains, strict=True)
+        return [Line(t, m, r, np.zeros(n, np.float32), nothing, domain=d) for t, m, r, n, d in rows]
     behaviour, references = split(columns["behaviour"], counts), split(columns["reference"], columns["reference_lengths"])
     told = (columns[name].tolist() for name in ("sample", "finished", "written_by"))
-    every = zip(tokens, masks, row_ids, behaviour, references, *told, strict=True)
-    return [Line(t, m, r, b, ref, sample, bool(finished), by) for t, m, r, b, ref, sample, finished, by in every]
+    every = zip(tokens, masks, row_ids, behaviour, references, *told, domains, strict=True)
+    return [Line(t, m, r, b, ref, sample, bool(finished), by, d) for t, m, r, b, ref, sample, finished, by, d in every]
 
 
 def split(values: NDArray[np.generic], lengths: NDArray[np.generic]) -> list[NDArray[np.generic]]:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.core import COUNT, Author, Columns, Endpoint, Sampling
+from strategies.domains import DOMAIN
 from strategies.stages.judge import PASSING
-from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, joined, lines_of, split
+from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, lines_of, replaced, split
 from strategies.stages.rollout import LONGEST_ROW, drawn_at
 
 Variant = Literal["direct", "refine", "combine"]
@@ -79,8 +80,7 @@ class Repair:
         }
         given = [row for row in rows if not row.written]
         return {
-            **{name: values for name, values in columns.items() if name not in ROWS | LINE_COLUMNS | _JUDGED},
-            **joined([*given, *repaired]),
+            **{name: values for name, values in replaced(columns, [*given, *repaired]).items() if name not in _JUDGED},
             "lead": np.concatenate([np.zeros(0, np.int32), *(w.lead for w in able)]),
             "lead_lengths": np.asarray([0] * len(given) + [len(w.lead) for w in able], dtype=np.int32),
             "changed": np.asarray([0] * len(given) + [w.changed(r) for w, r in zip(able, repaired, strict=True)], dtype=np.float32),
@@ -146,7 +146,7 @@ class Lessons:
             elif kept:
                 found += [row, _behind(lead, _text(row), row)][_KEPT[self.variant]]
         mended = right & columns["written"].astype(bool)
-        rows = {name: values for name, values in joined(found).items() if name in ROWS}
+        rows = {name: values for name, values in replaced(columns, found).items() if name in ROWS | {DOMAIN}}
         counts = {"repaired": mended.sum(), "changed": columns["changed"][mended].sum()}
         return {
             **{name: values for name, values in columns.items() if name not in self.needs},

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from strategies.control import told
 from strategies.core import Columns, Endpoint, Progress, Schedule, Stage
-from strategies.stages.lines import LINE_COLUMNS, Line, joined, lines_of
+from strategies.domains import DOMAIN
+from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, lines_of, replaced
 from strategies.stages.rollout import Rollout
 
 REPLAY = "replay"
 """The endpoint that remembers what the student wrote."""
 LOG_STEP = "log_step"
-_ROWS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
 
 
 @runtime_checkable
@@ -68,8 +68,7 @@ class Replay:
         found: list[Line] = []
         for line, recall in zip(lines_of(columns), wanted.tolist(), strict=True):
             found += known[self._which(step, line.row_id, len(known))] if recall and known else [line]
-        others = {name: values for name, values in columns.items() if name not in _ROWS}
-        return {**others, **joined(found)}
+        return replaced(columns, found)
 
     def _wanted(self, columns: Columns, step: int) -> NDArray[np.bool_]:
         """Rows that are recalled once there are enough to draw from, `(R,)`."""
@@ -93,7 +92,8 @@ class Replay:
 def fresh_rows(columns: Columns) -> Columns:
     """The rows of a bundle that its own student wrote, `policy_version`, as `Recaller` tells them."""
     version = int(columns["policy_version"][0])
-    return joined([line for line in lines_of(columns) if line.written_by == version])
+    known = {name: columns[name] for name in ROWS | LINE_COLUMNS | {DOMAIN} if name in columns}
+    return replaced(known, [line for line in lines_of(columns) if line.written_by == version])
 
 
 def replays(stages: Sequence[Stage]) -> list[Replay]:

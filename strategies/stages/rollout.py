@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from strategies.control import CONTROL, Controlled, told
 from strategies.core import Author, Columns, Endpoint, Progress, Sampling, Schedule, Stage
 from strategies.schedule import constant
-from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, joined, lines_of
+from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, lines_of, replaced
 
 STUDENT = "student"
 """The endpoint that has the weights of the student in training."""
@@ -77,7 +77,8 @@ class Rollout:
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         if not isinstance(endpoint, Author):
             raise ValueError(f"stage Rollout needs an endpoint that writes; {self.endpoint!r} does not")
-        rows, before = _split(columns, self.prompt_tokens), lines_of(columns)
+        before = lines_of(columns)
+        rows = [_row(line, self.prompt_tokens) for line in before]
         recalled = np.asarray([line.written for line in before], dtype=bool)
         drawn, room = self.drawn(columns) & ~recalled, self.longest_tokens - np.asarray([len(r.prompt) for r in rows], dtype=np.int64)
         able = (room > 0) & np.asarray([not self.paired or r.predicts for r in rows], dtype=bool)
@@ -97,8 +98,7 @@ class Rollout:
                     found += [row.chosen(text.sample), text]
                 else:
                     left_out += 1
-        kept = {name: values for name, values in columns.items() if name not in ROWS}
-        return {**kept, **joined(found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
+        return {**replaced(columns, found), "rollout/seconds": _one(seconds), "rollout/left_out": _one(left_out)}
 
     def drawn(self, columns: Columns, of_share: float = 1.0) -> NDArray[np.bool_]:
         """Rows whose number u, drawn by seed, step and row, is below `of_share` of the share that is written, `(R,)`; none of held-out
@@ -178,6 +178,7 @@ class _Row:
     tokens: NDArray[np.generic]
     loss_mask: NDArray[np.generic]
     row_id: int
+    domain: int
     prompt_length: int
 
     @property
@@ -195,7 +196,7 @@ class _Row:
 
     def given(self) -> Line:
         behaviour = np.zeros(int(np.count_nonzero(self.loss_mask)), dtype=np.float32)
-        return Line(self.tokens, self.loss_mask, self.row_id, behaviour, self.reference)
+        return Line(self.tokens, self.loss_mask, self.row_id, behaviour, self.reference, domain=self.domain)
 
     def chosen(self, sample: int) -> Line:
         """The row as it came, of whose prompt nothing is predicted."""
@@ -206,7 +207,7 @@ class _Row:
     def continued(self, text: NDArray[np.generic], logprobs: NDArray[np.generic], sample: int, finished: bool, version: int) -> Line:
         tokens = np.concatenate([self.prompt, text])
         mask = np.concatenate([np.zeros(self.prompt_length, np.uint8), np.ones(len(text), np.uint8)])
-        return Line(tokens, mask, self.row_id, logprobs, self.reference, sample, finished, version)
+        return Line(tokens, mask, self.row_id, logprobs, self.reference, sample, finished, version, self.domain)
 
 
 def rollouts(stages: Sequence[Stage]) -> list[Rollout]:
@@ -214,16 +215,11 @@ def rollouts(stages: Sequence[Stage]) -> list[Rollout]:
     return [s for s in stages if isinstance(s, Rollout)]
 
 
-def _split(columns: Columns, prompt_tokens: int) -> list[_Row]:
-    ends = np.cumsum(columns["lengths"].astype(np.int64))
-    rows = []
-    for end, size, row_id in zip(ends, columns["lengths"], columns["row_id"], strict=True):
-        part = slice(int(end - size), int(end))
-        mask = columns["loss_mask"][part]
-        first = int(np.argmax(mask)) if mask.any() else len(mask)
-        prompt = first if first > 1 else min(prompt_tokens, max(1, len(mask) - 1))
-        rows.append(_Row(columns["tokens"][part], mask, int(row_id), prompt))
-    return rows
+def _row(line: Line, prompt_tokens: int) -> _Row:
+    mask = line.loss_mask
+    first = int(np.argmax(mask)) if mask.any() else len(mask)
+    prompt = first if first > 1 else min(prompt_tokens, max(1, len(mask) - 1))
+    return _Row(line.tokens, mask, line.row_id, line.domain, prompt)
 
 
 def _one(value: float) -> NDArray[np.float32]:

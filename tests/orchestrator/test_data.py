@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import data
-from orchestrator.config import DataConfig
 from orchestrator.data import PreparedData, prepare, template_digest, tokenizer_digest
 from orchestrator.errors import Refusal
 from orchestrator.rows import Rows, Split
+from orchestrator.settings import DataConfig
+from strategies.domains import domain_id
 from tests.tiny import CHATML_MARKED, source_text, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo there"}]
@@ -286,3 +289,56 @@ def test_evaluating_on_the_train_data_is_refused(tmp_path: Path, tokenizer: PreT
     path = jsonl(tmp_path / "a.jsonl", words(5))
     said = refusal(settings(path, held_out=str(tmp_path / "*.jsonl")), tokenizer, tmp_path / "cache")
     assert said.startswith("data.held_out: got 'a.jsonl', which data.train reads too")
+
+
+def marked_words(count: int) -> list[dict[str, object]]:
+    return [{"text": f"row number {i}", "topic": ("code", "prose")[i % 2], "hard": i / 2} for i in range(count)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_have_the_domain_and_the_score_of_their_record(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        jsonl(path, marked_words(20))
+    else:
+        pq.write_table(pa.Table.from_pylist(marked_words(20)), path)
+    prepared = prepare(settings(path, domain="topic", score="hard"), tokenizer, 0, tmp_path / "cache")
+    for split, info in (("train", prepared.train), ("held_out", prepared.held_out)):
+        rows = Rows(prepared.folder, split)  # type: ignore[arg-type]
+        number = rows.source_row
+        names = [("code", "prose")[i % 2] for i in number.tolist()]
+        assert rows.read(np.arange(len(rows)))["domain"].tolist() == [domain_id(name) for name in names]
+        assert rows.marks["score"].tolist() == (number / 2).tolist()
+        assert info.domains == {name: names.count(name) for name in sorted(set(names))}
+
+
+def test_pieces_of_a_document_have_its_domain(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"text": source_text(), "kind": 3}, {"text": "short words", "kind": "x"}]
+    prepared = prepare(settings(jsonl(tmp_path / "a.jsonl", rows), domain="kind", max_length_tokens=32), tokenizer, 0, tmp_path / "cache")
+    assert prepared.train.domains["3"] > 10 and set(prepared.train.domains) | set(prepared.held_out.domains) == {"3", "x"}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [({"topic": ""}, "no domain"), ({"topic": None}, "no domain"), ({"topic": 1.5}, "no domain"), ({"hard": "much"}, "no score")],
+)
+def test_rows_that_do_not_tell_are_quarantined(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, record: dict[str, object], reason: str
+) -> None:
+    rows = marked_words(20)
+    rows[3] |= record
+    prepared = prepare(settings(jsonl(tmp_path / "a.jsonl", rows), domain="topic", score="hard"), tokenizer, 0, tmp_path / "cache")
+    assert prepared.quarantined == {reason: 1}
+    assert prepared.train.rows + prepared.held_out.rows == 19
+    assert reason in Path(prepared.quarantine_file).read_text()
+
+
+@pytest.mark.parametrize(("key", "name"), [("domain", "topics"), ("score", "hards")])
+def test_a_column_that_is_not_there_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, key: str, name: str) -> None:
+    said = refusal(settings(jsonl(tmp_path / "a.jsonl", marked_words(9)), **{key: name}), tokenizer, tmp_path / "cache")
+    assert f"data.{key}: got the column {name!r}" in said and f"Did you mean {name[:-1]!r}?" in said
+
+
+def test_a_renamed_column_is_a_domain_by_its_new_name(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = settings(jsonl(tmp_path / "a.jsonl", marked_words(9)), columns={"topic": "answer"}, domain="answer")
+    assert set(prepare(config, tokenizer, 0, tmp_path / "cache").train.domains) == {"code", "prose"}

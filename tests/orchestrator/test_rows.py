@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.rows import ARRAYS, Rows, RowWriter
@@ -70,6 +70,16 @@ def test_a_damaged_file_is_noticed_on_opening(folder: str, name: str) -> None:
         Rows(folder, "train")
 
 
+def test_rows_know_their_domains_and_scores_where_the_data_does(tmp_path: Path) -> None:
+    with RowWriter(tmp_path / "train", ("domain", "score")) as writer:
+        marks = {"domain": np.asarray([7, 1 << 62]), "score": np.asarray([0.5, -2.0], np.float32)}
+        writer.write(np.arange(3, dtype=np.int32), np.ones(3, np.uint8), np.asarray([1, 2], np.int32), np.zeros(2, np.int64), marks)
+    rows = Rows(str(tmp_path), "train")
+    columns = rows.read(np.asarray([1, 0, 1]))
+    assert columns["domain"].tolist() == [1 << 62, 7, 1 << 62] and columns["domain"].dtype == np.int64
+    assert rows.marks["score"].tolist() == [0.5, -2.0] and "score" not in columns
+
+
 def test_the_reader_imports_nothing_but_numpy() -> None:
     heavy = "{'torch', 'ray', 'transformers', 'datasets', 'pyarrow', 'pydantic', 'mlflow'}"
     code = f"import sys, orchestrator.rows; print(sorted({heavy} & set(sys.modules)))"
@@ -77,6 +87,7 @@ def test_the_reader_imports_nothing_but_numpy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), max_size=5), max_size=6))
 def test_any_rows_survive_the_disk(tmp_path_factory: pytest.TempPathFactory, batches: list[list[list[int]]]) -> None:
     rows = [row for batch in batches for row in batch]

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.config import DataConfig
 from orchestrator.errors import Refusal
 from orchestrator.files import Record
+from orchestrator.settings import DataConfig
 from orchestrator.sources import open_source
 
 ROWS = [{"text": "one", "id": 1}, {"text": "two", "id": 2}, {"text": "three", "id": 3}]
