@@ -142,7 +142,8 @@ class MultiTeacher(StudentWrites):
         )
         ce: tuple[AnyTerm, ...] = () if self.ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(self.ce_weight)),)
         on_given = tuple(RowsOf(term.name, "given") for term in ce if writing)
-        kd = tuple(Term(term, self.objective, schedule(self.kd_weight), signal) for term, signal in terms.items())
+        divergence: Any = self.objective  # its protocol follows from what it reads
+        kd = tuple(Term(term, divergence, schedule(self.kd_weight), signal) for term, signal in terms.items())
         return Strategy(
             players={"student": Player()},
             stages=(*writing, *scores, gate, *self._combining(), *on_given),

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from strategies.control import CONTROL, Controlled, told
 from strategies.core import COUNT, Columns, Endpoint, Progress, Schedule
-from strategies.domains import domain_id
+from strategies.domains import DOMAIN, domain_id
 from strategies.schedule import constant
 from strategies.stages.judge import loss_counts
 from strategies.stages.score import Score
 
-DOMAIN = "domain"
-"""Column of the rows' domains (`strategies.domains.domain_id`)."""
 GATE = "gate/"
 """Before a teacher's name: how much it counts, `(N,)` float32."""
 PATIENCE_SECONDS = (1.0, 60.0)
 """First and longest pause before somebody who did not answer is asked again."""
+CONTROL_NAMES = ("step", "steps", "bundle", "attempt", "rows_total", "policy_version")
+"""Columns of one number that say what a bundle is for."""
 OnFailure = Literal["stop", "wait", "reweight"]
 Floats = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ class Ask(Score):
         answered = asked if answers is not None else np.zeros_like(asked)
         found = self._whole(answers or {}, np.repeat(answered, loss_counts(columns)))
         found |= {"seconds": _one(time.perf_counter() - began), "answered": answered.astype(np.uint8)}
-        lacking = _one(np.count_nonzero(asked & ~answered))
+        lacking = _one(int(np.count_nonzero(asked & ~answered)))
         return {**columns, **{f"{self.signal}/{n}": v for n, v in found.items()}, f"{COUNT}unanswered/{self.signal}": lacking}
 
     def _asked(self, columns: Columns) -> NDArray[np.bool_]:
@@ -176,7 +176,7 @@ class Gate:
         else:
             base = base * np.exp(self.sharpness * (scores - scores.max(-1, keepdims=True)))
         total = base.sum(-1, keepdims=True)
-        return np.divide(base, total, out=np.zeros(base.shape), where=total > 0)
+        return np.asarray(base / np.where(total > 0, total, 1.0), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def rows_of(columns: Columns, wanted: NDArray[np.bool_]) -> Columns:
     """The rows of a bundle that are `wanted` (R,), as an endpoint reads them, with its columns of one number."""
     by_token = np.repeat(wanted, columns["lengths"].astype(np.int64))
     flat = {name: columns[name][by_token] for name in ("tokens", "loss_mask")}
-    control = {name: columns[name] for name in ("step", "steps", "bundle", "attempt", "rows_total", "policy_version") if name in columns}
+    control: Columns = {name: columns[name] for name in CONTROL_NAMES if name in columns}
     return {**flat, **{name: columns[name][wanted] for name in ("lengths", "row_id")}, **control}
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.core import Columns, Endpoint, Stage
+from strategies.core import Columns, Endpoint, Strategy
 
 REST_FLOOR = 1e-9
 """Least probability of the rest."""
@@ -77,6 +76,7 @@ def on_support(ids: NDArray[np.int64], own: NDArray[np.int64], logprobs: NDArray
     return np.where(keys[at] == wanted, values[at], unknown) if keys.size else np.zeros(ids.shape)
 
 
-def with_vocabulary(stages: Sequence[Stage], vocabulary: int) -> tuple[Stage, ...]:
-    """The stages, of which those that blend know how many ids there are."""
-    return tuple(replace(s, vocabulary=vocabulary) if isinstance(s, SharedSupport) else s for s in stages)
+def with_vocabulary(strategy: Strategy, vocabulary: int) -> Strategy:
+    """The strategy, whose stages that blend know how many ids there are."""
+    stages = tuple(replace(s, vocabulary=vocabulary) if isinstance(s, SharedSupport) else s for s in strategy.stages)
+    return replace(strategy, stages=stages)

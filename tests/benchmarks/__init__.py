@@ -102,7 +102,7 @@ BENCHMARKS: dict[str, Entry] = {
     ),
     "specialists": Entry(
         "tests.benchmarks.specialists",
-        "how much of the gap to a specialist's own student a routed student of two specialists closes on each domain; mixture and product too",
+        "share of the gap to a specialist's own student that a routed student of two specialists closes on each domain",
         "share >= 0.95",
     ),
     "teacher-tokens": Entry(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.blend import Blend
-from strategies.core import Columns, ScoreRequest, Stage
+from strategies.core import Columns, ScoreRequest, Stage, Strategy
 from strategies.domains import domain_id
 from strategies.multi_teacher import MultiTeacher
 from strategies.objectives.divergence import ForwardKL
@@ -219,8 +219,8 @@ def test_what_a_teacher_did_not_name_has_an_even_part_of_its_rest() -> None:
 @pytest.mark.parametrize("kind", ["mixture", "product"])
 def test_top_k_answers_are_blended_on_shared_ids(kind: str) -> None:
     columns, p = scored(TOPK)
-    stages = with_vocabulary((SharedSupport(("a", "b"), "panel/"),), V)
-    found = through(columns, (Gate({"a": Member(lambda _: 3.0), "b": Member()}), None), (stages[0], None))
+    (shared,) = with_vocabulary(Strategy({}, (), (SharedSupport(("a", "b"), "panel/"),)), V).stages
+    found = through(columns, (Gate({"a": Member(lambda _: 3.0), "b": Member()}), None), (shared, None))
 
     def even(name: str) -> np.ndarray:
         """Its probabilities `(N, V)`, with an even rest."""
