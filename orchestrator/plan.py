@@ -42,7 +42,7 @@ from orchestrator.memory import (
     worker_memory,
 )
 from orchestrator.order import Order
-from orchestrator.pipeline import StreamSpec
+from orchestrator.pipeline import StreamSpec, pools
 from orchestrator.plan_text import plan_text
 from orchestrator.remembering import about_memory, with_log
 from orchestrator.rollouts import equipped, longest_rows, read_rows, within
@@ -170,7 +170,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
     strategy = within(strategy, served.scoring_rooms(endpoints, offers, people))
     order = make_order(job, data)
-    wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
+    wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus(), pools(strategy.stages)))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     work = _work(job, strategy, order, found_sources, added)
