@@ -25,6 +25,10 @@ def check_following(job: Job, strategy: Strategy) -> None:
             got = "true, and nothing of the strategy lets it follow the student: its weights would stay random"
             raise Refusal(f"endpoints.{name}.follows_student", got, "false", "Drop it, or set strategy.weights to average or live.")
     still = sorted(name for name, follow in strategy.follows.items() if not follow.moves)
+    if student.truncate is not None and (weight_sets(strategy) or still):
+        do = "Save it first, by a run of strategy=cross-entropy, and start from its exported folder."
+        got = "a student that is cut out of a larger network, and writes or teaches while it trains"
+        raise Refusal("student.truncate", got, "a student that is saved as it is, because others load its configuration", do)
     if still and student.init == "random":
         got = f"'random', for a student that is also its own teacher {still[0]!r}, as it begins"
         do = "Start from a saved model, or let the teacher follow: strategy.weights=average."
