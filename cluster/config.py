@@ -38,6 +38,7 @@ class TransformersEndpoint(EndpointModel):
     """A Hugging Face causal language model inside the stage's own actors; works on CPUs and GPUs."""
 
     writes: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
     engine: Literal["transformers"] = "transformers"
     model: ModelName
     """Folder of a saved model, or a hub name."""
@@ -128,9 +129,11 @@ class OpenAIEndpoint(EndpointModel):
 
 
 class FakeEndpoint(EndpointModel):
-    """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model."""
+    """Deterministic scores made from token ids by hashing; for tests and dry runs. Loads no model, so nothing moves when weights
+    are published."""
 
     writes: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
     engine: Literal["fake"]
     vocabulary: PositiveInt
     actors: PositiveInt = 1

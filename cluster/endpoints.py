@@ -103,6 +103,15 @@ def check_actors(
         check_length(config, longest, context, scores=bool(requests))
 
 
+def longest_scored(config: EndpointConfig, context: int | None) -> int | None:
+    """Longest row that an endpoint's own actors score with a model that was made for `context` tokens; None where nobody says."""
+    if not isinstance(config, VllmEndpoint):
+        return context
+    from cluster.engines.vllm_door import longest_scored
+
+    return longest_scored(config, context)
+
+
 def check_scores(columns: Columns, scores: Columns, request: Request, vocabulary: int) -> None:
     """`ValueError` saying which promise of `Engine.score` the answer breaks."""
     tokens = int(np.count_nonzero(columns["loss_mask"]))

@@ -59,6 +59,8 @@ class EndpointModel(ClusterModel):
     """Whether it can write text."""
     judges: ClassVar[bool] = False
     """Whether it says which texts are right."""
+    follows: ClassVar[bool] = False
+    """Whether its engine takes weights that training publishes."""
     engine: str
     actors: PositiveInt = 1
     resources: Resources = Resources()

@@ -18,6 +18,7 @@ class VllmEndpoint(EndpointModel):
     """
 
     writes: ClassVar[bool] = True
+    follows: ClassVar[bool] = True
     engine: Literal["vllm"]
     model: ModelName
     """Folder of a saved model, or a hub name."""

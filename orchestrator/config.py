@@ -26,6 +26,7 @@ from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.settings import CheckpointConfig, DataConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
+from orchestrator.truncate import Truncate
 from strategies import StrategyConfig, known_strategies
 from strategies.schedule import LearningRate
 from strategies.stages.replay import REPLAY
@@ -59,6 +60,8 @@ class StudentConfig(Model):
     revision: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` starts from fresh weights of the same configuration."""
+    truncate: Truncate | None = None
+    """Cuts the student out of a larger `model`: which layers stay, and how wide they are."""
     tokenizer: ModelName | None = None
     """Folder or hub name; the model's own when absent."""
     dtype: Dtype = "float32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ class Display:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._plan_steps = 0
+        self._fates: Sequence[str] = ()
         self._last_line = 0.0
         self._losses = ""
 
@@ -41,9 +42,10 @@ class Display:
         self._console.print(text, soft_wrap=True, markup=False)  # a row may hold brackets
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
-        """Around the training of one plan: a live bar on a terminal, a line now and then elsewhere."""
-        self._plan_steps = steps
+    def training(self, steps: int, fates: Sequence[str] = ()) -> Iterator[None]:
+        """Around the training of one plan: a live bar on a terminal, a line now and then elsewhere. `fates` are the metrics that tell
+        why a step had nothing to teach."""
+        self._plan_steps, self._fates = steps, fates
         if not self._console.is_terminal:
             self.say("Starting Ray, teachers and workers ...")
             yield
@@ -101,9 +103,7 @@ class Display:
                 self._step(entry)
 
     def _step(self, entry: Entry) -> None:
-        values = entry.values
-        terms = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-        numbers = f"loss {values['loss']:.3f} ({terms}) {values['tokens_per_second']:,.0f} tokens/s"
+        numbers = step_words(entry.values, self._fates)
         if self._bar is not None:
             if not self._bar.tasks[self._task].started:
                 self._bar.start_task(self._task)
@@ -129,6 +129,15 @@ class Display:
         out.print(f"MLflow   {result.page}", soft_wrap=True)
         out.print(f"Curves   {result.curves}", soft_wrap=True)
         out.print(f"Next     distill evaluate {result.student} --recipe {result.folder}/recipe.yaml", soft_wrap=True)
+
+
+def step_words(values: Mapping[str, float], fates: Sequence[str]) -> str:
+    """What a step taught and how fast; of one for which nothing counted, which of the `fates` its rows had."""
+    if values.get("micro_batches") == 0:
+        met = [f"{name} {values[name]:g}" for name in fates if values.get(name, 0.0) and values[name].is_integer()]
+        return f"nothing to learn ({', '.join(met) or 'no token has a weight'})"
+    terms = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+    return f"loss {values['loss']:.3f} ({terms}) {values['tokens_per_second']:,.0f} tokens/s"
 
 
 def comparison_table(rows: Iterable[Row]) -> Table:

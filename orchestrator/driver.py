@@ -31,6 +31,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
+from orchestrator.rollout_metrics import fates
 from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
 from orchestrator.watch import Watch, stopping_words
@@ -102,7 +103,7 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tra
     if plan.done_steps == plan.steps:
         return tracking.result(), ledger
     fit, watch = start_fit(plan), Watch.of(plan.job.run.alarms, plan.local)
-    with display.training(plan.steps), _interruptible(fit, display):
+    with display.training(plan.steps, fates(plan.strategy)), _interruptible(fit, display):
         for entries in fit.entries():
             _take(entries, ledger, watch, fit, display)
             _tell(ledger, watch, tracking.result() if tracking.done() else None)

@@ -30,6 +30,7 @@ from orchestrator.models import load_student, load_tokenizer
 from orchestrator.plan import Plan
 from orchestrator.reload import ADAPTER, PROOF, Reloaded, quiet_libraries, write_proof
 from orchestrator.result import RECIPE
+from orchestrator.truncate import begins_as_saved
 from orchestrator.weights import load_weights
 
 BOUNDS = {"float32": 1e-5}
@@ -149,9 +150,9 @@ def proved_dtype(folder: Path) -> str:
 def _check_request(run: RunConfig, to: Path, adapter: bool, dtype: ExportDtype) -> None:
     if to.exists():
         raise Refusal("export folder", f"{str(to)!r}, which exists", "a new folder", "Name another one with --to, or remove it.")
-    if adapter and run.student.init == "random":
+    if adapter and not begins_as_saved(run.student):
         do = "Export it merged: leave --adapter out."
-        raise Refusal("export of an adapter", "a base of fresh random weights, which is saved nowhere", "a saved base model", do)
+        raise Refusal("export of an adapter", "a base of fresh or cut weights, which is saved nowhere", "a saved base model", do)
     if adapter and dtype != "trained":
         raise Refusal("export of an adapter", f"dtype {dtype}", "the dtype it was trained in", "Leave --dtype out, or merge it.")
 

@@ -36,6 +36,7 @@ def lineage_of_recipe(home: Folder, run: RunConfig) -> dict[str, str | float]:
     fresh = student.init == "random"
     known = None if fresh else fingerprint(student.model, student.revision)
     start = f"fresh weights of the configuration {student.model}" if fresh else f"{student.model} ({known})"
+    start = f"cut out of {start}" if student.truncate else start
     teachers = {f"teacher {name!r}": _teacher(config, None) for name, config in run.endpoints.items()}
     return {"run": home.root.rstrip("/").rpartition("/")[2], "student": start, **teachers, "data": run.data.train, "seed": run.seed}
 

@@ -29,6 +29,7 @@ from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch
 from orchestrator.saved_models import config_folder, fingerprint, load_config
 from orchestrator.taps import recorded, tap_widths, tapped
+from orchestrator.truncate import begins_as_saved, cut_shape, fill, sources
 from strategies.core import AnyTerm, Progress, StatesTerm, Term
 from strategies.head import Head, chunked_terms
 from strategies.pulls import logits_pulls, states_pull
@@ -80,7 +81,7 @@ def load_student(config: StudentConfig, gradient_checkpointing: bool, seed: int)
     """The student on the CPU, in evaluation mode, equal on every rank: whatever is drawn at random is drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base = _random(config) if config.init == "random" else _pretrained(config)
+        base = _pretrained(config) if begins_as_saved(config) else _made(config)
         base.config.use_cache = False
         if gradient_checkpointing:
             base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -100,12 +101,20 @@ def _pretrained(config: StudentConfig) -> PreTrainedModel:
     return model
 
 
-def _random(config: StudentConfig) -> PreTrainedModel:
-    shape = load_config(config.model, config.revision, config.trust_remote_code, weights=False)
+def _made(config: StudentConfig) -> PreTrainedModel:
+    """Of fresh weights, or of those that it keeps of a larger network."""
+    saved = load_config(config.model, config.revision, config.trust_remote_code, weights=False)
+    shape = saved if config.truncate is None else cut_shape(saved, config.truncate)
     dtype = shape.dtype or torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         shape, dtype=dtype, attn_implementation=attention_argument(config.attention), trust_remote_code=config.trust_remote_code
     )
+    if config.truncate is not None and config.init == "pretrained":
+        whole = _pretrained(config.model_copy(update={"dtype": "auto"}))  # cast once cut, for it is larger
+        model.generation_config = whole.generation_config
+        own, theirs = model.state_dict(), whole.state_dict()
+        with torch.no_grad():
+            fill(own, theirs, sources(saved, config.truncate, theirs, own))
     return model
 
 

@@ -6,6 +6,7 @@ Nothing in Ray promises this, so workers assert it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from cluster.config import EndpointConfig
 from cluster.endpoints import make_engine
-from cluster.resources import Share
+from cluster.resources import READER, Share
 from orchestrator.bundle import from_table, to_table
 from orchestrator.order import Order
 from orchestrator.reading import OPEN, OrderSource
@@ -52,14 +53,14 @@ def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: 
     context = DataContext.get_current()
     context.target_max_block_size = 1  # else map_batches merges bundles into one block
     context.enable_progress_bars = False
-    reader = spec.shares["reader"]
+    reader = spec.shares[READER]
     gate = spec.freshness.gate if spec.freshness else OPEN
     source = OrderSource(spec.order, start_step, attempt, with_held_out, gate)
     stream = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=reader.cpus)
     for group in stage_groups(spec.stages):
-        name = next((s.endpoint for s in group if s.endpoint), None)
+        name = _endpoint(group)
         config = spec.endpoints[name] if name else None
-        stream = add_group(stream, group, config, spec.shares[name or "reader"], spec.vocabulary, spec.followers(name))
+        stream = add_group(stream, group, config, spec.shares[name or READER], spec.vocabulary, spec.followers(name))
     return stream
 
 
@@ -72,6 +73,17 @@ def stage_groups(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
             groups.append([])
         groups[-1].append(stage)
     return [tuple(g) for g in groups]
+
+
+def pools(stages: Sequence[Stage]) -> dict[str, int]:
+    """Actor pools of the stream by role: one for every group of an endpoint's stages. The role of who reads rows has their reader, and
+    a pool for stages that need nobody and stand before all others."""
+    return dict(Counter([READER, *(_endpoint(group) or READER for group in stage_groups(stages))]))
+
+
+def _endpoint(group: tuple[Stage, ...]) -> str | None:
+    """Who answers a group's stages; None when they need nobody."""
+    return next((s.endpoint for s in group if s.endpoint), None)
 
 
 def add_group(

@@ -42,10 +42,10 @@ from orchestrator.memory import (
     worker_memory,
 )
 from orchestrator.order import Order
-from orchestrator.pipeline import StreamSpec
+from orchestrator.pipeline import StreamSpec, pools
 from orchestrator.plan_text import plan_text
 from orchestrator.remembering import about_memory, with_log
-from orchestrator.rollouts import equipped, longest_rows, read_rows
+from orchestrator.rollouts import equipped, longest_rows, read_rows, within
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
@@ -163,14 +163,14 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
     people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows)
-    strategy = with_vocabulary(equipped(job, strategy, people.tokenizer, people.contexts), people.vocabulary)
+    strategy = with_vocabulary(equipped(job, strategy, people.tokenizer), people.vocabulary)
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
     offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
-    order = make_order(job, data)
-    wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
+    order, strategy = make_order(job, data), within(strategy, served.scoring_rooms(endpoints, offers, people))
+    wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus(), pools(strategy.stages)))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     work = _work(job, strategy, order, found_sources, added)

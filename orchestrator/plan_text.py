@@ -103,8 +103,9 @@ def _term(term: AnyTerm, plan: Plan) -> str:
 def _network(network: Network, plan: Plan) -> str:
     trained = f", {network.trained:,} of them trained" if network.trained != network.parameters else ""
     fresh = ", fresh weights" if network is plan.cast.student and plan.job.run.student.init == "random" else ""
+    cut = f" ({network.origin})" if network.origin else ""
     return (
-        f"{network.source}: {network.architecture}, {network.parameters:,} parameters{trained}{fresh}, "
+        f"{network.source}: {network.architecture}, {network.parameters:,} parameters{trained}{cut}{fresh}, "
         f"{_dtype(network.dtype)}, vocabulary {network.vocabulary:,}, context {network.context or 'unknown'}, "
         f"{_short(network.fingerprint)}"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from orchestrator.adapters import apart, merged
+from orchestrator.adapters import apart, merged, turned
 from orchestrator.layouts import Layout
 from orchestrator.models import FILTERS
 
@@ -17,13 +17,13 @@ from orchestrator.models import FILTERS
 def published_weights(layout: Layout, adapter_scale: float | None) -> dict[str, Tensor]:
     """Names and values on rank 0, nothing elsewhere; `adapter_scale` multiplies the product of a LoRA student's factors. Collective."""
     own = _own(layout.gathered())
-    return own if adapter_scale is None else merged(*apart(own, adapter_scale))
+    return own if adapter_scale is None else merged(*apart(own, adapter_scale, turned(layout.module)))
 
 
 @torch.no_grad()
 def published_adapter(layout: Layout, adapter_scale: float) -> dict[str, Tensor]:
     """A LoRA student's factors alone, named as `orchestrator.adapters.apart` does, on rank 0. Collective."""
-    return apart(_own(layout.gathered(trained=True)), adapter_scale)[1]
+    return apart(_own(layout.gathered(trained=True)), adapter_scale, turned(layout.module))[1]
 
 
 @torch.no_grad()

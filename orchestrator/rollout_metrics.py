@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.core import Columns
+from strategies.core import COUNT, Columns, Strategy
 from strategies.stages.judge import PASSING, groups
+from strategies.stages.lines import ATTEMPT
+from strategies.stages.view import behind
 
 NGRAM = 4
 """Tokens of the pieces whose repetition within a text is counted."""
@@ -33,6 +35,11 @@ _TOTALS = {
     "rollout/unjudgeable": "unjudgeable",
     "judge_seconds": "judge_seconds",
 }
+
+
+def as_written(bundle: Columns) -> Columns:
+    """The bundle with the student's own texts, where stages have put others in their place."""
+    return {**bundle, **{name.removeprefix(ATTEMPT): values for name, values in bundle.items() if name.startswith(ATTEMPT)}}
 
 
 def rollout_sums(bundle: Columns, base: str | None = None) -> dict[str, float]:
@@ -63,6 +70,12 @@ def rollout_sums(bundle: Columns, base: str | None = None) -> dict[str, float]:
     if base is not None:
         sums["to_base"] = -surprise - float(bundle[f"{base}/logprob"][mine].sum(dtype=np.float64))
     return sums | (_judged_sums(bundle) if "judged" in bundle else {})
+
+
+def fates(strategy: Strategy) -> tuple[str, ...]:
+    """Names of the metrics that say what became of a step's rows: what stages count, and what was left out."""
+    counted = {name.removeprefix(COUNT) for stage in strategy.stages for name in stage.adds if name.startswith(COUNT)}
+    return ("rollout/left_out", *sorted(counted), *sorted({f"left_out/{stage.endpoint}" for stage in behind(strategy.stages)}))
 
 
 def oldest_steps(bundle: Columns) -> float:

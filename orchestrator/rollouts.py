@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +22,13 @@ from strategies.stages.replay import Replay
 from strategies.stages.rollout import Rollout, rollouts
 from strategies.stages.view import REFERENCE, Context, ScoreBehind, behind
 
+SHORTEST_ROW = 2
+"""Tokens of a row of which one is predicted."""
 
-def equipped(
-    job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, positions: Mapping[str, int | None] = MappingProxyType({})
-) -> Strategy:
+
+def equipped(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBase) -> Strategy:
     """The strategy whose stages that write know the tokens that end a text, the longest row, and the run's seed, and whose contexts
-    are ids. `positions` are those that the endpoints' networks have.
+    are ids.
 
     `Refusal` for more than one stage that continues prompts, for texts that leave no room for a prompt, and for signals to be stored of
     rows that do not exist yet.
@@ -46,12 +46,10 @@ def equipped(
     if new >= longest:
         do = f"Set data.max_length_tokens to more than {new}, by the length of a prompt, or lower strategy.max_new_tokens."
         raise Refusal("data.max_length_tokens", f"{longest} for prompts and {new} new tokens", "room for both", do)
-    return _told(job, strategy, stage, tokenizer, positions)
+    return _told(job, strategy, stage, tokenizer)
 
 
-def _told(
-    job: Job, strategy: Strategy, stage: Rollout, tokenizer: PreTrainedTokenizerBase, positions: Mapping[str, int | None]
-) -> Strategy:
+def _told(job: Job, strategy: Strategy, stage: Rollout, tokenizer: PreTrainedTokenizerBase) -> Strategy:
     """The strategy with what only a run knows in its stages, of which `stage` continues prompts."""
     stop, longest = stop_tokens(tokenizer), job.run.data.max_length_tokens
 
@@ -70,7 +68,7 @@ def _told(
                 feedback = _feedback(job, given.feedback_text, tokenizer)
                 return replace(given, sampling=drawn(given.sampling), longest_tokens=longest, feedback=feedback)
             case ScoreBehind():
-                return replace(given, context=read_context(given.context, tokenizer, stop, positions.get(given.endpoint)))
+                return replace(given, context=read_context(given.context, tokenizer, stop))
         return given
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
@@ -95,13 +93,28 @@ def _feedback(job: Job, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return tuple(int(i) for i in tokenizer(turn, add_special_tokens=False)["input_ids"])
 
 
-def read_context(context: Context, tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...], positions: int | None) -> Context:
-    """A context as ids, for a teacher that has so many `positions`."""
+def read_context(context: Context, tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...]) -> Context:
+    """A context as ids."""
     first, _, second = context.text.partition(REFERENCE)
     before, between = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (first, second))
-    opening = tuple(adds_before(tokenizer))
-    longest = context.longest_tokens if positions is None else positions
-    return replace(context, before=before, between=between, opening=opening, endings=stop, longest_tokens=longest)
+    return replace(context, before=before, between=between, opening=tuple(adds_before(tokenizer)), endings=stop)
+
+
+def within(strategy: Strategy, rooms: Mapping[str, int | None]) -> Strategy:
+    """The strategy whose teachers leave out rows that are too long behind their contexts: `rooms` has the longest row that an endpoint
+    scores, None where nobody knows. `Refusal` for a context that leaves no room for any row."""
+
+    def fitted(stage: Stage) -> Stage:
+        room = rooms.get(stage.endpoint or "")
+        if not isinstance(stage, ScoreBehind) or room is None:
+            return stage
+        shown = len(stage.context.before) + len(stage.context.between)
+        if shown + SHORTEST_ROW > room:
+            do = "Shorten it, or choose a teacher with a longer context."
+            raise Refusal("strategy.context", f"{shown} tokens", f"fewer than the {room} that endpoints.{stage.endpoint} reads", do)
+        return replace(stage, context=replace(stage.context, longest_tokens=room))
+
+    return replace(strategy, stages=tuple(fitted(s) for s in strategy.stages))
 
 
 def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -18,6 +18,7 @@ from orchestrator.errors import Refusal
 from orchestrator.models import backbone_of, load_config, lora_config
 from orchestrator.saved_models import fingerprint
 from orchestrator.taps import tap_widths
+from orchestrator.truncate import Truncate, about, cut_fingerprint, cut_shape, sources
 from strategies.taps import Tap
 
 WHOLE_LAYERS = 6
@@ -46,6 +47,8 @@ class Network:
     hidden: int
     widest: int
     """Largest output of any linear layer but the head."""
+    origin: str = ""
+    """What it is cut out of, in words; "" for a network that is whole."""
 
     @property
     def vocabulary(self) -> int:
@@ -68,7 +71,20 @@ def student_network(config: StudentConfig) -> Network:
     where = "student.model"
     fresh = config.init == "random"
     shape = load_config(config.model, config.revision, config.trust_remote_code, weights=not fresh)
-    return _network(where, config.model, config.revision, shape, config.dtype, config)
+    if config.truncate is None:
+        return _network(where, config.model, config.revision, shape, config.dtype, config)
+    return _cut_network(where, shape, config, config.truncate)
+
+
+def _cut_network(where: str, shape: PreTrainedConfig, config: StudentConfig, cut: Truncate) -> Network:
+    """A student that is cut out of a larger network of the configuration `shape`."""
+    found = _network(where, config.model, config.revision, cut_shape(shape, cut), config.dtype, config)
+    with torch.device("meta"):
+        whole, student = _build(shape, config), _build(found.config, config)
+    sources(shape, cut, whole.state_dict(), student.state_dict())
+    total = int(shape.get_text_config().num_hidden_layers)
+    origin = f"{about(cut, total)}, cut out of {sum(p.numel() for p in whole.parameters()):,} parameters"
+    return replace(found, fingerprint=cut_fingerprint(found.fingerprint, cut), origin=origin)
 
 
 def teacher_network(name: str, model: str, revision: str | None, trust_remote_code: bool, dtype: str) -> Network:

@@ -9,7 +9,7 @@ import numpy as np
 
 from orchestrator.bundle import scalar
 from orchestrator.collective import gather, world_size
-from orchestrator.rollout_metrics import oldest_steps, rollout_metrics, rollout_sums
+from orchestrator.rollout_metrics import as_written, oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.versions import VERSION
 from strategies.core import COUNT, Columns, Progress, Strategy, Update
 from strategies.sources import Taught
@@ -30,9 +30,10 @@ def stream_metrics(bundle: Columns, strategy: Strategy, began: float, waited_sec
     paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     unseen = [sum(float(bundle.get(f"{name}/left_out", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    texts = rollout_sums(bundle, strategy.base)
+    written = as_written(bundle)
+    texts = rollout_sums(written, strategy.base)
     counts = {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
-    first, largest = [*texts.values(), *counts.values()], [*lost, oldest_steps(bundle)]
+    first, largest = [*texts.values(), *counts.values()], [*lost, oldest_steps(written)]
     ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *unseen, *largest])
     tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(first) :]
     *dropped, oldest = ranks[:, len(ranks[0]) - len(largest) :].amax(0).tolist()

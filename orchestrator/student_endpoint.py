@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import TransformersEndpoint
+from orchestrator.truncate import begins_as_saved
 from strategies.stages.rollout import BASE, STUDENT
 
 if TYPE_CHECKING:
@@ -18,9 +19,10 @@ SHARED = ("model", "revision", "attention", "trust_remote_code")
 
 
 def student_endpoints(student: StudentConfig, strategy: StrategyConfig) -> dict[str, TransformersEndpoint]:
-    """What they are where a recipe says nothing of them. A student of fresh weights has no `base`: nobody saved what it began with."""
+    """What they are where a recipe says nothing of them. A student of fresh weights, or one that is cut out of a larger network,
+    has no `base`: nobody saved what it began with."""
     shared = {name: getattr(student, name) for name in SHARED}
-    moving = {name: moves for name, moves in _moving(strategy).items() if name != BASE or student.init != "random"}
+    moving = {name: moves for name, moves in _moving(strategy).items() if name != BASE or begins_as_saved(student)}
     return {n: TransformersEndpoint(**shared, dtype=student.dtype, follows_student=moves) for n, moves in moving.items()}
 
 

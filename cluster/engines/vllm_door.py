@@ -52,6 +52,12 @@ def check_sampling(sampling: Sampling) -> None:
         raise Unfit("engine", f"one that writes at temperature {sampling.temperature:g}", f"0, or {least:g} to {most:g}", do)
 
 
+def longest_scored(config: VllmEndpoint, context: int | None) -> int | None:
+    """Longest row that it scores, one token of its context being written besides; `context` is what the model was made for."""
+    room = config.context_tokens or context
+    return None if room is None else room - 1
+
+
 def check_length(config: VllmEndpoint, longest: int, context: int | None, scores: bool) -> None:
     """`Unfit` when rows of `longest` tokens do not fit; `context` is what the model was made for. Scoring needs one token more."""
     room = config.context_tokens or context

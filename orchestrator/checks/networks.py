@@ -38,11 +38,6 @@ class Cast:
     vocabulary: int
     """Ids, from 0, that student and every teacher predict."""
 
-    @property
-    def contexts(self) -> dict[str, int | None]:
-        """Positions that the teachers' networks have, by endpoint; None where one does not tell."""
-        return {name: network.context for name, network in self.teachers.items()}
-
 
 def cast(job: Job, endpoints: Mapping[str, EndpointConfig], itself: Container[str] = ()) -> tuple[Cast, list[str]]:
     """Opens every network and tokenizer of a run and compares them; also returns warnings. Endpoints in `itself` are meant to have the

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from cluster.config import EndpointConfig
-from cluster.endpoints import probe, probe_writer
+from cluster.endpoints import longest_scored, probe, probe_writer
 from cluster.offers import Offer, Unfit, WritingOffer
 from orchestrator.checks import actors
 from orchestrator.checks.networks import Cast
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
-from orchestrator.rollouts import live_authors
+from orchestrator.rollouts import live_authors, read_rows
 from strategies.core import Sampling, ScoreRequest, Strategy
 from strategies.stages.rollout import rollouts
 
@@ -48,8 +50,16 @@ def check_lengths(offers: Mapping[str, Offer | WritingOffer], data: PreparedData
             do = f"Set data.max_length_tokens={offer.context_tokens} or less, or serve {offer.model!r} with a longer context."
             expected = f"at most the {offer.context_tokens} that endpoints.{name} reads ({offer.url})"
             raise Refusal("data.max_length_tokens", f"rows of {longest} tokens", expected, do)
-    silent = [name for name, offer in offers.items() if offer.context_tokens is None]
-    return [f"the server of endpoint {n!r} does not tell its context; rows have up to {longest} tokens." for n in silent]
+    silent = {n: int(read_rows(strategy, n, np.asarray([longest]))[0]) for n, offer in offers.items() if offer.context_tokens is None}
+    return [f"the server of endpoint {n!r} does not tell its context; it reads rows of up to {most} tokens." for n, most in silent.items()]
+
+
+def scoring_rooms(
+    endpoints: Mapping[str, EndpointConfig], offers: Mapping[str, Offer | WritingOffer], people: Cast
+) -> dict[str, int | None]:
+    """Longest row that each endpoint scores, as its server or its network tells; None where neither does."""
+    own = {name: longest_scored(config, people.teachers[name].context) for name, config in endpoints.items() if name in people.teachers}
+    return own | {name: offer.context_tokens for name, offer in offers.items()}
 
 
 def _offer(name: str, config: EndpointConfig, requests: Sequence[ScoreRequest], sampling: Sampling | None) -> Offer | WritingOffer | None:

@@ -43,6 +43,8 @@ class Line:
 
 LINE_COLUMNS = frozenset({"written", "sample", "finished", "written_by", "behaviour", "reference", "reference_lengths"})
 """The others that rows have behind a stage that writes."""
+ATTEMPT = "attempt/"
+"""Begins the names of columns about what the student wrote, where a later stage puts other rows in the place of its texts."""
 
 
 def joined(lines: Sequence[Line]) -> Columns:

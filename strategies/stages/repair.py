@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from strategies.core import COUNT, Author, Columns, Endpoint, Sampling
 from strategies.domains import DOMAIN
 from strategies.stages.judge import PASSING
-from strategies.stages.lines import LINE_COLUMNS, ROWS, Line, lines_of, replaced, split
+from strategies.stages.lines import ATTEMPT, LINE_COLUMNS, ROWS, Line, lines_of, replaced, split
 from strategies.stages.rollout import LONGEST_ROW, drawn_at
 
 Variant = Literal["direct", "refine", "combine"]
 _KEPT = {"direct": slice(0, 1), "refine": slice(1, 2), "combine": slice(0, 2)}
 """Which of a repair's two rows are lessons."""
 _JUDGED = frozenset({"reward", "judged"})
+_ATTEMPTS = (ROWS | LINE_COLUMNS | _JUDGED) - {"reference", "reference_lengths"}
 _REPAIRED = frozenset({"lead", "lead_lengths", "changed"})
 
 
@@ -32,8 +33,9 @@ class Repair:
     attempt that leaves no room for a repair. Rows that nobody wrote stay as they are. Stands between two judgements.
 
     Adds of each row `lead` (Q,) int32 and `lead_lengths` (R,) int32, what the endpoint read, empty where nobody wrote, and `changed`
-    (R,) float32, the share of tokens that are not the attempt's. And (1,) float32 `count/repair/attempts`, `count/repair/passed`,
-    `count/repair/unjudged`, `count/repair/failed`, `count/repair/left_out`, those of the failed without room, and
+    (R,) float32, the share of tokens that are not the attempt's. The rows as they came, without references, stay as `attempt/<column>`,
+    and so do the numbers of their judgement, for whoever looks at what the student writes. And (1,) float32 `count/repair/attempts`,
+    `count/repair/passed`, `count/repair/unjudged`, `count/repair/failed`, `count/repair/left_out`, those of the failed without room, and
     `count/repair/seconds` and `count/repair/cost` of the endpoint.
     """
 
@@ -51,7 +53,10 @@ class Repair:
 
     @property
     def adds(self) -> frozenset[str]:
-        return _REPAIRED | {f"{COUNT}repair/{n}" for n in ("attempts", "passed", "unjudged", "failed", "left_out", "seconds", "cost")}
+        kept = {ATTEMPT + name for name in _ATTEMPTS}
+        return (
+            _REPAIRED | kept | {f"{COUNT}repair/{n}" for n in ("attempts", "passed", "unjudged", "failed", "left_out", "seconds", "cost")}
+        )
 
     def longest_rows(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """Lengths at most of the rows that may become of rows with these, whatever lessons are made of them."""
@@ -81,6 +86,7 @@ class Repair:
         given = [row for row in rows if not row.written]
         return {
             **{name: values for name, values in replaced(columns, [*given, *repaired]).items() if name not in _JUDGED},
+            **{ATTEMPT + name: values for name, values in columns.items() if name in _ATTEMPTS or name.startswith("judge/")},
             "lead": np.concatenate([np.zeros(0, np.int32), *(w.lead for w in able)]),
             "lead_lengths": np.asarray([0] * len(given) + [len(w.lead) for w in able], dtype=np.int32),
             "changed": np.asarray([0] * len(given) + [w.changed(r) for w, r in zip(able, repaired, strict=True)], dtype=np.float32),

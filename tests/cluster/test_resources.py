@@ -24,3 +24,10 @@ def test_threads_go_to_those_that_hold_a_network(endpoint: EndpointConfig, threa
 def test_a_teacher_that_works_alone_has_them_all() -> None:
     found = {d.role: d.share.threads for d in demands(ClusterConfig(), {"teacher": TEACHER}, 0, 4)}
     assert found["teacher"] == 4
+
+
+def test_every_pool_of_an_endpoint_is_counted() -> None:
+    two = TEACHER.model_copy(update={"actors": 2})
+    found = demands(ClusterConfig(), {"teacher": two, "other": TEACHER}, 1, 12, {"teacher": 2, "reader": 2})
+    assert {d.role: d.processes for d in found} == {"worker": 1, "teacher": 4, "other": 1, "reader": 2}
+    assert {d.role: d.share.threads for d in found} == {"worker": 2, "teacher": 2, "other": 2, "reader": 1}

@@ -106,6 +106,17 @@ def test_a_whole_student_keeps_its_weights_tokenizer_and_settings(models: Path, 
 
 
 @pytest.mark.usefixtures("unproved")
+def test_a_student_that_was_cut_out_of_a_larger_network_leaves_as_a_model_of_its_own(models: Path, tmp_path: Path) -> None:
+    run = recipe(models, truncate={"layers": [1], "intermediate_size": 48})
+    source, logits = trained(run)
+    folder = export_student(run, source, tmp_path / "out", lineage=LINEAGE)
+    assert torch.equal(load_saved(str(folder))(input_ids=IDS).logits, logits)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"], config["use_cache"]) == (1, 48, True)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+@pytest.mark.usefixtures("unproved")
 def test_the_card_says_where_the_student_comes_from(models: Path, tmp_path: Path) -> None:
     run = recipe(models)
     source, _ = trained(run)
@@ -198,7 +209,7 @@ def test_what_cannot_be_exported_is_refused_at_the_door(models: Path, tmp_path: 
     home = run_folder(models, tmp_path / "run", init="random", lora={"r": 2})
     assert "got 'three'; expected best, last or one of one, two" in refused(home, None, "three", False)
     assert "which exists; expected a new folder" in refused(home, tmp_path, "best", False)
-    assert "a base of fresh random weights" in refused(home, None, "best", True)
+    assert "a base of fresh or cut weights" in refused(home, None, "best", True)
     (tmp_path / "run" / checkpoint.SNAPSHOT).unlink()
     assert "no committed checkpoint" in refused(home, None, "best", False)
     assert "a new local folder" in refused(Folder("s3://bucket/run"), None, "best", False)

@@ -21,6 +21,7 @@ from orchestrator.published import Average, published_adapter, published_base, p
 from orchestrator.versions import BASE_WEIGHTS, BEGINNING, FollowingEngine, Freshness, Parcel, Publisher, kept_versions
 from strategies import STRATEGIES
 from strategies.core import Columns
+from tests.orchestrator.networks import network
 from tests.tiny import tiny_model
 
 RATE = 0.25
@@ -133,9 +134,12 @@ def test_a_teacher_follows_to_the_version_that_wrote_the_rows(board: Any) -> Non
     publisher.end()
 
 
-def adapted(folder: Path) -> Any:
+def adapted(folder: Path, architecture: str = "") -> Any:
     """A LoRA student under a layout, with factors that do something."""
-    tiny_model(folder, layers=1)
+    if architecture:
+        network(architecture).save_pretrained(str(folder))
+    else:
+        tiny_model(folder, layers=1)
     student = load_student(StudentConfig(model=str(folder), lora=Lora(r=3, alpha=5.0)), False, 0)
     torch.manual_seed(1)
     for name, parameter in student.named_parameters():
@@ -159,6 +163,18 @@ def test_an_adapter_beside_its_base_is_the_merged_student(tmp_path: Path, board:
     torch.testing.assert_close(writer.weights, whole)
     theirs = student.merge_and_unload().state_dict()
     torch.testing.assert_close(writer.weights, {n: theirs[n] for n in writer.weights})
+
+
+def test_layers_that_lie_the_other_way_round_are_merged_so(tmp_path: Path) -> None:
+    """GPT-2's weights are (inputs, outputs), and some of them are square: a product that is not turned would fit, too."""
+    layout, student = adapted(tmp_path, "gpt2")
+    whole = {n: v.clone() for n, v in published_weights(layout, 5.0 / 3).items()}
+    torch.testing.assert_close(merged(published_base(layout), published_adapter(layout, 5.0 / 3)), whole)
+    before = network("gpt2").state_dict()
+    theirs = student.merge_and_unload().state_dict()
+    torch.testing.assert_close(whole, {n: theirs[n] for n in whole})
+    square = "transformer.h.0.attn.c_proj.weight"
+    assert (whole[square] - before[square]).abs().max() > 1e-2
 
 
 def test_an_adapter_alone_is_sent_with_every_version(tmp_path: Path, board: Any) -> None:

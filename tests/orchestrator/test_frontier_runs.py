@@ -67,8 +67,10 @@ def test_mended_mistakes_are_learnt(home: Path, ray_session: str, variant: str) 
     found = steps(home, f"personalised-{variant}", {"type": "personalised", "variant": variant})
     assert all(v["repair/attempts"] == v["repair/passed"] + v["repair/failed"] == 8 for v in found)
     assert sum(v["repair/repaired"] for v in found) > 0 and all(v["repair/repaired"] <= v["repair/failed"] for v in found)
+    assert all(v["rollout/share"] == 1 and v["rollout/passed"] == v["repair/passed"] / 8 and v["rollout/surprise"] > 0 for v in found)
 
 
-def test_a_student_without_faults_ends_its_run_as_it_began(home: Path, ray_session: str) -> None:
+def test_a_student_without_faults_ends_its_run_as_it_began(home: Path, ray_session: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = steps(home, "faultless", {"type": "personalised"}, "right", workers=2, layout="ddp")
+    assert "nothing to learn (repair/attempts 8, repair/passed 8)" in capsys.readouterr().err
     assert all(v["repair/passed"] == 8 and v["tokens"] == v["loss"] == v["grad_norm"] == 0 for v in found)

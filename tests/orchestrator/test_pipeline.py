@@ -13,7 +13,7 @@ from cluster.config import FakeEndpoint
 from cluster.resources import Share
 from orchestrator.bundle import from_table, scalar
 from orchestrator.order import Order
-from orchestrator.pipeline import StreamSpec, open_stream, stage_groups
+from orchestrator.pipeline import StreamSpec, open_stream, pools, stage_groups
 from strategies.core import Columns, Endpoint, ScoreRequest
 from strategies.stages.score import Score
 from tests.prepared import write_split
@@ -78,3 +78,9 @@ def test_stages_share_a_process_with_the_endpoint_before_them() -> None:
     assert stage_groups((plain, first, plain, plain, second)) == [(plain,), (first, plain, plain), (second,)]
     assert stage_groups((first, plain, first, second)) == [(first, plain, first), (second,)]
     assert stage_groups(()) == []
+
+
+def test_an_endpoint_has_a_pool_for_every_group_of_its_stages() -> None:
+    first, second, plain = Score("a", "a", ScoreRequest("topk", top_k=4)), Score("b", "b", ScoreRequest("topk", top_k=4)), Dawdle()
+    assert pools((first, second, plain, first, first)) == {"reader": 1, "a": 2, "b": 1}
+    assert pools((plain, first)) == {"reader": 2, "a": 1}

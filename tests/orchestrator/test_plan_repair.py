@@ -61,6 +61,7 @@ def test_the_plan_says_who_mends(bench: Bench) -> None:
     said = " ".join(plan_text(plan).split())
     assert "Rollout(student) -> Reward(verifier) -> Repair(teacher) -> Reward(verifier) -> Lessons" in said
     assert "teacher mends what is wrong of it in up to 8 tokens" in said and "trains the same again" not in said
+    assert "verifier 2 x" in said and "teacher 1 x" in said  # attempts and repairs are judged in actors of their own
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from strategies.stages.view import behind
 from tests.orchestrator.bench import Bench
 
 OPSD = ("strategy={type: opsd, max_new_tokens: 16}", "endpoints={}")
+TAKES_NOTHING = ["endpoints.self.engine", "'openai', which takes no weights", "transformers, or vllm"]
 SDFT = ("strategy={type: sdft, max_new_tokens: 16, staleness: 1}", "endpoints={}")
 
 
@@ -80,6 +81,11 @@ def test_a_teacher_reads_longer_rows_than_the_student(bench: Bench) -> None:
     [
         ((*OPSD, "student.init=random"), ["student.init", "'random'", "strategy.weights=average"]),
         ((*SDFT, "student.lora={publish: adapter}"), ["student.lora.publish", "'merged'"]),
+        ((SDFT[0], "endpoints={self: {engine: openai, base_url: 'http://h/v1', model: m, vocabulary: 512}}"), TAKES_NOTHING),
+        ((OPSD[0], "endpoints={student: {engine: store, folders: [a]}}"), ["endpoints.student.engine", "'store'"]),
+        ((OPSD[0], "strategy.weights=live", "endpoints={self: {engine: store, folders: [a]}}"), ["endpoints.self.engine", "'store'"]),
+        ((SDFT[0], "endpoints={self: {quantization: int8}}"), ["endpoints.self.quantization", "'int8'", "'none'"]),
+        ((SDFT[0], "endpoints={self: {engine: transformers, model: m}}"), ["endpoints.self.follows_student", "true"]),
     ],
 )
 def test_what_cannot_follow_is_refused(bench: Bench, overrides: tuple[str, ...], words: list[str]) -> None:

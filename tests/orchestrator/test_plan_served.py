@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.config import FakeEndpoint
@@ -13,6 +14,7 @@ from cluster.engines import openai_client
 from cluster.engines.fake_server import FakeServer
 from orchestrator.errors import Refusal
 from orchestrator.plan import plan_text
+from strategies.stages.view import behind as shown_more
 from tests.orchestrator.bench import Bench, both, files, machine_of, other_ids, put
 
 
@@ -114,3 +116,37 @@ def test_what_a_server_does_not_tell_is_trusted_with_a_warning(behind: Bench, se
 def test_a_busy_server_is_waited_for(behind: Bench, server: FakeServer) -> None:
     server.behaviour.busy = 2
     assert behind.plan().offers["teacher"].top_k == 8
+
+
+def reading_more(bench: Bench, server: FakeServer, tokens: int | None) -> None:
+    """The teacher behind the URL reads a solution before every row, and has a context of so many `tokens`."""
+    server.behaviour.context_tokens = tokens
+    served = bench.recipe["endpoints"].pop("teacher")
+    both(put("strategy", {"type": "opsd", "max_new_tokens": 16}), put("endpoints.self", served))(bench)
+
+
+def test_a_server_is_never_sent_a_row_that_is_too_long_behind_its_context(behind: Bench, server: FakeServer) -> None:
+    reading_more(behind, server, 101)
+    plan = behind.plan()
+    (stage,) = shown_more(plan.strategy.stages)
+    room, context = 101 - 1, stage.context
+    assert context.longest_tokens == room
+    fixed = len(context.before) + len(context.between)
+    row = np.ones(room - fixed - 10, np.int32)
+    whole = context.row(row, row[:10])
+    assert whole is not None and len(whole) == room and context.row(row, row[:11]) is None
+
+
+def test_of_a_server_that_does_not_tell_the_longest_row_behind_a_context_is_said(behind: Bench, server: FakeServer) -> None:
+    reading_more(behind, server, None)
+    plan = behind.plan()
+    (stage,) = shown_more(plan.strategy.stages)
+    fixed = len(stage.context.before) + len(stage.context.between)
+    assert f"it reads rows of up to {2 * 64 + fixed} tokens." in " ".join(plan.warnings)
+
+
+def test_a_context_that_leaves_no_room_is_refused(behind: Bench, server: FakeServer) -> None:
+    reading_more(behind, server, 101)
+    put("strategy.context", "Look here. " * 100)(behind)
+    with pytest.raises(Refusal, match=r"strategy.context: got .* tokens; expected fewer than the 100 that endpoints.self reads"):
+        behind.plan()

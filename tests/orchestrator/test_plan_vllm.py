@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import VllmEndpoint
+from cluster.config import TransformersEndpoint, VllmEndpoint
+from cluster.endpoints import longest_scored
 from cluster.engines import vllm_door
 from orchestrator.checks import machine
 from orchestrator.errors import Refusal
@@ -106,3 +107,11 @@ def test_a_student_that_vllm_runs_draws_only_as_vllm_can(running: Bench, tempera
     both(gpus(2), put("endpoints.student", student))(running)
     with pytest.raises(Refusal, match=f"endpoints.student.engine: got one that writes at temperature {temperature:g}"):
         running.plan()
+
+
+def test_a_row_that_is_scored_needs_one_token_of_the_context_more() -> None:
+    given = VllmEndpoint(engine="vllm", model="m", context_tokens=64)
+    assert longest_scored(given, 512) == 63
+    assert longest_scored(given.model_copy(update={"context_tokens": None}), 512) == 511
+    assert longest_scored(given.model_copy(update={"context_tokens": None}), None) is None
+    assert longest_scored(TransformersEndpoint(model="m"), 512) == 512

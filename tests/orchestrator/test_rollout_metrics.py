@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestrator.rollout_metrics import oldest_steps, rollout_metrics, rollout_sums
+from orchestrator.display import step_words
+from orchestrator.rollout_metrics import fates, oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.step_metrics import stream_metrics
 from strategies.core import Columns, Strategy
+from strategies.personalised import Personalised
+from strategies.self_distillation import OPSD
 
 BUNDLES = ("step", "policy_version", "rollout/left_out", "rollout/seconds")
 """Columns of a bundle as a whole."""
@@ -126,3 +129,23 @@ def test_texts_of_a_snapshot_are_as_old_as_the_run_and_not_recalled() -> None:
     snapshot = {name: values for name, values in bundle().items() if name != "policy_version"} | {"written_by": np.asarray([-1, 0, 0])}
     found = rollout_metrics(rollout_sums(snapshot), oldest_steps(snapshot))
     assert (found["age_steps"], found["rollout/recalled"]) == (8, 0)
+
+
+def test_texts_that_a_repair_replaced_are_told_of() -> None:
+    """The student's texts, and none of the rows that are learnt in their place: behind them nothing is known of a writer."""
+    own, control = bundle(), {name: np.asarray([9], np.int64) for name in ("step", "rows_total")}
+    kept = {f"attempt/{name}": values for name, values in own.items() if name not in BUNDLES}
+    lessons = {"tokens": np.asarray([9, 1], np.int32), "lengths": np.asarray([2], np.int32), "loss_mask": np.asarray([0, 1], np.uint8)}
+    whole = {**{name: own[name] for name in BUNDLES}, **control, **kept, **lessons, "row_id": np.asarray([4])}
+    found, expected = stream_metrics(whole, Strategy({}, ()), 0.0, 0.5), rollout_metrics(rollout_sums(own), oldest_steps(own))
+    assert found["tokens"] == 2 and {name: found[name] for name in expected} == expected
+
+
+def test_a_step_without_lessons_says_what_became_of_its_rows() -> None:
+    idle = {"loss": 0.0, "loss/ce": 0.0, "tokens_per_second": 0.0, "micro_batches": 0.0}
+    counts = {"repair/attempts": 8.0, "repair/passed": 8.0, "repair/failed": 0.0, "repair/seconds": 0.5, "rollout/left_out": 1.0}
+    said = step_words(idle | counts, fates(Personalised().build()))
+    assert said == "nothing to learn (rollout/left_out 1, repair/attempts 8, repair/passed 8)"
+    assert step_words(idle, ()) == "nothing to learn (no token has a weight)"
+    assert step_words(idle | {"micro_batches": 1.0, "tokens_per_second": 2000.0}, ()) == "loss 0.000 (ce 0.000) 2,000 tokens/s"
+    assert "left_out/self" in fates(OPSD().build())

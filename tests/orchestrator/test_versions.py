@@ -174,6 +174,8 @@ def test_an_adapters_product_is_merged_under_the_models_own_names() -> None:
     a, b, w = torch.randn(2, 4), torch.randn(3, 2), torch.randn(3, 4)
 
     class Adapted:
+        module = torch.nn.Module()
+
         def gathered(self, trained: bool = False) -> dict[str, torch.Tensor]:
             return {f"{name}.base_layer.weight": w, f"{name}.lora_A.default.weight": a, f"{name}.lora_B.default.weight": b}
 

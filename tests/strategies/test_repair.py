@@ -59,6 +59,15 @@ def test_the_teacher_reads_a_wrong_attempt_and_its_text_takes_the_attempts_place
     assert out["changed"].tolist() == [1, 1] and "reward" not in out and STAGE.adds <= set(out)
 
 
+def test_what_the_student_wrote_stays_beside_what_is_learnt_in_its_place() -> None:
+    before = attempts([0.2, 1, 0], [1, 1, 1])
+    judged = {"judge/failed": np.asarray([1], np.int64)}
+    out = Lessons("combine")({**STAGE({**before, **judged}, Mending()), "reward": np.ones(2), "judged": np.ones(2), **judged}, None)
+    kept = {name.removeprefix("attempt/"): values for name, values in out.items() if name.startswith("attempt/")}
+    assert {"tokens", "lengths", "loss_mask", "behaviour", "written", "written_by", "finished", "reward", "judged"} < set(kept)
+    assert all(values is before[name] for name, values in kept.items() if name in before) and kept["judge/failed"].tolist() == [1]
+
+
 def test_attempts_are_counted_and_unknown_is_not_wrong() -> None:
     found = counts(STAGE(attempts([0, 0.5, 0], [1, 1, 0]), Mending()))
     found.pop("seconds")
