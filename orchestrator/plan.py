@@ -13,7 +13,8 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import authored, checkpoint, following, stores
+from orchestrator import alignment, authored, checkpoint, following, stores
+from orchestrator.alignment import Alignment
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
@@ -52,6 +53,7 @@ from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
+from strategies.stages import align
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
 
@@ -70,6 +72,8 @@ class Plan:
     """Those that stages name."""
     text: Text | None
     """What teachers write for the run before it trains; None when nobody does."""
+    alignments: tuple[Alignment, ...]
+    """How the rows align with teachers that have tokenizers of their own."""
     sources: Sources
     """Who answers for them: teachers or signal stores."""
     offers: Mapping[str, Offer | WritingOffer]
@@ -123,7 +127,7 @@ class Plan:
     def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
         answering, weights = self.sources.answering, following.weight_sets(self.strategy)
-        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights)
+        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights, self.cast.foreign)
 
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, by the versions that `board` knows; None where nobody follows it."""
@@ -161,10 +165,11 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
-    people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows)
-    strategy = equipped(job, strategy, people.tokenizer, people.contexts)
+    people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows, align.foreign(strategy.stages))
+    strategy = alignment.told(job, equipped(job, strategy, people.tokenizer, people.contexts), people)
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
+    strategy, alignments = alignment.measured(strategy, data)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
     offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
@@ -183,6 +188,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         order=order,
         endpoints=endpoints,
         text=text,
+        alignments=alignments,
         sources=found_sources,
         offers=offers,
         frozen=frozen,

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from strategies.acted import Acted
+from strategies.aligned import TakeForeignTopK, TakeSpans
 from strategies.blend import Blend
 from strategies.core import Reads, ScoreRequest, Settings
 from strategies.head import Head
@@ -119,7 +120,7 @@ TakeConfig = Annotated[Take, Field(discriminator="type")]
 class Taught:
     """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; one of the two."""
 
-    take: Take
+    take: Take | TakeSpans | TakeForeignTopK
     endpoint: str | None = None
     player: str | None = None
 
