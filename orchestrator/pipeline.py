@@ -40,6 +40,12 @@ class StreamSpec:
     """How old the student may be that writes; None where nobody follows it."""
     weights: Mapping[str, str] = field(default_factory=lambda: {STUDENT: STUDENT_WEIGHTS})
     """Which of a version's sets of weights an endpoint's engine takes, by endpoint that follows the student."""
+    foreign: Mapping[str, int] = field(default_factory=dict)
+    """Token ids of endpoints that have a tokenizer of their own."""
+
+    def usable(self, name: str | None) -> int:
+        """Token ids that an endpoint may name."""
+        return self.foreign.get(name or "", self.vocabulary)
 
     def followers(self, name: str | None) -> Freshness | None:
         """How an endpoint's engine follows the student; None for one that stays as it is."""
@@ -60,15 +66,16 @@ def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: 
     for group in stage_groups(spec.stages):
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None
-        stream = add_group(stream, group, config, spec.shares[name or READER], spec.vocabulary, spec.followers(name))
+        stream = add_group(stream, group, config, spec.shares[name or READER], spec.usable(name), spec.followers(name))
     return stream
 
 
 def stage_groups(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
-    """Stages that share a process: those of one endpoint in a row, and those after them that need none."""
+    """Stages that share a process: those of one endpoint in a row, those after them that need none, and those before all others."""
     groups: list[list[Stage]] = []
     for stage in stages:
-        at_home = groups and stage.endpoint in (None, groups[-1][0].endpoint)
+        here = {s.endpoint for s in groups[-1] if s.endpoint} if groups else set()
+        at_home = groups and (stage.endpoint is None or not here or stage.endpoint in here)
         if not at_home:
             groups.append([])
         groups[-1].append(stage)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +12,31 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import authored, checkpoint, following, stores
+from orchestrator import alignment, authored, checkpoint, following, stores
+from orchestrator.alignment import Alignment
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import alarms, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
+from orchestrator.checks import alarms, authors, machine, networks, recipe, rehearsal, resumed, room, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.filling import Filling
-from orchestrator.memory import (
-    Disk,
-    Memory,
-    Work,
-    disk,
-    following_memory,
-    largest_work,
-    part_work,
-    published_bytes,
-    scorer_memory,
-    small_process,
-    stream_bytes,
-    surroundings,
-    with_averages,
-    with_frozen,
-    worker_memory,
-)
+from orchestrator.memory import Disk, Memory
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec, pools
 from orchestrator.plan_text import plan_text
 from orchestrator.remembering import about_memory, with_log
-from orchestrator.rollouts import equipped, longest_rows, read_rows, within
+from orchestrator.rollouts import equipped, within
 from orchestrator.stores import Sources
 from orchestrator.teachers import heads_of
 from orchestrator.tokenizers import with_tokenizers
 from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
+from strategies.stages import align
 from strategies.stages.support import with_vocabulary
 
 __all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
@@ -71,6 +56,8 @@ class Plan:
     """Those that stages name."""
     text: Text | None
     """What teachers write for the run before it trains; None when nobody does."""
+    alignments: tuple[Alignment, ...]
+    """How the rows align with teachers that have tokenizers of their own."""
     sources: Sources
     """Who answers for them: teachers or signal stores."""
     offers: Mapping[str, Offer | WritingOffer]
@@ -124,7 +111,7 @@ class Plan:
     def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
         answering, weights = self.sources.answering, following.weight_sets(self.strategy)
-        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights)
+        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights, self.cast.foreign)
 
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, by the versions that `board` knows; None where nobody follows it."""
@@ -161,11 +148,10 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
-    frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
-    people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows)
-    strategy = with_vocabulary(equipped(job, strategy, people.tokenizer), people.vocabulary)
+    people, strategy, found = _meet(job, strategy, {**(frozen := states.frozen_endpoints(job, strategy)), **endpoints})
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
+    strategy, alignments = alignment.measured(strategy, data)
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
     offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
@@ -173,8 +159,8 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus(), pools(strategy.stages)))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    work = _work(job, strategy, order, found_sources, added)
-    memory, heavy = _fits(job, people, work, found_sources, wanted, inner, added)
+    work = room.work(job, strategy, order, found_sources, added)
+    memory, heavy = room.fits(job, people, work, found_sources, wanted, inner, added)
     plan = Plan(
         job=job,
         name=folder.root.rpartition("/")[2],
@@ -184,6 +170,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         order=order,
         endpoints=endpoints,
         text=text,
+        alignments=alignments,
         sources=found_sources,
         offers=offers,
         frozen=frozen,
@@ -192,13 +179,21 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         demands=wanted,
         held_out=folder.child("held_out"),
         cast=people,
-        disk=_disk(job, people, data, order, added),
+        disk=room.on_disk(job, people, data, order, added),
         memory=memory,
         fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
         warnings=(*warnings, *heavy, *about_memory(strategy, order, data), *alarms.about_alarms(run, order.steps, data.held_out.rows)),
     )
     resumed.check_same_facts(folder, job, plan.facts)
     return plan
+
+
+def _meet(job: Job, strategy: Strategy, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, Strategy, list[str]]:
+    """Who takes part, the strategy that knows of their tokens and texts what its stages need, and warnings."""
+    everybody = {**authored.writers(job, strategy), **endpoints}
+    people, warnings = networks.cast(job, everybody, strategy.follows, align.foreign(strategy.stages))
+    known = with_vocabulary(equipped(job, strategy, people.tokenizer), people.vocabulary)
+    return people, alignment.told(job, known, people), warnings
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:
@@ -208,19 +203,6 @@ def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, Prep
     offers, warnings = authors.check_authors(job, people, text)
     told = replace(text, offers=offers) if text else None
     return told, prepare(told.data if told else data, people.tokenizer, data.split_seed, cache), warnings
-
-
-def _work(job: Job, strategy: Strategy, order: Order, found: Sources, added: int) -> Work:
-    """The most that processes have in hand at once."""
-    become, read = partial(longest_rows, strategy), partial(read_rows, strategy)
-    return largest_work(job.run, order, found.answering, added, become, strategy.rows_together, read)
-
-
-def _disk(job: Job, people: Cast, data: PreparedData, order: Order, added: int) -> Disk:
-    """What the run will write, after a check that it fits."""
-    written = disk(job.run, people.student, data, order.steps, added)
-    machine.check_disk(job.cluster.storage, written)
-    return written
 
 
 def _data_cache(job: Job) -> Path:
@@ -244,39 +226,6 @@ def make_order(job: Job, data: PreparedData) -> Order:
         return order
     last = None if train.batch_tokens else round(train.epochs * data.train.rows)
     return replace(order, steps=order.count_steps(train.epochs), last_row=last)
-
-
-def _fits(
-    job: Job, people: Cast, work: Work, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
-) -> tuple[tuple[Memory, ...], list[str]]:
-    """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
-    run, strategy = job.run, job.run.strategy.build()
-    moving, averages = following.weight_sets(strategy), len(following.average_rates(strategy))
-    machine.check_processors(job, wanted)
-    worker = with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)
-    scorers = _scorers(people, found.answering, work, wanted[1:])
-    memory = (
-        with_averages(worker, people.student, averages),
-        *(following_memory(m, people.student) if m.role in moving else m for m in scorers),
-        surroundings(published_bytes(people.student, following.versions(strategy), averages)),
-    )
-    heavy = machine.check_memory(job, memory, stream_bytes(run, work, wanted))
-    asked = {w.spec.name: job.endpoints[w.spec.name] for w in found.captures}
-    before = demands(job.cluster, asked, 0, machine_cpus())[1:]
-    parts = part_work(work, asked, run.signals.part_tokens, added)
-    machine.check_processors(job, before)
-    machine.check_memory(job, [*_scorers(people, asked, parts, before), surroundings()], 0)
-    return memory, heavy
-
-
-def _scorers(people: Cast, endpoints: Mapping[str, EndpointConfig], work: Work, wanted: Sequence[Demand]) -> list[Memory]:
-    """Peaks of the processes that answer, and of the reader."""
-    models = {name: config.saved_model for name, config in endpoints.items()}
-    found = []
-    for demand in wanted:
-        model = models.get(demand.role)
-        found.append(scorer_memory(people.teachers[demand.role], model, work, demand) if model else small_process(demand))
-    return found
 
 
 def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[str, str]:

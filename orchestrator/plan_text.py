@@ -132,8 +132,9 @@ def _teachers(plan: Plan) -> Iterator[str]:
     yield from plan.sources.notes
     for name in plan.frozen:
         yield f"{name} (frozen in every training worker) {_network(plan.cast.teachers[name], plan)}"
-    if plan.endpoints or plan.frozen:
-        yield f"{plan.vocabulary:,} token ids are shared by all"
+    yield from (a.line for a in plan.alignments)
+    if set(plan.endpoints) - set(plan.cast.foreign) or plan.frozen:
+        yield f"{plan.vocabulary:,} token ids are shared by all" + (" others" if plan.cast.foreign else "")
 
 
 def _following(follow: Follow | None) -> str:

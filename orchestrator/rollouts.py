@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from orchestrator import alignment
 from orchestrator.authored import stop_tokens
 from orchestrator.chat import ChatTemplate
 from orchestrator.checks.networks import adds_before, conversations
@@ -17,6 +18,7 @@ from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.pieces import Bad
 from strategies.core import Sampling, Stage, Strategy
+from strategies.stages.align import alignments
 from strategies.stages.repair import Lessons, Repair
 from strategies.stages.replay import Replay
 from strategies.stages.rollout import Rollout, rollouts
@@ -128,7 +130,10 @@ def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.i
 
 
 def read_rows(strategy: Strategy, endpoint: str, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Lengths of rows as an endpoint reads them, at most: behind their contexts. No reference is longer than its row may become."""
+    """Lengths of rows as an endpoint reads them, at most: behind their contexts, or in tokens of its own. No reference is longer than its
+    row may become."""
+    if own := next((s for s in alignments(strategy.stages) if s.of == endpoint), None):
+        return alignment.read_rows(own, lengths)
     for stage in (s for s in behind(strategy.stages) if s.endpoint == endpoint and s.context.text):
         context = stage.context
         longer = lengths * (1 + context.shows_reference) + len(context.before) + len(context.between)

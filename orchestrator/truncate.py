@@ -193,7 +193,8 @@ def _first(name: str, whole: Tensor, shape: Sequence[int]) -> Tensor:
     if several == 1:
         return whole
     apart = whole.unflatten(-1, (several, whole.shape[-1] // several))
-    return apart.narrow(-1, 0, shape[-1] // several).flatten(-2)
+    first: Tensor = apart.narrow(-1, 0, shape[-1] // several).flatten(-2)
+    return first
 
 
 def _side_by_side(name: str) -> int:

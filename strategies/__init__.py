@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from strategies.core import StrategyConfig
+from strategies.cross_tokenizer import ALM, GOLD, ULDStrategy
 from strategies.distillm import DistiLLM
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
@@ -27,11 +28,13 @@ from strategies.terms import Terms
 from strategies.tsd_kd import TokenSelectiveDualKD
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
+    "alm": ALM,
     "cross-entropy": CrossEntropyOnly,
     "distillm": DistiLLM,
     "filtered-layers": Ted,
     "g-opd": GOPD,
     "gkd": GKD,
+    "gold": GOLD,
     "inner-states": InnerStates,
     "kdrl": KDRL,
     "logits": Logits,
@@ -48,6 +51,7 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "taid": TAID,
     "terms": Terms,
     "token-selective-dual-kd": TokenSelectiveDualKD,
+    "uld": ULDStrategy,
     "verified-cot": VerifiedCoT,
 }
 

@@ -147,10 +147,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-Reads = Literal["nothing", "expectation", "pair", "label", "acted", "states"]
-"""What an objective asks of its signal: nothing (it has none); `expect`, an average under the teacher, which draws can
-give too; `pair`, whole aligned distributions; `label`, the teacher's log-probability of the given token; `acted`, what is known
-of tokens that a policy wrote; `states`, inner states of a frozen player (a `StatesTerm` has it)."""
+Reads = Literal["nothing", "expectation", "pair", "label", "acted", "spans", "foreign", "states"]
+"""What an objective asks of its signal: nothing (it has none); `expect`, an average under the teacher, which draws can give too; `pair`,
+whole aligned distributions; `label`, the teacher's log-probability of the given token; `acted`, what is known of tokens that a policy
+wrote; `spans` and `foreign`, likelihoods of spans and next tokens of another tokenizer; `states`, of a frozen player (`StatesTerm`)."""
 
 
 class Objective(Protocol):

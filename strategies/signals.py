@@ -29,6 +29,8 @@ WOULD_WORK: dict[Reads, str] = {
     "expectation": "an average under the teacher (Dense, Hidden, TopK, Blend, Sampled)",
     "label": "the teacher's log-probability of the given token (PerToken, Dense, Hidden, Blend of those, Acted with a teacher)",
     "acted": "what is known of tokens that a policy wrote (Acted)",
+    "spans": "likelihoods of aligned spans of a teacher with another tokenizer (SpanLikelihoods, ForeignTopK)",
+    "foreign": "the next tokens of a teacher with another tokenizer (ForeignTopK)",
 }
 
 

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from strategies.acted import Acted
+from strategies.aligned import TakeForeignTopK, TakeSpans
 from strategies.blend import Blend
 from strategies.core import Reads, ScoreRequest, Settings
 from strategies.head import Head
@@ -120,7 +121,7 @@ class Taught:
     """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; or, without either, what a
     stage made of the answers of others, under the signal's name as well."""
 
-    take: Take
+    take: Take | TakeSpans | TakeForeignTopK
     endpoint: str | None = None
     player: str | None = None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
@@ -36,12 +36,20 @@ class Cast:
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
     """The teachers' own, where there is one."""
     vocabulary: int
-    """Ids, from 0, that student and every teacher predict."""
+    """Ids, from 0, that student and every teacher predict that shares its tokenizer."""
+    foreign: Mapping[str, int] = field(default_factory=dict)
+    """Ids of those that have a tokenizer of their own, by endpoint."""
+
+    def usable(self, name: str) -> int:
+        """Ids, from 0, that an endpoint may name."""
+        return self.foreign.get(name, self.vocabulary)
 
 
-def cast(job: Job, endpoints: Mapping[str, EndpointConfig], itself: Container[str] = ()) -> tuple[Cast, list[str]]:
+def cast(
+    job: Job, endpoints: Mapping[str, EndpointConfig], itself: Container[str] = (), foreign: Collection[str] = ()
+) -> tuple[Cast, list[str]]:
     """Opens every network and tokenizer of a run and compares them; also returns warnings. Endpoints in `itself` are meant to have the
-    student's own weights."""
+    student's own weights, those in `foreign` may have another tokenizer."""
     run = job.run
     following = {n for n, c in endpoints.items() if follows_student(c)}
     saved = {name: model for name, config in endpoints.items() if name not in following and (model := config.saved_model)}
@@ -53,23 +61,29 @@ def cast(job: Job, endpoints: Mapping[str, EndpointConfig], itself: Container[st
     teachers = {n: teacher_network(n, m.model, m.revision, m.trust_remote_code, m.dtype) for n, m in saved.items()}
     own = {n: t for n, m in saved.items() if (t := _own_tokenizer(m)) is not None}
     named = {n: _named_tokenizer(n, source) for n, c in endpoints.items() if (source := c.own_tokenizer)}
-    warnings = [f"endpoint {n!r} has no tokenizer beside its model; it is taken to share the student's." for n in saved if n not in own]
     own |= named
+    for name in sorted(set(foreign) - set(own)):
+        raise _without_tokenizer(name)
+    warnings = [f"endpoint {n!r} has no tokenizer beside its model; it is taken to share the student's." for n in saved if n not in own]
     for name, theirs in own.items():
-        warnings += _compare_tokenizers(name, tokenizer, theirs)
+        warnings += [] if name in foreign else _compare_tokenizers(name, tokenizer, theirs)
     warnings += _about_weights(run, student, {name: network for name, network in teachers.items() if name not in itself})
     teachers |= dict.fromkeys(following, student)
-    return Cast(student, tokenizer, teachers, own, _shared_vocabulary(student, tokenizer, teachers, endpoints)), warnings
+    sharing = {n: t for n, t in teachers.items() if n not in foreign}
+    shared = _shared_vocabulary(student, tokenizer, sharing, {n: c for n, c in endpoints.items() if n not in foreign})
+    ids = {n: teachers[n].vocabulary if n in teachers else endpoints[n].own_vocabulary or len(own[n]) for n in sorted(foreign)}
+    return Cast(student, tokenizer, teachers, own, shared, ids), warnings
 
 
 def check_rows(run: RunConfig, people: Cast, data: PreparedData) -> list[str]:
     """Rows against contexts and chat templates."""
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
-    for network in (people.student, *people.teachers.values()):
+    for network in (people.student, *(t for n, t in people.teachers.items() if n not in people.foreign)):
         if network.context is not None and longest > network.context:
             do = f"Set data.max_length_tokens={network.context} or less, or choose a network with a longer context."
             raise Refusal("data.max_length_tokens", f"rows of {longest} tokens", f"at most the {network.context} of {network.where}", do)
-    different = [n for n, t in people.tokenizers.items() if template_digest(t) != template_digest(people.tokenizer)]
+    sharing = {n: t for n, t in people.tokenizers.items() if n not in people.foreign}
+    different = [n for n, t in sharing.items() if template_digest(t) != template_digest(people.tokenizer)]
     if different and conversations(run.data):
         do = "Give both the same chat template (chat_template.jinja beside the model), or turn messages into prompt and completion."
         got = f"messages, which endpoint {different[0]!r} and the student lay out by different chat templates"
@@ -104,6 +118,11 @@ def _own_tokenizer(model: SavedModel) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(beside)
     except Refusal:  # teachers are given ids, so they may come without one
         return None
+
+
+def _without_tokenizer(name: str) -> Refusal:
+    do = f"Save its tokenizer beside its model, or name it in endpoints.{name}.tokenizer where the engine has that."
+    return Refusal(f"endpoints.{name}", "no tokenizer, for a teacher that reads the text in tokens of its own", "its tokenizer", do)
 
 
 def _named_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:

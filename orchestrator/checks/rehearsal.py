@@ -87,7 +87,7 @@ def rehearse(
         name = stage.endpoint or ""
         network = people.teachers.get(name)
         width = network.hidden if network else 0
-        actor = _Rehearsal(where, name, endpoints.get(name), people.vocabulary, width, asked.setdefault(name, []))
+        actor = _Rehearsal(where, name, endpoints.get(name), people.usable(name), width, asked.setdefault(name, []))
         columns = _play(where, stage, columns, actor)
     return sum(values.nbytes for name, values in columns.items() if name not in before), asked
 

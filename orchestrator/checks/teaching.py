@@ -26,6 +26,8 @@ READS = {
     "pair": "whole distributions",
     "label": "the teacher's log-probability of the given token",
     "acted": "what is known of tokens that a policy wrote",
+    "spans": "likelihoods of aligned spans",
+    "foreign": "next tokens of another tokenizer",
 }
 """What an objective reads, in words."""
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from strategies.core import ObjectiveSettings
 from strategies.objectives.adakd import AdaKD, AdaKDAbsolute
+from strategies.objectives.aligned import AlignedULD, SharedTokens, SpanLikelihood
 from strategies.objectives.atkd import ATKD, ATKDAbsolute
 from strategies.objectives.divergence import AdaptiveKL, ForwardKL, Jeffreys, ReverseKL, TotalVariation
 from strategies.objectives.features import GramMatrices, HiddenStates
@@ -29,6 +30,7 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "adakd": AdaKD,
     "adakd-absolute": AdaKDAbsolute,
     "adaptive-kl": AdaptiveKL,
+    "aligned-uld": AlignedULD,
     "alpha": AlphaDivergence,
     "atkd": ATKD,
     "atkd-absolute": ATKDAbsolute,
@@ -55,10 +57,12 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "reverse-kl-squared": ReverseKLSquared,
     "selected-tokens": SelectedTokens,
     "selected-tokens-absolute": SelectedTokensAbsolute,
+    "shared-tokens": SharedTokens,
     "simpo": SimPO,
     "sinkhorn": Sinkhorn,
     "skew-kl": SkewKL,
     "skew-reverse-kl": SkewReverseKL,
+    "span-likelihood": SpanLikelihood,
     "taid": Taid,
     "total-variation": TotalVariation,
     "uld": ULD,

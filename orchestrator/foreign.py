@@ -1,0 +1,284 @@
+"""Rows read with another tokenizer: the student's ids to bytes, bytes to the teacher's ids, and where tokens end in both.
+
+A row is text between special tokens. Text is encoded anew, piece by piece: a prompt apart from its completion, as the row itself was.
+A special token of the student becomes the teacher's of the same role or the same name, or nothing. Bytes that are no character, such as
+half of one where a text was cut, are not read: of the rest of such a row the teacher says nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from orchestrator.checks.networks import adds_before
+from orchestrator.token_bytes import TokenBytes, special_ids, token_bytes
+from strategies.core import Columns
+from strategies.stages.align import NONE, Ints, Reading
+
+UNREAD = 3
+"""Bytes at most of a character that began before its row."""
+
+
+@dataclass(frozen=True)
+class ForeignReader:
+    """Reads the student's rows with a teacher's tokenizer (`strategies.stages.align.Reader`)."""
+
+    student: TokenBytes
+    teacher: TokenBytes
+    tokenizer: PreTrainedTokenizerBase
+    """The teacher's."""
+    backend: Tokenizer | None
+    """What a fast one works with, in a copy of its own."""
+    unknown: int
+    """The teacher's id for what it has no tokens for; `NONE` where it has one for every byte."""
+    roles: Mapping[int, int]
+    """The teacher's special ids by the student's."""
+    student_opening: tuple[int, ...]
+    """What the student's tokenizer puts before a text."""
+    opening: tuple[int, ...]
+    """What the teacher's puts there."""
+    longest_tokens: int
+    """Positions of the teacher: nothing is read beyond."""
+    expansion: float = 1.0
+    """Tokens of the teacher for each of the student's, at most, as far as was measured."""
+
+    def read(self, columns: Columns) -> Reading:
+        """See `strategies.stages.align.Reader`."""
+        tape = _Tape.of(columns, self.student)
+        pieces = list(tape.pieces(columns))
+        texts = [p for p in pieces if p.text is not None]
+        encoded = iter(self._encoded([p.text or "" for p in texts]))
+        rows = _Rows(self.opening, self.longest_tokens, len(columns["lengths"]), self.unknown)
+        for piece in pieces:
+            if piece.text is None:
+                rows.special(piece, self._counterpart(piece))
+            else:
+                ids, ends = next(encoded)
+                rows.text(piece, ids, ends)
+        return rows.reading(tape)
+
+    def _counterpart(self, piece: _Piece) -> int:
+        """The teacher's id for a special token of the student; `NONE` for nothing."""
+        if piece.first and piece.token in self.student_opening and self.opening:
+            return NONE  # its own opening stands there already
+        return self.roles.get(piece.token, NONE)
+
+    def _encoded(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
+        """Ids of each text, and after how many of its bytes each of them ends: as the bytes of the tokens add up, or, of a text that the
+        tokenizer changed before it cut it, with the characters that it tells."""
+        found = []
+        for text, ids in zip(texts, self._ids(texts), strict=True):
+            ends, whole = np.cumsum(self.teacher.sizes(ids)), len(text.encode())
+            if self.teacher.prefixed and len(ids) and ends[-1] == whole + 1:
+                ends = ends - 1
+            found.append((ids, ends if len(ids) and ends[-1] == whole else self._told(text, ids)))
+        return found
+
+    def _ids(self, texts: Sequence[str]) -> list[Ints]:
+        """Ids of each text; what looks like a special token in a text is text."""
+        if self.backend is None:
+            return [np.asarray(self.tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"]) for t in texts]
+        self.backend.encode_special_tokens = True  # does not survive pickling
+        return [np.asarray(e.ids, dtype=np.int64) for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _told(self, text: str, ids: Ints) -> Ints:
+        """Ends by the characters that the tokenizer gives each of `ids`; none of them is known where it tells nothing."""
+        unknown = np.zeros(len(ids), dtype=np.int64)
+        if self.backend is None:
+            return unknown
+        offsets = self.backend.encode(text, add_special_tokens=False).offsets
+        before = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])
+        ends = np.maximum.accumulate(before[[end for _, end in offsets]]) if offsets else unknown
+        return ends if len(ends) == len(ids) else unknown
+
+
+def foreign_reader(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str, longest_tokens: int) -> ForeignReader:
+    """The reader for the endpoint `name`. `Refusal` for tokenizers whose tokens are not bytes of text."""
+    backend: Any = getattr(teacher, "backend_tokenizer", None)
+    return ForeignReader(
+        student=token_bytes(student, "tokenizer of the student"),
+        teacher=token_bytes(teacher, f"tokenizer of endpoint {name!r}"),
+        tokenizer=teacher,
+        backend=None if backend is None else _plain(backend),
+        unknown=NONE if teacher.unk_token_id is None else int(teacher.unk_token_id),
+        roles=roles(student, teacher),
+        student_opening=tuple(adds_before(student)),
+        opening=tuple(adds_before(teacher)),
+        longest_tokens=longest_tokens,
+    )
+
+
+def _plain(backend: Tokenizer) -> Tokenizer:
+    """The same without truncation and padding, which earlier calls may have left switched on."""
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The teacher's special ids by the student's: those of one name, and EOS for EOS."""
+    theirs = {str(teacher.convert_ids_to_tokens(i)): i for i in special_ids(teacher)}
+    found = {i: theirs[name] for i in special_ids(student) if (name := str(student.convert_ids_to_tokens(i))) in theirs}
+    if student.eos_token_id is not None and teacher.eos_token_id is not None:
+        found[int(student.eos_token_id)] = int(teacher.eos_token_id)
+    return found
+
+
+def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[int, ...]:
+    """By id of the teacher, the student's id of the very same bytes, or `NONE`."""
+    ours, flat = student.ids_by_bytes(), teacher.flat.tobytes()
+    starts = teacher.starts.tolist()
+    return tuple(ours.get(flat[a:b], NONE) if b > a else NONE for a, b in itertools.pairwise(starts))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A run of text of a row, or one special token."""
+
+    row: int
+    start: int
+    """Place where it begins."""
+    end: int
+    text: str | None
+    """None of a special token."""
+    token: int = NONE
+    first: bool = False
+    """Whether it begins its row."""
+
+
+@dataclass(frozen=True)
+class _Tape:
+    """Places of a bundle (see `Reading`): bytes, and one place for each token that is no text."""
+
+    bytes_: NDArray[np.uint8]
+    ends: Ints
+    """`(S,)` of the student's tokens."""
+    plain: NDArray[np.bool_]
+    """`(S,)` whether a token is text."""
+    row_ends: Ints
+    """`(R,)` places where rows end."""
+
+    breaks: Ints
+    """Numbers of the tokens that begin a piece."""
+
+    @classmethod
+    def of(cls, columns: Columns, table: TokenBytes) -> _Tape:
+        tokens, lengths = columns["tokens"].astype(np.int64), columns["lengths"].astype(np.int64)
+        sizes = table.sizes(tokens)
+        breaks = _breaks(columns["loss_mask"], sizes > 0, lengths)
+        text = table.text(tokens)
+        if table.prefixed:
+            text, sizes = _without_prefixes(text, sizes, breaks)
+        plain, places = sizes > 0, np.maximum(sizes, 1)
+        laid = np.zeros(int(places.sum()), dtype=np.uint8)
+        laid[np.repeat(plain, places)] = text
+        ends = np.cumsum(places)
+        row_ends = np.concatenate([[0], ends])[np.cumsum(lengths)]
+        return cls(laid, ends, plain, row_ends, np.union1d(breaks, _beside(~plain)))
+
+    def pieces(self, columns: Columns) -> Iterator[_Piece]:
+        """Text and special tokens of all rows in order. What follows bytes that are no character is left out, to the row's end."""
+        tokens, lengths = columns["tokens"], columns["lengths"].astype(np.int64)
+        starts = np.concatenate([[0], self.ends])
+        row_ends = np.cumsum(lengths)
+        breaks, rows = self.breaks.tolist(), np.searchsorted(row_ends, self.breaks, side="right").tolist()
+        broken = NONE
+        for first, stop, row in zip(breaks, [*breaks[1:], len(tokens)], rows, strict=True):
+            if row == broken:
+                continue
+            a, b = int(starts[first]), int(starts[stop])
+            begins = first == int(row_ends[row] - lengths[row])
+            if not self.plain[first]:
+                yield _Piece(row, a, b, None, int(tokens[first]), begins)
+                continue
+            skipped, text = _characters(self.bytes_[a:b].tobytes(), begins)
+            whole = a + skipped + len(text.encode())
+            if text:
+                yield _Piece(row, a + skipped, whole, text)
+            broken = row if whole < b else NONE
+
+
+def _breaks(mask: NDArray[Any], plain: NDArray[np.bool_], lengths: Ints) -> Ints:
+    """Numbers of tokens that begin a piece: of a row, special ones and those after them, and where what is learnt begins or ends. A row's
+    first token is never learnt, so the second may only look like that."""
+    stops = np.cumsum(lengths)
+    firsts = (stops - lengths)[lengths > 0]
+    changes = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    return np.union1d(np.union1d(firsts, np.setdiff1d(changes, firsts + 1)), _beside(~plain))
+
+
+def _beside(special: NDArray[np.bool_]) -> Ints:
+    """Numbers of the special tokens and of those after them."""
+    places = np.flatnonzero(special)
+    both = np.union1d(places, places + 1)
+    return both[both < len(special)]
+
+
+def _without_prefixes(text: NDArray[np.uint8], sizes: Ints, breaks: Ints) -> tuple[NDArray[np.uint8], Ints]:
+    """Bytes and sizes without the space that encoding put before each piece."""
+    before = np.cumsum(sizes) - sizes
+    begin = breaks[sizes[breaks] > 0]
+    spaced = begin[text[before[begin]] == ord(" ")]
+    shorter = sizes.copy()
+    shorter[spaced] -= 1
+    return np.delete(text, before[spaced]), shorter
+
+
+def _characters(given: bytes, begins: bool) -> tuple[int, str]:
+    """How many bytes of a character that began earlier come first, of a row's first text, and the whole characters after them."""
+    skipped = next((n for n, b in enumerate(given[: UNREAD + 1]) if b & 0xC0 != 0x80), UNREAD) if begins else 0
+    rest = given[skipped:]
+    try:
+        return skipped, rest.decode()
+    except UnicodeDecodeError as error:
+        return skipped, rest[: error.start].decode()
+
+
+class _Rows:
+    """The teacher's rows as they grow."""
+
+    def __init__(self, opening: Sequence[int], longest_tokens: int, rows: int, unknown: int):
+        self._unknown, self._opening, self._longest = unknown, np.asarray(opening, dtype=np.int64), longest_tokens
+        self._ids: list[list[Ints]] = [[self._opening] for _ in range(rows)]
+        self._ends: list[list[Ints]] = [[np.full(len(self._opening), NONE, dtype=np.int64)] for _ in range(rows)]
+        self._cuts: list[int] = []
+
+    def special(self, piece: _Piece, token: int) -> None:
+        """The teacher's `token` for a special one; nothing for `NONE`."""
+        self._cuts += [piece.start, piece.end]
+        if token != NONE:
+            self._append(piece.row, np.asarray([token]), np.asarray([piece.end]))
+
+    def text(self, piece: _Piece, ids: Ints, ends: Ints) -> None:
+        """Ids for a text, of which each ends after so many bytes of it. Those that end at 0, such as a space that was put before the text,
+        and those of unknown characters stand for nothing."""
+        self._cuts += [piece.start, piece.end]
+        unread = np.flatnonzero(ids == self._unknown)
+        if len(unread):
+            edges = np.concatenate([ends[unread], np.where(unread > 0, ends[unread - 1], 0)])
+            self._cuts += (edges + piece.start).tolist()
+        self._append(piece.row, ids, np.where((ids != self._unknown) & (ends > 0), ends + piece.start, NONE))
+
+    def _append(self, row: int, ids: Ints, ends: Ints) -> None:
+        self._ids[row].append(ids)
+        self._ends[row].append(ends)
+
+    def reading(self, tape: _Tape) -> Reading:
+        """All rows, each cut to what the teacher has positions for."""
+        ids, ends = ([np.concatenate(r)[: self._longest] for r in side] for side in (self._ids, self._ends))
+        none = np.zeros(0, dtype=np.int64)
+        return Reading(
+            tokens=np.concatenate([none, *ids]).astype(np.int32),
+            lengths=np.asarray([len(r) for r in ids], dtype=np.int32),
+            ours=tape.ends,
+            theirs=np.concatenate([none, *ends]),
+            cuts=np.unique(np.concatenate([np.asarray(self._cuts, dtype=np.int64), tape.row_ends])),
+        )
