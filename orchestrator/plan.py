@@ -17,11 +17,12 @@ from orchestrator import authored, checkpoint, following, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import alarms, authors, machine, networks, recipe, rehearsal, resumed, served, states, teaching
+from orchestrator.checks import alarms, authors, curriculum, machine, networks, recipe, rehearsal, resumed, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
+from orchestrator.curricula import draws, feedback_lag
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.filling import Filling
 from orchestrator.memory import (
@@ -126,8 +127,9 @@ class Plan:
         return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights)
 
     def freshness(self, board: Any) -> Freshness | None:
-        """How old the student may be that writes, by the versions that `board` knows; None where nobody follows it."""
-        return following.freshness(self.strategy, board)
+        """How old the student may be that writes, and what controllers said, by the versions that `board` knows; None where neither
+        matters to the rows of a step."""
+        return following.freshness(self.strategy, board, feedback_lag(self.job.run))
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -154,7 +156,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     The run is called as the recipe says, else after `recipe_name` and the time. With `resume`, the folder of an earlier
     run, it goes on under that run's name, and only settings that leave its result alone may differ.
     """
-    run, train, strategy = job.run, job.run.train, job.run.strategy.build()
+    run, train, strategy = job.run, job.run.train, job.run.build()
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     folder = run_folder(job, recipe_name, resume)
     endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
@@ -168,6 +170,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
     offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
+    warnings += curriculum.check_rows(job, data)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
@@ -230,7 +233,7 @@ def _data_cache(job: Job) -> Path:
 
 def make_order(job: Job, data: PreparedData) -> Order:
     """The order in which the run reads its rows."""
-    train = job.run.train
+    train, wanted = job.run.train, job.run.curriculum
     order = Order(
         folder=data.folder,
         seed=job.run.seed,
@@ -239,17 +242,17 @@ def make_order(job: Job, data: PreparedData) -> Order:
         batch_rows=0 if train.batch_tokens else train.batch_rows,
         batch_tokens=train.batch_tokens or 0,
     )
-    if train.epochs is None:
-        return order
-    last = None if train.batch_tokens else round(train.epochs * data.train.rows)
-    return replace(order, steps=order.count_steps(train.epochs), last_row=last)
+    if train.epochs is not None:
+        last = None if train.batch_tokens or wanted else round(train.epochs * data.train.rows)
+        order = replace(order, steps=order.count_steps(train.epochs), last_row=last)
+    return replace(order, draws=draws(wanted, data, order.steps)) if wanted else order
 
 
 def _fits(
     job: Job, people: Cast, work: Work, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
 ) -> tuple[tuple[Memory, ...], list[str]]:
     """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
-    run, strategy = job.run, job.run.strategy.build()
+    run, strategy = job.run, job.run.build()
     moving, averages = following.weight_sets(strategy), len(following.average_rates(strategy))
     machine.check_processors(job, wanted)
     worker = with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)
