@@ -32,7 +32,7 @@ def draws(curriculum: Curriculum, data: PreparedData, steps: int) -> Draws:
             counts = np.asarray([[data.train.domains[name] for name in mixture.domains]], dtype=np.float64)
             shares = (counts / counts.sum()).astype(np.float32)
         else:
-            shares = _tabulated(mixture.at, steps) if isinstance(mixture, FixedMixture) else MIXTURE
+            shares = _tabulated(mixture.at, steps).astype(np.float32) if isinstance(mixture, FixedMixture) else MIXTURE
     return Draws(
         pools=mixture.domains if mixture else (ALL,),
         domains=tuple(domain_id(name) for name in mixture.domains) if mixture else (),
@@ -49,16 +49,16 @@ def _sorted_by(order: Ordered | None, by_chance: bool) -> str:
     return BY_CHANCE if by_chance else SORTED_BY[order.by]
 
 
-def _pace(order: Ordered, steps: int) -> NDArray[np.float32] | str:
+def _pace(order: Ordered, steps: int) -> NDArray[np.float64] | str:
     if isinstance(order.pace, StalledShare):
         return PACE
     pace = schedule(order.pace) if isinstance(order.pace, float | int) else order.pace
     return _tabulated(pace, steps)
 
 
-def _tabulated(at: Callable[[Progress], float | tuple[float, ...]], steps: int) -> NDArray[np.float32]:
+def _tabulated(at: Callable[[Progress], float | tuple[float, ...]], steps: int) -> NDArray[np.float64]:
     """Values of all steps, or of one where all have the same."""
-    table = np.asarray([at(Progress(step, steps)) for step in range(steps)], dtype=np.float32)
+    table = np.asarray([at(Progress(step, steps)) for step in range(steps)], dtype=np.float64)
     return table[:1] if (table == table[:1]).all() else table
 
 

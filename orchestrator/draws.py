@@ -39,7 +39,7 @@ class Draws:
     """Number of each pool's domain (`strategies.domains`); nothing where the pool is all rows."""
     shares: NDArray[np.float32] | str = ""
     """Share of each pool by step, `(steps, pools)`, or `(1, pools)` for all steps; or the name of a controller that tells it."""
-    open: NDArray[np.float32] | str | None = None
+    open: NDArray[np.float64] | str | None = None
     """Share of rows that may be drawn by step, `(steps,)` or `(1,)`; or the name of a controller. None opens all."""
     sort_by: str = NOT_SORTED
     """What makes rows easy: `lengths`, a mark such as `score`, or `random`."""
