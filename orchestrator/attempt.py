@@ -34,6 +34,6 @@ class StreamFactory:
         attempt = int(self.folder.read(ATTEMPTS) or b"0") + 1
         self.folder.write(ATTEMPTS, str(attempt).encode())
         last = checkpoint.committed(self.folder)
-        step = checkpoint.read_position(last).step if last else 0
-        ray.get(self.board.begin.remote(attempt, step, time.time()))
-        return open_stream(self.spec, step, attempt, with_held_out=not self.held_out.exists(COMPLETE))
+        start = checkpoint.read_position(last) if last else checkpoint.Position(0, attempt, {})
+        ray.get(self.board.begin.remote(attempt, start.step, time.time()))
+        return open_stream(self.spec, start.step, attempt, not self.held_out.exists(COMPLETE), start.cursor)

@@ -37,6 +37,8 @@ class Position:
     """The latest journal entries, so that none is lost with a driver."""
     controls: Mapping[str, Any] = field(default_factory=dict)
     """What controllers remember (`orchestrator.controls`)."""
+    cursor: Mapping[str, float] = field(default_factory=dict)
+    """What a curriculum has drawn (`orchestrator.draws`)."""
 
 
 def save(players: Mapping[str, Layout], position: Position, rank: int, more: Callable[[Path], None] | None = None) -> Checkpoint:

@@ -44,7 +44,7 @@ def rows_of_recipe(recipe: Path, overrides: Sequence[str], cluster: Path | Mappi
     storage = recipe.absolute().parents[1] if (recipe.parent / SNAPSHOT).is_file() else Folder.of(job.cluster.storage).local
     cache = storage / "data" if storage else Path(CACHE)
     tokenizer = load_tokenizer(job.run.student)
-    data = prepare(measured_data(job, job.run.strategy.build(), tokenizer, cache), tokenizer, job.run.data.split_seed, cache)
+    data = prepare(measured_data(job, job.run.build(), tokenizer, cache), tokenizer, job.run.data.split_seed, cache)
     rows = Rows(data.folder, "held_out")
     return ChosenRows(rows, np.arange(len(rows)), f"the held-out rows of {recipe}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,6 +29,8 @@ from orchestrator.settings import CheckpointConfig, DataConfig, EvaluateConfig, 
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from orchestrator.truncate import Truncate
 from strategies import StrategyConfig, known_strategies
+from strategies.core import Strategy
+from strategies.curriculum import Curriculum
 from strategies.schedule import LearningRate
 from strategies.stages.replay import REPLAY
 
@@ -129,6 +132,8 @@ class RunConfig(Model):
     student: Annotated[StudentConfig, _short("model")]
     strategy: SerializeAsAny[StrategyConfig]
     data: Annotated[DataConfig, _short("train")]
+    curriculum: Curriculum | None = None
+    """Which rows each step draws; absent, all alike, each once in every epoch."""
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -142,6 +147,15 @@ class RunConfig(Model):
     rows and nothing else is learnt of it: the control would be the same run."""
     tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the MLflow run."""
+
+    def build(self) -> Strategy:
+        """What runs: the strategy, with the controllers of the curriculum beside its own."""
+        strategy = self.strategy.build()
+        return (
+            dataclasses.replace(strategy, controllers={**strategy.controllers, **self.curriculum.controllers()})
+            if self.curriculum
+            else strategy
+        )
 
 
 class Job(Model):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strategies.control import CONTROL, Controller
+from strategies.control import CONTROL, Controller, values_by_name
 from strategies.core import Progress
 
 
@@ -26,7 +26,7 @@ class Controls:
     @property
     def values(self) -> dict[str, float]:
         """Of the next step."""
-        return {name: c.value(self._states[name]) for name, c in self._controllers.items()}
+        return values_by_name(self._states, self._controllers)
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -74,6 +74,11 @@ class PreparedData:
     marks: tuple[str, ...] = ()
     """What it says of rows: of `orchestrator.rows.MARKS`."""
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of all domains."""
+        return tuple(sorted({*self.train.domains, *self.held_out.domains}))
+
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, cache: Path) -> PreparedData:
     """Prepared splits for these settings, made in `cache` unless they are there already.

@@ -208,7 +208,7 @@ def control_plan(plan: Plan) -> Plan:
         job=job,
         name=plan.name + BASELINE,
         folder=Folder(plan.folder.root + BASELINE),
-        strategy=strategy.build(),
+        strategy=run.build(),
         endpoints={},
         sources=NOBODY,
         demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),

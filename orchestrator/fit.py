@@ -76,6 +76,7 @@ def start_fit(plan: Plan) -> Fit:
         loaded=plan.loaded,
         freshness=freshness,
         measured=plan.measured,
+        domains=plan.data.domains,
     )
     fit = Fit(threading.Thread(target=lambda: None), board)
 

@@ -26,16 +26,16 @@ def average_rates(strategy: Strategy) -> Mapping[str, float]:
     return {name: f.rate for name, f in strategy.follows.items() if f.averages}
 
 
-def freshness(strategy: Strategy, board: Any) -> Freshness | None:
-    """How old the student may be that writes, by the versions that `board` knows; who only follows it is never older. None where
-    nobody does."""
+def freshness(strategy: Strategy, board: Any, lag_steps: int | None = None) -> Freshness | None:
+    """How old the student may be that writes, by the versions that `board` knows; who only follows it is never older. Where nobody
+    does, and the rows of a step depend on what controllers said `lag_steps` before, how old that may be. None where neither is so."""
     if not weight_sets(strategy):
-        return None
+        return None if lag_steps is None else Freshness(lag_steps, False, board)
     return next((Freshness(s.staleness, s.newest, board) for s in rollouts(strategy.stages) if s.follows), Freshness(0, False, board))
 
 
 def versions(strategy: Strategy) -> int:
-    """How many versions of the student lie ready at once, that of the beginning included; 0 where nobody follows it."""
+    """How many versions of the student's weights lie ready at once, that of the beginning included; 0 where nobody follows it."""
     found = freshness(strategy, None)
     return found.staleness + 2 if found else 0
 
@@ -44,8 +44,10 @@ def parcel(run: RunConfig) -> Parcel:
     """What every version of a run's student carries."""
     from orchestrator.published import Average
 
-    lora = run.student.lora
-    averages = {name: Average(rate) for name, rate in average_rates(run.strategy.build()).items()}
+    lora, strategy = run.student.lora, run.build()
+    if not weight_sets(strategy):
+        return Parcel(weights=False)
+    averages = {name: Average(rate) for name, rate in average_rates(strategy).items()}
     if lora is None:
         return Parcel(averages=averages)
-    return Parcel(lora.alpha / lora.r, lora.publish == "adapter", averages)
+    return Parcel(adapter_scale=lora.alpha / lora.r, adapter_only=lora.publish == "adapter", averages=averages)

@@ -100,7 +100,7 @@ def largest_work(
     how long an endpoint reads them."""
     rows = Rows(order.folder, "train")
     steps = np.unique(np.linspace(1, order.steps, min(order.steps, SAMPLED_STEPS)).astype(np.int64))
-    bundles = [become(np.asarray(rows.lengths[b], dtype=np.int64)) for s in steps.tolist() for b in order.bundles(s) if len(b)]
+    bundles = [become(np.asarray(rows.lengths[b], dtype=np.int64)) for s in steps.tolist() for b in order.example(s) if len(b)]
     limit = run.train.micro_batch_tokens
     micros = [_groups(b, limit, together) for b in bundles]
     largest = max((g for groups in micros for g in groups), key=lambda g: g[0] * g[1])

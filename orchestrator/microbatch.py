@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from cluster.forwards import BundleRows, Forward, bundle_rows, group_by_length, 
 from strategies.core import Columns
 from strategies.head import TokenBatch
 from strategies.signals import Signal
+from strategies.sources import Source, scored_columns
 from strategies.taps import Tapped
+
+if TYPE_CHECKING:
+    from orchestrator.config import RunConfig
 
 WEIGHTS = "weights/"
 KEYS = "keys"
@@ -106,6 +110,12 @@ def dummy() -> MicroBatch:
     """The micro-batch of a rank that has none: one token read, nothing predicted, zero gradients."""
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(torch.zeros((1, 1), dtype=torch.int64), None, none, none, none, {}, {})
+
+
+def cut_bundle(run: RunConfig, bundle: Columns, sources: Mapping[str, Source], together: int = 1) -> list[MicroBatch]:
+    """The micro-batches of a bundle as a run's settings want them, with the columns of these signals."""
+    train = run.train
+    return cut(bundle, scored_columns(sources), train.batching, train.micro_batch_tokens, run.data.max_length_tokens, together)
 
 
 def cut(

@@ -6,14 +6,18 @@ of a step are dealt to its bundles by length, so that bundles of one step are eq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.rows import Rows
+
+if TYPE_CHECKING:
+    from orchestrator.draws import Draws
 
 _ROUNDS = 6
 
@@ -31,6 +35,8 @@ class Order:
     batch_tokens: int = 0
     last_row: int | None = None
     """Position in the stream of all epochs at which the run ends; the last step may be smaller."""
+    draws: Draws | None = None
+    """A curriculum, which decides what each step draws; `batch_rows` is positive then."""
 
     def step_rows(self, step: int) -> NDArray[np.int64]:
         """Row numbers of optimizer step `step` (from 1), in stream order, `(R,)`."""
@@ -43,6 +49,20 @@ class Order:
     def bundles(self, step: int) -> list[NDArray[np.int64]]:
         """Row numbers of each bundle of a step: dealt longest first, back and forth, so that token counts are close."""
         return deal(self.step_rows(step), self._rows.lengths, self.bundles_per_step)
+
+    def take(self, step: int, values: Mapping[str, float], cursor: Mapping[str, float]) -> tuple[list[NDArray[np.int64]], dict[str, float]]:
+        """Row numbers of each bundle of a step, and where a curriculum stands behind it. It reads `values` of controllers, and goes on
+        from `cursor`; without one, neither matters."""
+        if self.draws is None:
+            return self.bundles(step), {}
+        rows, after = self.draws.take(self.folder, self.seed, step, self.batch_rows, values, cursor)
+        return deal(rows, self._rows.lengths, self.bundles_per_step), after
+
+    def example(self, step: int) -> list[NDArray[np.int64]]:
+        """Bundles such as a step may have; without a curriculum, those of the step."""
+        if self.draws is None:
+            return self.bundles(step)
+        return deal(self.draws.example(self.folder, self.seed, step, self.batch_rows), self._rows.lengths, self.bundles_per_step)
 
     def count_steps(self, epochs: float) -> int:
         """Optimizer steps in so many passes over the data."""
@@ -138,9 +158,3 @@ def _token_steps(folder: str, seed: int, batch_tokens: int, epoch: int) -> NDArr
         starts.append(max(fits, starts[-1] + 1))
         begun = ends[starts[-1] - 1]
     return np.asarray(starts, dtype=np.int64)
-
-
-def steps_from(order: Order, start_step: int) -> Iterator[tuple[int, list[NDArray[np.int64]]]]:
-    """Every step after `start_step` with the rows of its bundles."""
-    for step in range(start_step + 1, order.steps + 1):
-        yield step, order.bundles(step)

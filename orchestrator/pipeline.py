@@ -18,6 +18,7 @@ from cluster.config import EndpointConfig
 from cluster.endpoints import make_engine
 from cluster.resources import READER, Share
 from orchestrator.bundle import from_table, to_table
+from orchestrator.draws import BEGINNING
 from orchestrator.order import Order
 from orchestrator.reading import OPEN, OrderSource
 from orchestrator.versions import STUDENT_WEIGHTS, FollowingEngine, Freshness
@@ -37,7 +38,7 @@ class StreamSpec:
     vocabulary: int
     """Token ids the student can be asked about; teachers drop the rest."""
     freshness: Freshness | None = None
-    """How old the student may be that writes; None where nobody follows it."""
+    """How old the student may be that writes, or what the order listens to; None where neither is so."""
     weights: Mapping[str, str] = field(default_factory=lambda: {STUDENT: STUDENT_WEIGHTS})
     """Which of a version's sets of weights an endpoint's engine takes, by endpoint that follows the student."""
     foreign: Mapping[str, int] = field(default_factory=dict)
@@ -54,14 +55,17 @@ class StreamSpec:
         return replace(self.freshness, weights=self.weights[name])
 
 
-def open_stream(spec: StreamSpec, start_step: int, attempt: int, with_held_out: bool) -> ray.data.Dataset:
-    """The bundles after `start_step`, held-out rows first if wanted. Call it in Ray Train's controller."""
+def open_stream(
+    spec: StreamSpec, start_step: int, attempt: int, with_held_out: bool, cursor: Mapping[str, float] = BEGINNING
+) -> ray.data.Dataset:
+    """The bundles after `start_step`, where a curriculum stood at `cursor`, with held-out rows if wanted. Call it in Ray Train's
+    controller."""
     context = DataContext.get_current()
     context.target_max_block_size = 1  # else map_batches merges bundles into one block
     context.enable_progress_bars = False
     reader = spec.shares[READER]
     gate = spec.freshness.gate if spec.freshness else OPEN
-    source = OrderSource(spec.order, start_step, attempt, with_held_out, gate)
+    source = OrderSource(spec.order, start_step, attempt, with_held_out, gate, cursor)
     stream = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=reader.cpus)
     for group in stage_groups(spec.stages):
         name = _endpoint(group)

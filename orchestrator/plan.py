@@ -17,11 +17,12 @@ from orchestrator.alignment import Alignment
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
-from orchestrator.checks import alarms, authors, machine, networks, recipe, rehearsal, resumed, room, served, states, teaching
+from orchestrator.checks import alarms, authors, curriculum, machine, networks, recipe, rehearsal, resumed, room, served, states, teaching
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
+from orchestrator.curricula import draws, feedback_lag
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.filling import Filling
 from orchestrator.memory import Disk, Memory
@@ -114,8 +115,9 @@ class Plan:
         return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights, self.cast.foreign)
 
     def freshness(self, board: Any) -> Freshness | None:
-        """How old the student may be that writes, by the versions that `board` knows; None where nobody follows it."""
-        return following.freshness(self.strategy, board)
+        """How old the student may be that writes, and what controllers said, by the versions that `board` knows; None where neither
+        matters to the rows of a step."""
+        return following.freshness(self.strategy, board, feedback_lag(self.job.run))
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -142,7 +144,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     The run is called as the recipe says, else after `recipe_name` and the time. With `resume`, the folder of an earlier
     run, it goes on under that run's name, and only settings that leave its result alone may differ.
     """
-    run, train, strategy = job.run, job.run.train, job.run.strategy.build()
+    run, train, strategy = job.run, job.run.train, job.run.build()
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     folder = run_folder(job, recipe_name, resume)
     endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
@@ -197,12 +199,14 @@ def _meet(job: Job, strategy: Strategy, endpoints: Mapping[str, EndpointConfig])
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:
-    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes."""
+    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes and what
+    a curriculum asks of the rows."""
     cache, data = _data_cache(job), job.run.data
     text = authored.prepare_text(job, strategy, people, cache)
     offers, warnings = authors.check_authors(job, people, text)
     told = replace(text, offers=offers) if text else None
-    return told, prepare(told.data if told else data, people.tokenizer, data.split_seed, cache), warnings
+    rows = prepare(told.data if told else data, people.tokenizer, data.split_seed, cache)
+    return told, rows, warnings + curriculum.check_rows(job, rows)
 
 
 def _data_cache(job: Job) -> Path:
@@ -213,7 +217,7 @@ def _data_cache(job: Job) -> Path:
 
 def make_order(job: Job, data: PreparedData) -> Order:
     """The order in which the run reads its rows."""
-    train = job.run.train
+    train, wanted = job.run.train, job.run.curriculum
     order = Order(
         folder=data.folder,
         seed=job.run.seed,
@@ -222,10 +226,10 @@ def make_order(job: Job, data: PreparedData) -> Order:
         batch_rows=0 if train.batch_tokens else train.batch_rows,
         batch_tokens=train.batch_tokens or 0,
     )
-    if train.epochs is None:
-        return order
-    last = None if train.batch_tokens else round(train.epochs * data.train.rows)
-    return replace(order, steps=order.count_steps(train.epochs), last_row=last)
+    if train.epochs is not None:
+        last = None if train.batch_tokens or wanted else round(train.epochs * data.train.rows)
+        order = replace(order, steps=order.count_steps(train.epochs), last_row=last)
+    return replace(order, draws=draws(wanted, data, order.steps)) if wanted else order
 
 
 def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from cluster.resources import machine_cpus
 from orchestrator.checks.machine import is_local, machine_memory
 from orchestrator.checks.machine import text as size
+from orchestrator.curricula import curriculum_text
 from orchestrator.memory import Memory
 from orchestrator.sketch import Network
 from strategies.control import begun
@@ -42,6 +43,7 @@ def plan_text(plan: Plan) -> str:
         ("Teachers", _teachers(plan)),
         ("Text", _text(plan)),
         ("Data", _data(plan)),
+        ("Draws", _curriculum(plan)),
         ("Steps", _steps(plan)),
         ("Layout", _layout(plan)),
         ("CPUs", [_processors(plan)]),
@@ -77,8 +79,9 @@ def _strategy(plan: Plan) -> Iterator[str]:
     for mending in (s for s in plan.strategy.stages if isinstance(s, Repair)):
         yield f"{mending.endpoint} mends what is wrong of it in up to {mending.sampling.max_new_tokens} tokens"
     yield from (_recalled(s, plan.steps) for s in replays(plan.strategy.stages))
-    for name, value in begun(plan.strategy.controllers).items():
-        yield f"{name} begins at {value:g} and moves by {', '.join(sorted(plan.strategy.controllers[name].hears))}"
+    for name, controller in plan.strategy.controllers.items():
+        values = ", ".join(f"{key.removeprefix(name)} {v:.4g}".strip(" /") for key, v in begun({name: controller}).items())
+        yield f"{name} begins at {values} and moves by {', '.join(sorted(controller.hears))}"
     for view in (s for s in behind(plan.strategy.stages) if s.context.text):
         yield f"{view.endpoint} reads {view.context.text!r} before each of these rows, and weighs none that has no reference or no room"
     for update in plan.strategy.updates:
@@ -205,6 +208,13 @@ def _data(plan: Plan) -> Iterator[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in data.quarantined.items())
         bad = sum(data.quarantined.values())
         yield f"bad and left out: {bad:,} of {data.records:,} records ({reasons}), listed in {data.quarantine_file}"
+
+
+def _curriculum(plan: Plan) -> Iterator[str]:
+    curriculum, fresh = plan.job.run.curriculum, plan.freshness(None)
+    if curriculum is not None:
+        listens = fresh.staleness if fresh is not None and curriculum.controllers() else None
+        yield from curriculum_text(curriculum, plan.data, plan.steps, listens)
 
 
 def _steps(plan: Plan) -> Iterator[str]:

@@ -18,7 +18,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from orchestrator.bundle import HELD_OUT_STEP, to_table
-from orchestrator.order import Order, deal, steps_from
+from orchestrator.draws import BEGINNING, CURRICULUM, cursor_columns
+from orchestrator.order import Order, deal
 from orchestrator.rows import Rows
 
 if TYPE_CHECKING:
@@ -41,8 +42,16 @@ OPEN: Gate = _open_gate
 class OrderSource(Datasource):
     """One read task that walks the order; thousands of tasks would take Ray Data minutes to plan."""
 
-    def __init__(self, order: Order, start_step: int, attempt: int, with_held_out: bool, gate: Gate = OPEN):
-        self._walk = (order, start_step, attempt, with_held_out, gate)
+    def __init__(
+        self,
+        order: Order,
+        start_step: int,
+        attempt: int,
+        with_held_out: bool,
+        gate: Gate = OPEN,
+        cursor: Mapping[str, float] = BEGINNING,
+    ):
+        self._walk = (order, start_step, attempt, with_held_out, gate, cursor)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -55,30 +64,37 @@ class OrderSource(Datasource):
         return [ReadTask(lambda: read_bundles(*walk), metadata)]
 
 
-def read_bundles(order: Order, start_step: int, attempt: int, with_held_out: bool, gate: Gate = OPEN) -> Iterator[pa.Table]:
+def read_bundles(
+    order: Order, start_step: int, attempt: int, with_held_out: bool, gate: Gate = OPEN, cursor: Mapping[str, float] = BEGINNING
+) -> Iterator[pa.Table]:
     """One-row tables of the stream, in order, numbered from 0 within the attempt.
 
-    Held-out rows follow the first step, so that it does not wait for them. A step's rows are read once `gate(attempt, step)` returns.
+    Held-out rows follow the first step, so that it does not wait for them. A step's rows are read once `gate(attempt, step)` returns;
+    a curriculum goes on from `cursor`, where it stood after `start_step`.
     """
-    bundles = _train_bundles(order, start_step, partial(gate, attempt))
+    bundles = _train_bundles(order, start_step, partial(gate, attempt), cursor)
     first = list(islice(bundles, order.bundles_per_step))
-    values = {name: value for name, value in first[0][1].items() if name.startswith(CONTROL)} if first else {}
+    values = {name: value for name, value in first[0][1].items() if name.startswith((CONTROL, CURRICULUM))} if first else {}
     held_out = _held_out_bundles(order, values) if with_held_out else iter(())
     for number, (step, rows, total) in enumerate(chain(first, held_out, bundles)):
         yield to_table(_stamped(rows, step, number, attempt, total, order.steps))
 
 
-def _train_bundles(order: Order, start_step: int, gate: Callable[[int], Mapping[str, float]]) -> Iterator[tuple[int, Columns, int]]:
+def _train_bundles(
+    order: Order, start_step: int, gate: Callable[[int], Mapping[str, float]], cursor: Mapping[str, float]
+) -> Iterator[tuple[int, Columns, int]]:
     """Step, rows, and rows of the whole step, for every bundle after `start_step`."""
     train = Rows(order.folder, "train")
-    for step, parts in steps_from(order, start_step):
-        values = {CONTROL + name: np.asarray([value], dtype=np.float64) for name, value in gate(step).items()}
+    for step in range(start_step + 1, order.steps + 1):
+        told = gate(step)
+        parts, cursor = order.take(step, told, cursor)
+        values = {CONTROL + name: np.asarray([value], dtype=np.float64) for name, value in told.items()} | cursor_columns(cursor)
         total = sum(len(p) for p in parts)
         yield from ((step, {**train.read(part), **values}, total) for part in parts)
 
 
 def _held_out_bundles(order: Order, values: Columns) -> Iterator[tuple[int, Columns, int]]:
-    """Step, rows and their number; `values` of controllers stand beside them only because all bundles have the same columns."""
+    """Step, rows and their number; `values` of steps stand beside them only because all bundles have the same columns."""
     first = len(Rows(order.folder, "train"))
     for part in held_out_parts(Rows(order.folder, "held_out"), order):
         yield HELD_OUT_STEP, {**prepared_rows(order.folder, part + first), **values}, len(part)

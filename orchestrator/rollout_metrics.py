@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.core import COUNT, Columns, Strategy
+from strategies.domains import DOMAIN, domain_id
 from strategies.stages.judge import PASSING, groups
 from strategies.stages.lines import ATTEMPT
 from strategies.stages.view import behind
 
 NGRAM = 4
 """Tokens of the pieces whose repetition within a text is counted."""
+FAILED = "rollout/failed/"
+"""Before a domain: the share of its judged texts that failed."""
 _MEANS = {
     "rollout/share": ("texts", "rows"),
     "rollout/recalled": ("recalled", "rows"),
@@ -42,9 +45,9 @@ def as_written(bundle: Columns) -> Columns:
     return {**bundle, **{name.removeprefix(ATTEMPT): values for name, values in bundle.items() if name.startswith(ATTEMPT)}}
 
 
-def rollout_sums(bundle: Columns, base: str | None = None) -> dict[str, float]:
+def rollout_sums(bundle: Columns, base: str | None = None, domains: Sequence[str] = ()) -> dict[str, float]:
     """What is summed over the bundles of a step, alike for all of a run; nothing of those in which nobody writes. `base` is the
-    signal that has the base's `logprob`."""
+    signal that has the base's `logprob`; verdicts are also counted of each of the `domains` of rows."""
     if "written" not in bundle:
         return {}
     written = bundle["written"].astype(bool)
@@ -69,7 +72,7 @@ def rollout_sums(bundle: Columns, base: str | None = None) -> dict[str, float]:
     }
     if base is not None:
         sums["to_base"] = -surprise - float(bundle[f"{base}/logprob"][mine].sum(dtype=np.float64))
-    return sums | (_judged_sums(bundle) if "judged" in bundle else {})
+    return sums | (_judged_sums(bundle, domains) if "judged" in bundle else {})
 
 
 def fates(strategy: Strategy) -> tuple[str, ...]:
@@ -88,11 +91,13 @@ def _ages(bundle: Columns) -> NDArray[np.int64]:
     return np.asarray(bundle["step"][0] - 1 - bundle["written_by"][bundle["written"].astype(bool)], dtype=np.int64)
 
 
-def _judged_sums(bundle: Columns) -> dict[str, float]:
+def _judged_sums(bundle: Columns, domains: Sequence[str]) -> dict[str, float]:
     """Of the verdicts on texts."""
     judged = bundle["judged"].astype(bool) & bundle["written"].astype(bool)
     rewards = bundle["reward"][judged].astype(np.float64)
     several = [bundle["reward"][of] for _, of in groups(bundle) if len(of) > 1]
+    of_domain = {d: judged & (bundle[DOMAIN] == domain_id(d)) for d in domains}
+    failed = {d: np.count_nonzero(bundle["reward"][own] < PASSING) for d, own in of_domain.items()}
     return {
         "judged": float(judged.sum()),
         "reward": float(rewards.sum()),
@@ -102,6 +107,8 @@ def _judged_sums(bundle: Columns) -> dict[str, float]:
         "judge_seconds": float(bundle["judge/seconds"][0]),
         "groups": float(len(several)),
         "equal": float(sum(np.ptp(rewards) == 0 for rewards in several)),
+        **{f"judged/{d}": float(own.sum()) for d, own in of_domain.items()},
+        **{f"failed/{d}": float(count) for d, count in failed.items()},
     }
 
 
@@ -117,13 +124,16 @@ def rollout_metrics(sums: Mapping[str, float], oldest: float) -> dict[str, float
 
     With verdicts: share of texts that were `rollout/judged`, of those the mean `rollout/reward` and the share that `rollout/passed`;
     texts without one because the verifier gave way (`rollout/judge_failed`) or lacked an answer (`rollout/unjudgeable`), share of
-    `rollout/equal_rewards` among groups of several verdicts, which teach nothing by comparison, and `judge_seconds`.
+    `rollout/equal_rewards` among groups of several verdicts, which teach nothing by comparison, `judge_seconds`, and of each domain
+    the share of its judged texts that `rollout/failed`.
 
     Means over nothing are left out.
     """
     if not sums:
         return {}
     found = {name: sums[of] / sums[by] for name, (of, by) in _MEANS.items() if of in sums and sums[by]}
+    of_domain = [name.removeprefix("judged/") for name, count in sums.items() if name.startswith("judged/") and count]
+    found |= {FAILED + d: sums[f"failed/{d}"] / sums[f"judged/{d}"] for d in of_domain}
     return found | {name: sums[of] for name, of in _TOTALS.items() if of in sums} | {"oldest_steps": oldest}
 
 

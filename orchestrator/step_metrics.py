@@ -19,7 +19,9 @@ FREE = np.zeros(1, dtype=np.float32)
 """What an answer without a price costs, and a teacher that is shown everything leaves out."""
 
 
-def stream_metrics(bundle: Columns, strategy: Strategy, began: float, waited_seconds: float) -> dict[str, float]:
+def stream_metrics(
+    bundle: Columns, strategy: Strategy, began: float, waited_seconds: float, domains: Sequence[str] = ()
+) -> dict[str, float]:
     """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
     a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `left_out` how many
     rows that the student wrote could not be shown to one, `dropped_mass` the most that a token of one lost. What stages count
@@ -31,7 +33,7 @@ def stream_metrics(bundle: Columns, strategy: Strategy, began: float, waited_sec
     unseen = [sum(float(bundle.get(f"{name}/left_out", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
     written = as_written(bundle)
-    texts = rollout_sums(written, strategy.base)
+    texts = rollout_sums(written, strategy.base, domains)
     counts = {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
     first, largest = [*texts.values(), *counts.values()], [*lost, oldest_steps(written)]
     ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *unseen, *largest])

@@ -19,16 +19,17 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.causal_lm import bound_kernel_cache
-from orchestrator import checkpoint, evaluate, held_out_store
+from orchestrator import checkpoint, evaluate
 from orchestrator.board import RankJournal
 from orchestrator.bundle import scalar
 from orchestrator.collective import gather, total, world_size
 from orchestrator.config import RunConfig
 from orchestrator.controls import Controls
+from orchestrator.draws import CURRICULUM, cursor_of, drawn_metrics
 from orchestrator.errors import RunFailed
 from orchestrator.following import parcel
 from orchestrator.layouts import Layout
-from orchestrator.microbatch import MicroBatch, count_tokens, cut, dummy
+from orchestrator.microbatch import MicroBatch, count_tokens, cut_bundle, dummy
 from orchestrator.players import BoundPlayers, load_players
 from orchestrator.remembering import Remembering, rollout_log
 from orchestrator.step_metrics import gradient_shares, loss_metrics, stream_metrics
@@ -37,7 +38,7 @@ from orchestrator.teachers import Teachers, read_signals
 from orchestrator.versions import Publisher, kept_versions
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
-from strategies.sources import Source, read_sources, scored_columns
+from strategies.sources import read_sources
 from strategies.stages.replay import replays
 
 MOST_SKIPPED_STEPS = 10
@@ -50,7 +51,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     bound_kernel_cache()
     rank = ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
-    strategy = job.run.strategy.build()
+    strategy = job.run.build()
     sources = {**job.measured, **strategy.signals}
     packed = job.run.train.batching == "packed"
     teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
@@ -71,6 +72,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
         publisher.begin(ray.get(job.board.attempt.remote()), step, _kept_versions(resumed), controls.versions)
     journal.begin(stream.attempt)
     trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, controls, publisher, memory)
+    trainer.cursor = start.cursor if start else {}
     try:
         _train(job, stream, trainer, journal, step)
     finally:
@@ -86,7 +88,7 @@ def _train(job: WorkerJob, stream: Stream, trainer: Trainer, journal: RankJourna
         stop = trainer.step(step, bundle, stream.waited_seconds)
         if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(trainer.held_bytes())
-            trainer.measure(_held_out(job, stream, journal.rank))
+            trainer.measure(evaluate.held_out_rows(job, stream, journal.rank))
         if trainer.due(step) or stop:
             trainer.report(step, stream.attempt, stop)
         if stop:
@@ -96,7 +98,7 @@ def _train(job: WorkerJob, stream: Stream, trainer: Trainer, journal: RankJourna
 
 
 def _publisher(job: WorkerJob, student: Layout, rank: int) -> Publisher | None:
-    """Who sends the student's versions out; None where nobody writes with them."""
+    """Who sends the student's versions out, or what controllers say; None where nobody waits for either."""
     if job.freshness is None:
         return None
     return Publisher(job.freshness.board, student, rank, job.freshness.staleness, parcel(job.run))
@@ -110,29 +112,6 @@ def _kept_versions(checkpoint: Checkpoint | None) -> dict[int, dict[str, dict[st
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """This rank's held-out rows, cut once, and how many forwards every rank runs."""
-
-    bundles: list[Columns]
-    micros: list[MicroBatch]
-    rounds: int
-
-
-def _held_out(job: WorkerJob, stream: Stream, rank: int) -> HeldOut:
-    """Takes scored held-out rows from the stream and keeps them, or reads those kept before."""
-    arriving = dict(stream.held_out())
-    if arriving:
-        held_out_store.store_bundles(job.held_out, arriving)
-        gather([0.0])  # every rank has stored its part
-        if rank == 0:
-            job.held_out.write(held_out_store.COMPLETE, b"")
-    bundles = list(arriving.values()) or held_out_store.load_bundles(job.held_out, rank, world_size())
-    micros = [m for b in bundles for m in _cut(job.run, b, job.measured)]
-    rounds = int(gather([float(len(micros))]).max())
-    return HeldOut(bundles, micros, rounds)
-
-
-@dataclass(frozen=True)
 class Networks:
     """What a worker computes with."""
 
@@ -140,11 +119,6 @@ class Networks:
     """The trained ones."""
     teachers: Teachers
     device: torch.device
-
-
-def _cut(run: RunConfig, bundle: Columns, sources: Mapping[str, Source], together: int = 1) -> list[MicroBatch]:
-    train = run.train
-    return cut(bundle, scored_columns(sources), train.batching, train.micro_batch_tokens, run.data.max_length_tokens, together)
 
 
 class Trainer:
@@ -162,9 +136,11 @@ class Trainer:
     ):
         self._job, self._strategy, self._networks = job, strategy, networks
         self._journal, self._controls, self._publisher, self._memory = journal, controls, publisher, memory
-        self.held_out = HeldOut([], [], 0)
+        self.held_out = evaluate.HeldOut([], [], 0)
         """Nothing until the first step is over (`measure`)."""
-        self._terms = evaluate.evaluation_terms(job.measured)
+        self.cursor: Mapping[str, float] = {}
+        """What the curriculum has drawn so far."""
+        self._terms = evaluate.evaluation_terms(job.measured, job.domains)
         self._skipped = 0
 
     def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
@@ -174,12 +150,18 @@ class Trainer:
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
         stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
         self._count_skipped(metrics)
-        metrics |= stream_metrics(bundle, self._strategy, began, waited_seconds) | self._controls.metrics
+        metrics |= stream_metrics(bundle, self._strategy, began, waited_seconds, self._job.domains)
+        metrics |= self._controls.metrics | self._drew(bundle)
         self._journal.step(scalar(bundle, "attempt"), step, metrics)
         self._controls.after_step(metrics, progress)
         if self._publisher and step < self._job.steps:
             self._send(self._publisher, step, bundle)
         return stop
+
+    def _drew(self, bundle: Columns) -> dict[str, float]:
+        """What is logged of the rows that the step drew, and remembered of them."""
+        before, self.cursor = self.cursor, cursor_of(bundle)
+        return {CURRICULUM + name: value for name, value in drawn_metrics(before, self.cursor).items()}
 
     def _send(self, publisher: Publisher, step: int, bundle: Columns) -> None:
         """The student after `step` steps, once what it is to be read with is there: the step's own texts, and controllers' values."""
@@ -188,7 +170,7 @@ class Trainer:
         self._controls.send_with(step)
         publisher.publish(step)
 
-    def measure(self, held_out: HeldOut) -> None:
+    def measure(self, held_out: evaluate.HeldOut) -> None:
         """Evaluates these rows from now on, which are scored."""
         self.held_out = held_out
         if self._publisher:
@@ -215,7 +197,7 @@ class Trainer:
             student = next(iter(self._networks.players.values()))
             micros, rounds = self.held_out.micros, self.held_out.rounds
             metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
-            metrics |= evaluate.teacher_cross_entropy(self.held_out.bundles, self._job.measured)
+            metrics |= evaluate.teacher_cross_entropy(self.held_out.bundles, self._job.measured, self._job.domains)
             self._journal.evaluated(attempt, step, metrics)
             if self.due(step):  # and not where a person stopped the run, so that one that goes on is as one that never stopped
                 self._controls.after_evaluation(metrics)
@@ -223,7 +205,7 @@ class Trainer:
             return
         more = self._publisher.keep if self._publisher else None
         journal = tuple(dataclasses.asdict(e) for e in self._journal.recent)
-        position = checkpoint.Position(step, attempt, metrics, journal, self._controls.to_json())
+        position = checkpoint.Position(step, attempt, metrics, journal, self._controls.to_json(), self.cursor)
         ray.train.report(
             metrics,
             checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more),
@@ -254,7 +236,7 @@ def train_step(
     """
     metrics: dict[str, float] = {"skipped": 0.0}
     read = read_sources(strategy.signals, read_signals(t for u in strategy.updates for t in u.terms))
-    micros = _cut(run, bundle, read, strategy.rows_together)
+    micros = cut_bundle(run, bundle, read, strategy.rows_together)
     asked = False
     for update in strategy.updates:
         if progress.step % update.every:

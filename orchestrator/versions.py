@@ -114,6 +114,8 @@ class FollowingEngine:
 class Parcel:
     """What a version carries."""
 
+    weights: bool = True
+    """Whether somebody follows the student; else nothing but the values of controllers goes out."""
     adapter_scale: float | None = None
     """Of a LoRA student's product; None without LoRA."""
     adapter_only: bool = False
@@ -145,9 +147,9 @@ class Publisher:
         the values of controllers that `controls` holds for it by then."""
         self._attempt, self._controls = attempt, controls
         self._base = self._adapted()
-        for number in sorted(kept):
+        for number in sorted(kept if self._parcel.weights else controls):
             if number < step:
-                self._send(number, kept[number])
+                self._send(number, kept.get(number, {}))
         student = self._gathered()
         if self._rank == 0:
             for name, average in self._parcel.averages.items():
@@ -186,6 +188,8 @@ class Publisher:
 
     def _gathered(self) -> dict[str, Tensor]:
         """The student's own set, on rank 0."""
+        if not self._parcel.weights:
+            return {}
         from orchestrator.published import published_adapter, published_weights
 
         scale = self._parcel.adapter_scale
@@ -203,6 +207,8 @@ class Publisher:
         return {} if self._rank else {BASE_WEIGHTS: [ray.put(_arrays(base))]}
 
     def _sets(self, student: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+        if not self._parcel.weights:
+            return {}
         return {STUDENT_WEIGHTS: student, **{name: average.weights for name, average in self._parcel.averages.items()}}
 
     def _send(self, step: int, sets: Mapping[str, Mapping[str, Tensor]]) -> None:

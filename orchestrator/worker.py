@@ -35,9 +35,11 @@ class WorkerJob:
     loaded: Mapping[str, EndpointConfig] = field(default_factory=dict)
     """Endpoints whose models workers load, as frozen players or for their output heads."""
     freshness: Freshness | None = None
-    """How old the student may be that writes rows; None where it writes none."""
+    """How old the student may be that writes rows, or what decides about them; None where neither is so."""
     measured: Mapping[str, Taught] = field(default_factory=dict)
     """Signals that held-out rows carry, a control's too."""
+    domains: tuple[str, ...] = ()
+    """Domains of the rows, whose losses are told apart."""
 
     @property
     def read_ahead_bundles(self) -> int:

@@ -19,6 +19,8 @@ CONTROL = "control/"
 """Before a controller's name among the columns of a bundle and among metrics."""
 
 State = Mapping[str, float]
+Value = float | Mapping[str, float]
+"""A number, or several by name; they travel as `<controller>` and `<controller>/<name>`."""
 
 
 class Controller(Protocol):
@@ -41,7 +43,7 @@ class Controller(Protocol):
         """What it knows after an evaluation on held-out rows that the recipe asked for."""
         ...
 
-    def value(self, state: State) -> float: ...
+    def value(self, state: State) -> Value: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,16 @@ class AdaptiveShare(Settings):
 
 def begun(controllers: Mapping[str, Controller]) -> dict[str, float]:
     """Values before the first step."""
-    return {name: c.value(c.begin()) for name, c in controllers.items()}
+    return values_by_name({name: c.begin() for name, c in controllers.items()}, controllers)
+
+
+def values_by_name(states: Mapping[str, State], controllers: Mapping[str, Controller]) -> dict[str, float]:
+    """The numbers of all controllers by the names under which they travel."""
+    found: dict[str, float] = {}
+    for name, controller in controllers.items():
+        value = controller.value(states[name])
+        found |= {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def told(columns: Columns) -> dict[str, float]:

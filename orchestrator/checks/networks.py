@@ -182,7 +182,7 @@ def adds_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Network]) -> list[str]:
     if run.student.init == "random":
         return []
-    strategy = run.strategy.build()
+    strategy = run.build()
     teaching = {s.endpoint for s in strategy.signals.values() if isinstance(s, Taught)}
     bases = {s.endpoint for s in strategy.stages if isinstance(s, Score) and s.signal == strategy.base} - teaching
     same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint and n not in bases | {BASE}]

@@ -52,7 +52,7 @@ def fits(
     job: Job, people: Cast, work: Work, found: Sources, wanted: tuple[Demand, ...], inner: states.Inner, added: int
 ) -> tuple[tuple[Memory, ...], list[str]]:
     """Peak of every role's process in training, after checks that processes fit, then and while stores are filled."""
-    run, strategy = job.run, job.run.strategy.build()
+    run, strategy = job.run, job.run.build()
     moving, averages = following.weight_sets(strategy), len(following.average_rates(strategy))
     machine.check_processors(job, wanted)
     worker = with_frozen(worker_memory(run, people.student, work, wanted[0]), inner.frozen, inner.heads, inner.filters, work)

@@ -9,10 +9,12 @@ import numpy as np
 from cluster.config import EndpointConfig
 from orchestrator import evaluate
 from orchestrator.checks.alarms import check_alarms
+from orchestrator.checks.curriculum import check_curriculum
 from orchestrator.checks.following import check_following
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
+from orchestrator.rollout_metrics import FAILED
 from strategies.control import CONTROL, begun
 from strategies.core import AnyTerm, Progress, StatesTerm, Strategy, Term
 from strategies.domains import DOMAIN
@@ -39,7 +41,8 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     _check_columns(where, strategy, ROW_COLUMNS | ({DOMAIN} if job.run.data.domain else set()))
     check_following(job, strategy)
     _check_best_metric(job, strategy)
-    check_alarms(job.run, strategy, evaluation_metrics(strategy))
+    check_curriculum(job, strategy)
+    check_alarms(job.run, strategy, evaluation_metrics(job, strategy))
     warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
     unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
@@ -115,7 +118,7 @@ def _check_reads(where: str, term: Term, strategy: Strategy) -> None:
 
 def _check_columns(where: str, strategy: Strategy, rows: frozenset[str]) -> None:
     """Stages and signals find their columns, those of `rows` among them."""
-    there = rows | CONTROL_COLUMNS | {CONTROL + name for name in strategy.controllers}
+    there = rows | CONTROL_COLUMNS | {CONTROL + name for name in begun(strategy.controllers)}
     for stage in strategy.stages:
         missing = sorted(stage.needs - there)
         if missing:
@@ -148,7 +151,7 @@ def measured(strategy: Strategy) -> dict[str, Taught]:
 
 
 def _check_best_metric(job: Job, strategy: Strategy) -> None:
-    given, known = job.run.checkpoint.best_metric, evaluation_metrics(strategy)
+    given, known = job.run.checkpoint.best_metric, evaluation_metrics(job, strategy)
     if given not in known:
         do = nearest(given, known) or "Correct the name."
         raise Refusal("checkpoint.best_metric", repr(given), f"one of {', '.join(known)}", do)
@@ -156,8 +159,8 @@ def _check_best_metric(job: Job, strategy: Strategy) -> None:
 
 def _check_controllers(where: str, job: Job, strategy: Strategy) -> list[str]:
     """What controllers listen to is measured."""
-    terms = [f"loss/{t.name}" for u in strategy.updates for t in u.terms]
-    evaluations = evaluation_metrics(strategy)
+    terms = ["loss", *(f"loss/{t.name}" for u in strategy.updates for t in u.terms), *_failures(job, strategy)]
+    evaluations = evaluation_metrics(job, strategy)
     for name, controller in strategy.controllers.items():
         for metric in sorted(controller.hears - {*terms, *evaluations}):
             expected = f"one of {', '.join([*evaluations, *terms])}"
@@ -171,9 +174,17 @@ def _check_controllers(where: str, job: Job, strategy: Strategy) -> list[str]:
     return [f"{n!r} moves by evaluations, and there is none before the end: set evaluate.every_steps." for n in listening if seldom]
 
 
-def evaluation_metrics(strategy: Strategy) -> list[str]:
-    """Names of what evaluations find of a strategy's student."""
-    return [f"eval/{t.name}" for t in evaluate.evaluation_terms(measured(strategy))] + ["eval/perplexity"]
+def _failures(job: Job, strategy: Strategy) -> list[str]:
+    """Names of what steps find of each domain that the recipe names, where texts are judged."""
+    judged = any("judged" in stage.adds for stage in strategy.stages)
+    return [FAILED + d for d in job.run.curriculum.domains] if judged and job.run.curriculum else []
+
+
+def evaluation_metrics(job: Job, strategy: Strategy) -> list[str]:
+    """Names of what evaluations find of a strategy's student, also on each domain that the recipe names."""
+    found, domains = measured(strategy), job.run.curriculum.domains if job.run.curriculum else ()
+    terms = [f"eval/{t.name}" for t in evaluate.evaluation_terms(found)]
+    return [*terms, "eval/perplexity", *evaluate.domain_metrics(found, domains)]
 
 
 def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:

@@ -21,6 +21,7 @@ _KEPT = {"direct": slice(0, 1), "refine": slice(1, 2), "combine": slice(0, 2)}
 """Which of a repair's two rows are lessons."""
 _JUDGED = frozenset({"reward", "judged"})
 _ATTEMPTS = (ROWS | LINE_COLUMNS | _JUDGED) - {"reference", "reference_lengths"}
+_TOLD = _ATTEMPTS | {DOMAIN}
 _REPAIRED = frozenset({"lead", "lead_lengths", "changed"})
 
 
@@ -86,7 +87,7 @@ class Repair:
         given = [row for row in rows if not row.written]
         return {
             **{name: values for name, values in replaced(columns, [*given, *repaired]).items() if name not in _JUDGED},
-            **{ATTEMPT + name: values for name, values in columns.items() if name in _ATTEMPTS or name.startswith("judge/")},
+            **{ATTEMPT + name: values for name, values in columns.items() if name in _TOLD or name.startswith("judge/")},
             "lead": np.concatenate([np.zeros(0, np.int32), *(w.lead for w in able)]),
             "lead_lengths": np.asarray([0] * len(given) + [len(w.lead) for w in able], dtype=np.int32),
             "changed": np.asarray([0] * len(given) + [w.changed(r) for w, r in zip(able, repaired, strict=True)], dtype=np.float32),

@@ -18,13 +18,15 @@ from cluster.engines.fake import FakeEngine
 from orchestrator import train
 from orchestrator.bundle import HELD_OUT_STEP, from_table, scalar
 from orchestrator.controls import Controls
+from orchestrator.evaluate import HeldOut
 from orchestrator.layouts import Layout
+from orchestrator.microbatch import cut_bundle
 from orchestrator.plan import Plan
 from orchestrator.players import load_players
 from orchestrator.reading import read_bundles
 from orchestrator.remembering import Remembering, rollout_log
 from orchestrator.teachers import Teachers
-from orchestrator.train import HeldOut, Networks, Trainer
+from orchestrator.train import Networks, Trainer
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress
 from strategies.objectives.taid import TaidPace, TaidState, taid_update
@@ -132,7 +134,7 @@ class Run:
         for columns in self.bundles():
             step = scalar(columns, "step")
             if step == HELD_OUT_STEP:
-                micros = train._cut(self.plan.job.run, columns, self.plan.measured)
+                micros = cut_bundle(self.plan.job.run, columns, self.plan.measured)
                 self.trainer.held_out = HeldOut([columns], micros, len(micros))
                 continue
             self.trainer.step(step, columns, 0.0)

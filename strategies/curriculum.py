@@ -1,0 +1,262 @@
+"""Curricula: which rows a step draws, by how hard they are and by their domains, beside whatever strategy teaches.
+
+Settings alone: a number or a schedule says what is known before the run, a controller (`strategies.control`) what depends on how
+training goes. Whoever runs a strategy draws the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from strategies.control import Controller, State, Value
+from strategies.core import Progress, Settings
+from strategies.schedule import Cosine, Ramp, ScheduleConfig, Steps, values_of
+
+PACE, MIXTURE = "pace", "mixture"
+"""Names of the controllers of a curriculum."""
+Domains = Annotated[tuple[str, ...], Field(min_length=2)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class Competence(Settings):
+    """c(t) = min(1, sqrt(t (1 - c0^2) / T + c0^2)): Competence-based Curriculum Learning (arXiv:1903.09848), the square-root pace of its
+    section 2. Rows are added ever more slowly, so that each new one has about the same time."""
+
+    competence: Annotated[float, Field(gt=0, le=1)]
+    """c0, the share at the first step."""
+    over_steps: PositiveInt | None = None
+    """T, after which all rows may be drawn; the whole run when absent."""
+
+    def __call__(self, progress: Progress) -> float:
+        share = progress.step / (self.over_steps or max(1, progress.steps))
+        return min(1.0, math.sqrt(share * (1 - self.competence**2) + self.competence**2))
+
+
+class StalledShare(Settings):
+    """A share that grows whenever a loss has stopped falling: what was learnt from these rows is learnt.
+
+    The loss is smoothed: m <- s m + (1 - s) loss. Where m has not been below the lowest one since the last rise by `least_fall` for
+    `patience` times, `rise` is added, up to 1, and the lowest one is forgotten."""
+
+    start: Annotated[float, Field(gt=0, le=1)] = 0.2
+    rise: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Added each time."""
+    patience: PositiveInt
+    """How often the loss is heard without falling: steps of `loss` and `loss/<term>`, evaluations of `eval/...`."""
+    least_fall: Annotated[float, Field(ge=0)] = 0.0
+    """In the loss's own unit."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """s; 0 takes each loss as it is."""
+    metric: Annotated[str, Field(pattern="^(eval/|loss$|loss/)")] = "loss"
+
+    @property
+    def hears(self) -> frozenset[str]:
+        return frozenset({self.metric})
+
+    def begin(self) -> State:
+        return {"share": self.start}
+
+    def after_step(self, state: State, metrics: Mapping[str, float], progress: Progress) -> State:
+        return state if self.metric.startswith("eval/") else self._heard(state, metrics[self.metric])
+
+    def after_evaluation(self, state: State, metrics: Mapping[str, float]) -> State:
+        return self._heard(state, metrics[self.metric]) if self.metric.startswith("eval/") else state
+
+    def value(self, state: State) -> Value:
+        return state["share"]
+
+    def _heard(self, state: State, loss: float) -> State:
+        mean = self.smoothing * state.get("mean", loss) + (1 - self.smoothing) * loss
+        if mean < state.get("lowest", math.inf) - self.least_fall:
+            return {"share": state["share"], "mean": mean, "lowest": mean, "waited": 0.0}
+        waited = state["waited"] + 1
+        if waited < self.patience:
+            return {**state, "mean": mean, "waited": waited}
+        return {"share": min(1.0, state["share"] + self.rise), "mean": mean, "lowest": mean, "waited": 0.0}
+
+
+PaceConfig = float | Ramp | Cosine | Steps | Competence | StalledShare
+
+
+class Ordered(Settings):
+    """Rows in the order of a score: of the easiest, a share may be drawn, and it grows."""
+
+    by: Literal["length", "column"] = "length"
+    """What makes a row easy: few tokens, or a small number in the column `data.score`."""
+    descending: bool = False
+    """The largest first instead."""
+    pace: PaceConfig = Competence(competence=0.2)
+    """Share c of the rows, of each domain where there is a mixture, from which a step draws alike: a number or schedule above 0 and up
+    to 1, `{competence: 0.1}`, or `{patience: 20}`, which grows when the loss has stopped falling."""
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Ordered:
+        values = () if isinstance(self.pace, Competence | StalledShare) else values_of(self.pace)
+        if any(not 0 < v <= 1 for v in values):
+            raise ValueError("pace: expected values above 0 and up to 1 throughout")
+        return self
+
+
+class FixedMixture(Settings):
+    """Shares of domains that are known before the run."""
+
+    type: Literal["shares"] = "shares"
+    shares: Annotated[dict[str, ScheduleConfig], Field(min_length=2)]
+    """Weight of every domain, a number or a schedule from 0 up; each step draws by their shares of the sum."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> FixedMixture:
+        if any(v < 0 for weight in self.shares.values() for v in values_of(weight)):
+            raise ValueError("shares: expected weights of 0 or more")
+        return self
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.shares)
+
+    def at(self, progress: Progress) -> tuple[float, ...]:
+        """Shares of the domains at a step, which add up to 1."""
+        weights = [float(w) if isinstance(w, int | float) else w(progress) for w in self.shares.values()]
+        whole = sum(weights)
+        if whole <= 0:
+            raise ValueError(f"curriculum.mixture: got weights of 0 for all domains at step {progress.step + 1}")
+        return tuple(w / whole for w in weights)
+
+
+def ddk_start(ratios: Sequence[float]) -> list[float]:
+    """r0 = softmax(ratios), of one ratio of perplexities per domain."""
+    largest = max(ratios)
+    weights = [math.exp(r - largest) for r in ratios]
+    return [w / math.fsum(weights) for w in weights]
+
+
+def ddk_update(shares: Sequence[float], ratios: Sequence[float], alpha: float) -> list[float]:
+    """r' = alpha psi / sum psi + (1 - alpha) / n with psi_i = r_i exp(ratio_i)."""
+    largest = max(ratios)
+    psi = [r * math.exp(ratio - largest) for r, ratio in zip(shares, ratios, strict=True)]
+    return [alpha * p / math.fsum(psi) + (1 - alpha) / len(psi) for p in psi]
+
+
+class GapMixture(Settings):
+    """Draws most where the student lags behind its teacher most: DDK (arXiv:2407.16154).
+
+    With perplexities l of each domain's held-out rows: the first evaluation sets r = softmax(l_student / l_teacher), every later one
+    psi = r exp(l_student / l_teacher), r = alpha psi / sum psi + (1 - alpha) / n. Before it all domains weigh alike. A ratio is at most
+    `largest_ratio`, because its exponential would leave nothing to others."""
+
+    type: Literal["ddk"] = "ddk"
+    domains: Domains
+    teacher: str = "teacher"
+    """Endpoint whose held-out perplexity the student's is compared with."""
+    alpha: Rate = 0.5
+    """Share of the mixture that the gap decides; the rest is even."""
+    largest_ratio: Annotated[float, Field(gt=0)] = 10.0
+
+    @property
+    def hears(self) -> frozenset[str]:
+        return frozenset(name for d in self.domains for name in self._names(d))
+
+    def begin(self) -> State:
+        return {}
+
+    def after_step(self, state: State, metrics: Mapping[str, float], progress: Progress) -> State:
+        return state
+
+    def after_evaluation(self, state: State, metrics: Mapping[str, float]) -> State:
+        gaps = [metrics[own] - metrics[teacher] for own, teacher in map(self._names, self.domains)]
+        ratios = [min(math.exp(min(gap, 700.0)), self.largest_ratio) for gap in gaps]
+        shares = ddk_update([state[d] for d in self.domains], ratios, self.alpha) if state else ddk_start(ratios)
+        return dict(zip(self.domains, shares, strict=True))
+
+    def value(self, state: State) -> Value:
+        return dict(state) or even(self.domains)
+
+    def _names(self, domain: str) -> tuple[str, str]:
+        return f"eval/cross_entropy/{domain}", f"eval/teacher_cross_entropy/{self.teacher}/{domain}"
+
+
+class SkillMixture(Settings):
+    """Draws most where the student fails most, a domain being a skill: the selection of STAT (Skill-Targeted Adaptive Training) with a
+    profile that is measured and not told by a teacher.
+
+    w = (1 - alpha) b + alpha f / sum f, with b even and f the profile: of each skill the share of its judged texts that fail, or its
+    held-out loss. A profile of zeros, or of nothing yet, leaves b."""
+
+    type: Literal["skills"] = "skills"
+    domains: Domains
+    by: Literal["failures", "loss"] = "failures"
+    """`failures` of the student's own texts, which a verifier judges; `loss` of held-out rows."""
+    alpha: Rate = 0.5
+    """Share of the mixture that the profile decides."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """f <- s f + (1 - s) x for the share x of a step in which texts of the skill were judged. Losses are taken as they are."""
+
+    @property
+    def hears(self) -> frozenset[str]:
+        return frozenset(map(self._name, self.domains))
+
+    def begin(self) -> State:
+        return {}
+
+    def after_step(self, state: State, metrics: Mapping[str, float], progress: Progress) -> State:
+        heard = {d: metrics[self._name(d)] for d in self.domains if self.by == "failures" and self._name(d) in metrics}
+        s = self.smoothing
+        return {**state, **{d: s * state[d] + (1 - s) * x if d in state else x for d, x in heard.items()}}
+
+    def after_evaluation(self, state: State, metrics: Mapping[str, float]) -> State:
+        return {d: metrics[self._name(d)] for d in self.domains} if self.by == "loss" else state
+
+    def value(self, state: State) -> Value:
+        whole, base = math.fsum(state.values()), even(self.domains)
+        if whole <= 0:
+            return base
+        return {d: (1 - self.alpha) * base[d] + self.alpha * state.get(d, 0.0) / whole for d in self.domains}
+
+    def _name(self, domain: str) -> str:
+        return f"{'rollout/failed' if self.by == 'failures' else 'eval/cross_entropy'}/{domain}"
+
+
+def even(domains: Sequence[str]) -> dict[str, float]:
+    """The same share for each."""
+    return dict.fromkeys(domains, 1 / len(domains))
+
+
+MixtureConfig = Annotated[FixedMixture | GapMixture | SkillMixture, Field(discriminator="type")]
+
+
+class Curriculum(Settings):
+    """Which rows each step draws. `order` alone draws from all rows, `mixture` alone from all rows of each domain, both together from
+    the easiest of each."""
+
+    order: Ordered | None = None
+    mixture: MixtureConfig | None = None
+    lag_steps: NonNegativeInt | None = None
+    """The rows of step t depend on what training knew after t - 1 - lag steps. Absent, where rows are read ahead: as many as keeps
+    nobody waiting; where the student writes rows, they are as old as the student that does, and this stays absent."""
+    control: Literal["none", "random"] = "none"
+    """`random` is the control of a curriculum: rows come in the same pace in an order that means nothing, and domains by their share of
+    the data's rows."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Curriculum:
+        if self.order is None and self.mixture is None:
+            raise ValueError("expected order, mixture or both")
+        return self
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Those that the mixture names."""
+        return self.mixture.domains if self.mixture else ()
+
+    def controllers(self) -> dict[str, Controller]:
+        """What listens to training, by the names under which the values of `Controlled` numbers are found."""
+        found: dict[str, Controller] = {}
+        if self.order and isinstance(self.order.pace, StalledShare):
+            found[PACE] = self.order.pace
+        if isinstance(self.mixture, GapMixture | SkillMixture) and self.control == "none":
+            found[MIXTURE] = self.mixture
+        return found
