@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.draws import ALL, BY_CHANCE, NOT_SORTED, Draws
+from strategies.control import CONTROL
 from strategies.core import Progress
 from strategies.curriculum import MIXTURE, PACE, Curriculum, FixedMixture, Ordered, StalledShare
 from strategies.domains import domain_id
@@ -63,11 +64,13 @@ def _tabulated(at: Callable[[Progress], float | tuple[float, ...]], steps: int) 
 
 
 def feedback_lag(run: RunConfig) -> int | None:
-    """Steps by which the rows of a run lag behind what controllers say; None where no controller decides about them. Where the student
-    writes, it is as old as that student instead."""
-    if run.curriculum is None or not run.curriculum.controllers():
+    """Steps by which the rows of a run lag behind what controllers say; None where no controller decides about them, which rows a step
+    draws or what a stage makes of them. Where the student writes, it is as old as that student instead."""
+    curriculum = run.curriculum
+    listening = any(column.startswith(CONTROL) for stage in run.build().stages for column in stage.needs)
+    if not listening and not (curriculum and curriculum.controllers()):
         return None
-    return LAG_STEPS if run.curriculum.lag_steps is None else run.curriculum.lag_steps
+    return LAG_STEPS if curriculum is None or curriculum.lag_steps is None else curriculum.lag_steps
 
 
 def curriculum_text(curriculum: Curriculum, data: PreparedData, steps: int, lag: int | None) -> Iterator[str]:

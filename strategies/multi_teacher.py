@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, field_validator, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, field_validator, model_validator
 
+from strategies.aligned import TakeSpans
 from strategies.choosing import Chosen, ProgressSetting
 from strategies.control import Controlled, Controller
 from strategies.core import AnyTerm, Player, Schedule, Settings, Stage, Strategy, Term, lm_update
 from strategies.objectives import AnyObjective
+from strategies.objectives.aligned import Distance, SpanLikelihood
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.on_policy import StudentWrites
 from strategies.schedule import ScheduleConfig, Share, schedule, values_of
 from strategies.sequence import SeqKD, VerifiedCoT
 from strategies.sources import Blended, Source, TakeDense, TakeTopK, Taught
-from strategies.stages.panel import GATE, Ask, Choose, Gate, Member, OnFailure
+from strategies.stages.align import Align, AlignedTokens, ScoreAligned
+from strategies.stages.ask import Ask, OnFailure
+from strategies.stages.panel import GATE, Choose, Gate, Member, OfDomains
 from strategies.stages.rollout import RowsOf
 from strategies.stages.support import SharedSupport
 
@@ -24,6 +29,10 @@ PANEL = "panel"
 """The one signal that is made of all teachers'."""
 CHOICE = "choice/"
 """Before a teacher's name: the controller that says whether it teaches now."""
+SPANS = TakeSpans()
+"""What is asked of teachers with another tokenizer."""
+ON_SPANS = "spans-"
+"""Before such a teacher's name: its term."""
 ON_SHARED = "panel/"
 """Before a teacher's name: its answers on the ids that all of them are blended on."""
 
@@ -43,6 +52,19 @@ class TeacherSetting(Settings):
         if any(value < 0 for value in values_of(weight)):
             raise ValueError("expected shares of 0 or more; the strategy `terms` blends with negative weights")
         return weight
+
+
+class ForeignSetting(Settings):
+    """A teacher with a tokenizer of its own, beside those that share the student's. Its name is that of the endpoint that scores."""
+
+    weight: ScheduleConfig = 0.5
+    """Weight of its term, which compares the likelihoods of spans of the same bytes (`alm`)."""
+    domains: tuple[str, ...] = ()
+    """It teaches the rows of these domains alone (`data.domain`); all rows when left out."""
+    distance: Distance = "kl"
+    """Between a span's likelihoods, each against its opposite: `kl`, `reverse-kl` or `total-variation`."""
+    temperature: PositiveFloat = 100.0
+    """Divides the log-probabilities of whole spans before they are compared."""
 
 
 class GateSetting(Settings):
@@ -77,13 +99,16 @@ class MultiTeacher(StudentWrites):
     softmax(sum_k g_k log p_k), `sum` a term for each teacher. g_k are the teacher's shares of a token and add up to 1 over those that
     answer for its row (`gate`). Where one teacher alone counts, by `domains` that do not overlap or by `gate: {best: true}`, its own top-k
     tokens teach; else a mixture or a product of top-k answers is on the ids of all of them, and what one of them did not name has an even
-    part of its rest. A term of `sum` is divided by the count of tokens for which its teacher counts. All teachers have the student's
-    tokenizer. With `student_share` above 0 all of this is on text that the student writes while it learns.
+    part of its rest. A term of `sum` is divided by the count of tokens for which its teacher counts. Teachers with another tokenizer are
+    `foreign`, and teach the likelihoods of spans that cover the same bytes. With `student_share` above 0 all of this is on text that the
+    student writes while it learns.
     """
 
     type: Literal["multi-teacher"] = "multi-teacher"
     teachers: Annotated[dict[str, TeacherSetting], BeforeValidator(_by_name), Field(min_length=1)]
     """Endpoints that score, each with its weight and domains; or a list of their names."""
+    foreign: Annotated[dict[str, ForeignSetting], BeforeValidator(_by_name)] = Field(default_factory=dict)
+    """Endpoints that score in tokens of their own, each a term of its own beside what the others say together; or a list of their names."""
     combine: Literal["mixture", "product", "sum"] = "mixture"
     """What becomes of their answers to one token."""
     gate: Annotated[GateSetting, BeforeValidator(lambda v: {"by": v} if isinstance(v, str) else v)] = GateSetting()
@@ -113,6 +138,14 @@ class MultiTeacher(StudentWrites):
         if PANEL in teachers:
             raise ValueError(f"expected another name for the endpoint {PANEL!r}, which means all teachers together")
         return teachers
+
+    @model_validator(mode="after")
+    def _apart(self) -> MultiTeacher:
+        if both := sorted(self.teachers.keys() & self.foreign.keys()):
+            raise ValueError(
+                f"expected {both[0]!r} among teachers, if it has the student's tokenizer, or among foreign ones, and not in both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reads_distributions(self) -> MultiTeacher:
@@ -146,9 +179,9 @@ class MultiTeacher(StudentWrites):
         kd = tuple(Term(term, divergence, schedule(self.kd_weight), signal) for term, signal in terms.items())
         return Strategy(
             players={"student": Player()},
-            stages=(*writing, *scores, gate, *self._combining(), *on_given),
-            updates=(lm_update(*kd, *ce),),
-            signals=self._signals(),
+            stages=(*writing, *scores, gate, *self._combining(), *_foreign_stages(self.foreign), *on_given),
+            updates=(lm_update(*kd, *_foreign_terms(self.foreign), *ce),),
+            signals=self._signals() | {name: Taught(SPANS, endpoint=name) for name in self.foreign},
             authors=self.text.build().authors if self.text else (),
             controllers={**self.controllers(), **self._choices()},
             base=base,
@@ -199,3 +232,22 @@ class MultiTeacher(StudentWrites):
         shared: dict[str, Source] = {prefix + name: Taught(self.take) for name in self.teachers} if prefix else {}
         blend = Blended({prefix + name: GATE + name for name in self.teachers}, self.combine, self.take.gives)
         return {**own, **shared, PANEL: blend}
+
+
+def _foreign_terms(foreign: Mapping[str, ForeignSetting]) -> tuple[Term, ...]:
+    """A term for each teacher with another tokenizer."""
+    return tuple(
+        Term(ON_SPANS + name, SpanLikelihood(distance=t.distance, temperature=t.temperature), schedule(t.weight), signal=name)
+        for name, t in foreign.items()
+    )
+
+
+def _foreign_stages(foreign: Mapping[str, ForeignSetting]) -> tuple[Stage, ...]:
+    """What shows those teachers the rows in their own tokens."""
+    found: list[Stage] = []
+    for name, teacher in foreign.items():
+        term = ON_SPANS + name
+        found += [Align(name, of=name), AlignedTokens(term, name)]
+        found += [OfDomains(term, teacher.domains)] if teacher.domains else []
+        found.append(ScoreAligned(name, name, SPANS.request))
+    return tuple(found)

@@ -31,8 +31,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pair(tmp_path_factory.mktemp("panel"), rows=120)
 
 
-def run(home: Path, name: str, teachers: list[str], endpoints: dict[str, Any], **strategy: Any) -> list[dict[str, float]]:
-    """Metrics of every step."""
+def run(
+    home: Path, name: str, teachers: list[str], endpoints: dict[str, Any], more: dict[str, Any] | None = None, **strategy: Any
+) -> list[dict[str, float]]:
+    """Metrics of every step. `more` is of the recipe."""
     recipe = {
         "name": name,
         "student": str(home / "student"),
@@ -40,6 +42,7 @@ def run(home: Path, name: str, teachers: list[str], endpoints: dict[str, Any], *
         "endpoints": endpoints,
         "data": {"train": str(home / "rows.jsonl"), "held_out_rows": 8, "max_length_tokens": 48},
         "train": {"steps": STEPS, "batch_rows": 8, "lr": 3e-3, "layout": "single", "read_ahead_bundles": 1},
+        **(more or {}),
     }
     distill(recipe, cluster={"storage": str(home / "runs"), "address": "auto"})
     lines = [json.loads(line)["values"] for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
@@ -137,3 +140,15 @@ def test_two_teachers_with_one_opinion_are_one(home: Path, ray_session: str, str
     take = {name: value for name, value in strategy.items() if name == "take"}
     alone = run(home, f"{name}-alone", ["near"], {"near": {"model": str(home / "teacher")}}, **take)
     assert [s["loss"] for s in twins] == pytest.approx([s["loss"] for s in alone], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_teacher_at_a_time_teaches_and_which_is_learnt_from_evaluations(home: Path, ray_session: str) -> None:
+    """Off-policy, where what controllers say reaches the rows after a lag."""
+    teachers = {"near": {"model": str(home / "teacher")}, "far": {"engine": "fake", "vocabulary": 512}}
+    more = {"evaluate": {"every_steps": 1}, "curriculum": {"lag_steps": 1, "mixture": None, "order": {"pace": 1.0}}}
+    steps = run(home, "progress", list(teachers), teachers, gate={"by": "progress", "progress": {"explore": 1.0}}, more=more)
+    taught = [{name: s[f"taught_tokens/{name}"] > 0 for name in teachers} for s in steps]
+    assert all(sum(who.values()) == 1 for who in taught)
+    told = [s["control/choice/near"] for s in steps]  # of the step after; rows are two steps behind
+    assert [float(who["near"]) for who in taught[2:]] == told[:-2] and {0.0, 1.0} == set(told)

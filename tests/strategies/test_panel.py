@@ -18,8 +18,9 @@ from strategies.objectives.divergence import ForwardKL
 from strategies.schedule import Steps
 from strategies.signals import TopK
 from strategies.sources import Blended
-from strategies.stages import panel
-from strategies.stages.panel import GATE, Ask, Choose, Gate, Member, answer_of
+from strategies.stages import ask, panel
+from strategies.stages.ask import Ask
+from strategies.stages.panel import GATE, Choose, Gate, Member, OfDomains, answer_of
 from strategies.stages.support import SharedSupport, on_support, union, with_vocabulary
 from tests.strategies.families import loss_and_gradient, student
 
@@ -108,7 +109,7 @@ def test_held_out_rows_are_asked_of_everybody_and_nobody_is_asked_at_steps_witho
 
 
 def test_who_does_not_answer_stops_the_run_is_waited_for_or_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(panel, "PATIENCE_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(ask, "PATIENCE_SECONDS", (0.0, 0.0))
     with pytest.raises(ConnectionError):
         through(bundle(), (Ask("a", "a", TOPK), Teacher(1, failures=1)))
     waiting = through(bundle(), (Ask("a", "a", TOPK, on_failure="wait"), Teacher(1, failures=3)))
@@ -168,6 +169,12 @@ def test_rows_go_to_the_teachers_of_their_domain_and_teach_nothing_without_one()
     assert found["count/taught_tokens/a"].tolist() == [2] == found["count/taught_tokens/b"].tolist()
     apart = through(columns, (replace(gate, terms=(), member_terms={"a": "kd-a", "b": "kd-b"}), None))
     assert apart["weights/kd-b"].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_a_term_of_one_domain_counts_on_its_rows_and_keeps_their_weights() -> None:
+    columns = {**bundle(), "weights/spans": np.full(6, 0.5, np.float32)}
+    assert through(columns, (OfDomains("spans", ("prose",)), None))["weights/spans"].tolist() == [0, 0, 0.5, 0.5, 0, 0]
+    assert through(columns, (OfDomains("new", ("code",)), None))["weights/new"].tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_who_did_not_answer_leaves_its_share_to_the_others() -> None:
@@ -286,6 +293,7 @@ def test_the_settings_say_what_is_combined_before_training() -> None:
         ({"teachers": ["panel"]}, "another name"),
         ({"teachers": {"a": {"weight": -1.0}}}, "0 or more"),
         ({"teachers": ["a"], "gate": {"best": True}}, "who is best"),
+        ({"teachers": ["a"], "foreign": ["a"]}, "not in both"),
         ({"teachers": ["a"], "objective": "cross-entropy"}, "compares distributions"),
         ({"teachers": ["a"], "take": {"type": "topk", "tail": "drop"}}, "bucket"),
     ],
