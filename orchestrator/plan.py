@@ -170,7 +170,6 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
     found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
     offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
-    warnings += curriculum.check_rows(job, data)
     order = make_order(job, data)
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
@@ -204,12 +203,13 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:
-    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes."""
+    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes and what is drawn."""
     cache, data = _data_cache(job), job.run.data
     text = authored.prepare_text(job, strategy, people, cache)
     offers, warnings = authors.check_authors(job, people, text)
     told = replace(text, offers=offers) if text else None
-    return told, prepare(told.data if told else data, people.tokenizer, data.split_seed, cache), warnings
+    rows = prepare(told.data if told else data, people.tokenizer, data.split_seed, cache)
+    return told, rows, warnings + curriculum.check_rows(job, rows)
 
 
 def _work(job: Job, strategy: Strategy, order: Order, found: Sources, added: int) -> Work:
