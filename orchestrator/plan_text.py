@@ -221,7 +221,8 @@ def _steps(plan: Plan) -> Iterator[str]:
     batch = f"{train.batch_tokens:,} tokens" if train.batch_tokens else f"{train.batch_rows:,} rows"
     mean = plan.data.train.tokens / plan.data.train.rows
     epochs = plan.steps * (train.batch_tokens / mean if train.batch_tokens else train.batch_rows) / plan.data.train.rows
-    yield f"{plan.steps:,} of {batch}, about {epochs:.2g} passes over the data, shuffled by seed {plan.job.run.seed}"
+    how = "drawn" if plan.order.draws else "shuffled"
+    yield f"{plan.steps:,} of {batch}, about {epochs:.2g} passes over the data, {how} by seed {plan.job.run.seed}"
     yield (
         f"AdamW {train.lr:g}, {train.lr_schedule} after {train.warmup_steps} steps of warm-up, clip {train.clip_norm:g}, "
         f"{train.precision}, micro-batches of {train.micro_batch_tokens:,} tokens, {train.batching}"

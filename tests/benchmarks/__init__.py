@@ -100,6 +100,11 @@ BENCHMARKS: dict[str, Entry] = {
         "a student's KL to its teacher on its own text after on-policy methods over after off-policy logits; accuracies of five methods",
         "ratio < 1.0",
     ),
+    "curriculum-mixture": Entry(
+        "tests.benchmarks.curriculum_mixture",
+        "gap to the teacher that is left, over two domains, when the mixture follows it, over the data's own proportions, at equal tokens",
+        "ratio < 1.0",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",

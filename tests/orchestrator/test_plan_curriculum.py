@@ -49,7 +49,7 @@ def test_the_plan_says_what_is_drawn_and_how_late_feedback_comes(bench: Bench) -
     assert "mixture: code, prose; moved by ddk" in text
     assert f"the rows of step t depend on what was known after step t - {LAG_STEPS + 1}" in text
     assert "mixture begins at code 0.5, prose 0.5" in text
-    assert "domains by 'kind', rows to train on + held out: code" in text
+    assert "domains by kind, rows to train on + held out: code" in text
     fresh = plan.freshness(None)
     assert fresh is not None and fresh.staleness == LAG_STEPS and plan.order.draws is not None
     assert plan.order.draws.shares == "mixture" and plan.order.draws.domains == (domain_id("code"), domain_id("prose"))
