@@ -113,9 +113,10 @@ def measured_data(job: Job, strategy: Strategy, tokenizer: PreTrainedTokenizerBa
 
 def _prompts(data: DataConfig, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Prompts:
     """The prompts that leave room for the longest text."""
-    if data.marks:
-        do = "Leave data.domain and data.score out, or train on rows that are written elsewhere."
-        raise Refusal("data", f"columns about rows ({', '.join(data.marks)})", "none where teachers write the rows", do)
+    if data.marks or not isinstance(data.train, str) or isinstance(data.held_out, dict):
+        do = "Leave data.domain and data.score out and name one source, or train on rows that are written elsewhere."
+        got = f"domains or scores of rows ({', '.join(data.marks) or 'sources by domain'})"
+        raise Refusal("data", got, "none where teachers write the rows", do)
     longest = max(a.write.sampling.max_new_tokens for a in strategy.authors)
     room = data.max_length_tokens - longest
     if room < 1:

@@ -80,10 +80,11 @@ def curriculum_text(curriculum: Curriculum, data: PreparedData, steps: int, lag:
     if order is not None:
         first = "the largest" if order.descending else "the smallest"
         what = "an order by chance, as a control" if by_chance else f"{first} {'data.score' if order.by == 'column' else order.by} first"
-        pace = (
-            f"by {PACE!r}" if isinstance(laid.open, str) else f"{laid.open_at(1, {}):.0%} at first, {laid.open_at(steps, {}):.0%} at last"
-        )
-        yield f"order: {what}; open are {pace}"
+        if isinstance(laid.open, str):
+            pace = f"{PACE} says what share of the rows is open"
+        else:
+            pace = f"{laid.open_at(1, {}):.0%} of the rows are open at first, {laid.open_at(steps, {}):.0%} at last"
+        yield f"order: {what}; {pace}"
     if mixture is not None:
         shares = f"moved by {mixture.type}" if isinstance(laid.shares, str) else _shares_text(laid, steps)
         yield f"mixture: {', '.join(mixture.domains)}; {shares}{', the own shares of the data, as a control' if by_chance else ''}"

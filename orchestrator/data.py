@@ -28,7 +28,7 @@ from orchestrator.held_out import choose_held_out
 from orchestrator.marks import domain_counts, marked
 from orchestrator.rows import Rows, RowWriter, rows_digest
 from orchestrator.settings import DataConfig
-from orchestrator.sources import Source, open_source
+from orchestrator.sources import Source, open_sources
 from orchestrator.staging import SplitInfo, Staged, check_staged, split_info, stage
 
 __all__ = ["FirstRow", "PreparedData", "SplitInfo", "prepare", "template_digest", "tokenizer_digest"]
@@ -92,8 +92,8 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, c
     """
     cache = cache.absolute()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    train = open_source(config.train, config, config.split, "data.train")
-    held_out = None if config.held_out is None else open_source(config.held_out, config, config.held_out_split, "data.held_out")
+    train = open_sources(config.train, config, config.split, "data.train", most_rows=config.max_rows)
+    held_out = None if config.held_out is None else open_sources(config.held_out, config, config.held_out_split, "data.held_out")
     _check_held_out(train, held_out, config)
     opened = [source for source in (train, held_out) if source is not None]
     fingerprint = data_fingerprint([source.files for source in opened], config, seed, tokenizer)
@@ -131,7 +131,7 @@ def _make(
     quarantine = work / "quarantine.jsonl"
     staged = []
     for number, source in enumerate(opened):
-        staged.append(stage(source, config, tokenizer, work / f"staged_{number}", quarantine, config.max_rows if number == 0 else None))
+        staged.append(stage(source, config, tokenizer, work / f"staged_{number}", quarantine))
         check_staged(staged[-1], config, quarantine, work.parent / f"quarantine-{fingerprint[:16]}.jsonl")
     train, held_out, how, dropped = _split(work, staged, config.held_out_rows, seed)
     names = {number: name for each in staged for number, name in each.domains.items()}

@@ -38,7 +38,13 @@ def lineage_of_recipe(home: Folder, run: RunConfig) -> dict[str, str | float]:
     start = f"fresh weights of the configuration {student.model}" if fresh else f"{student.model} ({known})"
     start = f"cut out of {start}" if student.truncate else start
     teachers = {f"teacher {name!r}": _teacher(config, None) for name, config in run.endpoints.items()}
-    return {"run": home.root.rstrip("/").rpartition("/")[2], "student": start, **teachers, "data": run.data.train, "seed": run.seed}
+    return {
+        "run": home.root.rstrip("/").rpartition("/")[2],
+        "student": start,
+        **teachers,
+        "data": ", ".join(run.data.sources),
+        "seed": run.seed,
+    }
 
 
 def _teacher(config: EndpointConfig, known: str | None) -> str:

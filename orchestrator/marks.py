@@ -25,16 +25,16 @@ class Marks:
 
 def marked(config: DataConfig) -> tuple[str, ...]:
     """Those of `orchestrator.rows.MARKS` that rows of this data have."""
-    return tuple(name for name, column in (("domain", config.domain), ("score", config.score)) if column is not None)
+    return tuple(name for name, column in (("domain", config.domain_column), ("score", config.score)) if column is not None)
 
 
 def marks_of(record: Mapping[str, object], config: DataConfig) -> Marks | Bad:
     """What a record says of itself, or why it does not."""
     domain = score = None
-    if config.domain is not None:
-        value = record.get(config.domain)
+    if config.domain_column is not None:
+        value = record.get(config.domain_column)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            return Bad("no domain", f"{config.domain}: {value!r}, expected a word or a whole number")
+            return Bad("no domain", f"{config.domain_column}: {value!r}, expected a word or a whole number")
         domain = str(value)
     if config.score is not None:
         value = record.get(config.score)

@@ -199,8 +199,7 @@ def _meet(job: Job, strategy: Strategy, endpoints: Mapping[str, EndpointConfig])
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:
-    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes and what
-    a curriculum asks of the rows."""
+    """The rows to train on, the text that they are made of where teachers write it, and warnings about who writes and what is drawn."""
     cache, data = _data_cache(job), job.run.data
     text = authored.prepare_text(job, strategy, people, cache)
     offers, warnings = authors.check_authors(job, people, text)

@@ -191,16 +191,17 @@ def _text(plan: Plan) -> Iterator[str]:
 
 def _data(plan: Plan) -> Iterator[str]:
     data, run = plan.data, plan.job.run.data
-    source = run.train if plan.text is None else "the kept texts" if plan.text.selected else "stand-ins of the greatest length"
+    source = ", ".join(run.sources) if plan.text is None else "the kept texts" if plan.text.selected else "stand-ins of the greatest length"
     yield f"{source}: {data.train.rows:,} rows, {data.train.tokens:,} tokens ({data.train.loss_tokens:,} learnt)"
     if plan.text:
         yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {plan.text.prompts.held_out_by}"
-    by = {"source": f"from {run.held_out}"}.get(data.held_out_by, f"set aside as {data.held_out_by} of the same source")
+    given = run.held_out if isinstance(run.held_out, str) else ", ".join((run.held_out or {}).values())
+    by = {"source": f"from {given}"}.get(data.held_out_by, f"set aside as {data.held_out_by} of the same source")
     if not plan.text:
         yield f"held out: {data.held_out.rows:,} rows, {data.held_out.tokens:,} tokens, {by}"
     if data.train.domains:
         rows = ", ".join(f"{name} {count:,} + {data.held_out.domains.get(name, 0):,}" for name, count in data.train.domains.items())
-        yield f"domains by {run.domain!r}, rows to train on + held out: {rows}"
+        yield f"domains by {run.domain or 'source'}, rows to train on + held out: {rows}"
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
     dropped = f", {data.dropped_rows:,} rows in neither split" if data.dropped_rows else ""
     yield f"longest row {longest:,} tokens (limit {run.max_length_tokens:,}){dropped}, {_short(data.fingerprint)}"
@@ -222,7 +223,8 @@ def _steps(plan: Plan) -> Iterator[str]:
     batch = f"{train.batch_tokens:,} tokens" if train.batch_tokens else f"{train.batch_rows:,} rows"
     mean = plan.data.train.tokens / plan.data.train.rows
     epochs = plan.steps * (train.batch_tokens / mean if train.batch_tokens else train.batch_rows) / plan.data.train.rows
-    yield f"{plan.steps:,} of {batch}, about {epochs:.2g} passes over the data, shuffled by seed {plan.job.run.seed}"
+    how = "drawn" if plan.order.draws else "shuffled"
+    yield f"{plan.steps:,} of {batch}, about {epochs:.2g} passes over the data, {how} by seed {plan.job.run.seed}"
     yield (
         f"AdamW {train.lr:g}, {train.lr_schedule} after {train.warmup_steps} steps of warm-up, clip {train.clip_norm:g}, "
         f"{train.precision}, micro-batches of {train.micro_batch_tokens:,} tokens, {train.batching}"

@@ -13,25 +13,35 @@ if TYPE_CHECKING:
 
 CURVES = "curves.png"
 SMOOTHED_STEPS = 15
+SHARE = "curriculum/share/"
+"""Before a domain: its share of a step's rows."""
 
 
 def plot_curves(runs: Mapping[str, Path], to: Path) -> Path:
-    """Training loss terms (running mean) and held-out metrics against steps; `runs` maps a name to a run's folder."""
+    """Training loss terms (running mean) and held-out metrics against steps; of a run that draws by domains, also the share that each
+    gave (running mean). `runs` maps a name to a run's folder."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, (name, folder) in enumerate(runs.items()):
-        rows = list(Journal(folder).rows())
+    journals = {name: list(Journal(folder).rows()) for name, folder in runs.items()}
+    shares = sorted({metric for rows in journals.values() for row in rows for metric in row.values if metric.startswith(SHARE)})
+    columns = 3 if shares else 2
+    figure, (left, right, *more) = plt.subplots(1, columns, figsize=(5.5 * columns, 4.2), layout="constrained")
+    for number, (name, rows) in enumerate(journals.items()):
         _draw(left, rows, name, f"C{number}", dict(zip(_terms(rows), ("-", "--", ":", "-."), strict=False)), smooth=True)
         _draw(right, rows, name, f"C{number}", {"eval/cross_entropy": "-o", "eval/forward_kl": "--o"}, smooth=False)
     for name, value in _teachers(next(iter(runs.values()))).items():
         right.axhline(value, color="grey", linestyle=":", label=f"{name}: cross entropy")
     left.set(title=f"Training (mean of {SMOOTHED_STEPS} steps)", xlabel="step", ylabel="nats per token")
     right.set(title="Held-out rows", xlabel="step", ylabel="nats per token")
-    for axes in (left, right):
+    for axes in more:
+        for number, rows in enumerate(journals.values()):
+            for colour, metric in enumerate(shares):
+                _draw(axes, rows, "share", f"C{colour}", {metric: ("-", "--", ":")[number % 3]}, smooth=True)
+        axes.set(title="Domains of the rows", xlabel="step", ylabel="share of a step's rows", ylim=(0, 1))
+    for axes in (left, right, *more):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(to, dpi=110)
@@ -55,7 +65,8 @@ def _terms(rows: Sequence[MetricRow]) -> list[str]:
 
 def _teachers(folder: Path) -> dict[str, float]:
     prefix = "eval/teacher_cross_entropy/"
-    return {m.removeprefix(prefix): v for r in Journal(folder).rows() for m, v in r.values.items() if m.startswith(prefix)}
+    found = {m.removeprefix(prefix): v for r in Journal(folder).rows() for m, v in r.values.items() if m.startswith(prefix)}
+    return {name: value for name, value in found.items() if "/" not in name}
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

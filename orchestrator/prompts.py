@@ -30,7 +30,7 @@ from orchestrator.pieces import Bad, Encoded, Ids, fit
 from orchestrator.questions import Question, question
 from orchestrator.rows import RowWriter
 from orchestrator.settings import DataConfig
-from orchestrator.sources import PROMPT_KINDS, Source, open_source
+from orchestrator.sources import PROMPT_KINDS, Source, open_sources
 
 BATCH = 1024
 VERSION = 2
@@ -86,8 +86,8 @@ def prepare_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed
     """The prompts of `data.train` of at most `room` tokens, each once. Held-out rows come from `data.held_out`, else they are
     records of `data.train` with a completion, chosen by `seed`; no prompt of them is written for. `Refusal` where there is none.
     """
-    train = open_source(config.train, config, config.split, "data.train", PROMPT_KINDS)
-    held_out = None if config.held_out is None else open_source(config.held_out, config, config.held_out_split, "data.held_out")
+    train = open_sources(config.train, config, config.split, "data.train", PROMPT_KINDS)
+    held_out = None if config.held_out is None else open_sources(config.held_out, config, config.held_out_split, "data.held_out")
     files = [s.files for s in (train, held_out) if s is not None]
     name = hashlib.sha256(f"{VERSION} {data_fingerprint(files, config, seed, tokenizer)} {room}".encode()).hexdigest()[:16]
     folder = cache.absolute() / f"prompts-{name}"

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from cluster.codecs import CodecConfig, Packed
+
+SOURCE_DOMAIN = "domain of the source"
+"""Column of records whose source is that of a domain."""
 
 
 class Model(BaseModel):
@@ -19,10 +22,12 @@ class Model(BaseModel):
 class DataConfig(Model):
     """Where rows come from and how they become token ids. Rows have `text`, `prompt` + `completion`, or `messages`."""
 
-    train: str
-    """JSONL, Parquet or text file, a folder or glob of them, a saved Hugging Face dataset, or a hub dataset name."""
-    held_out: str | None = None
-    """The same kinds of source. Absent: `held_out_rows` rows are set aside from `train`, chosen by `split_seed`."""
+    train: str | Annotated[dict[str, str], Field(min_length=1)]
+    """JSONL, Parquet or text file, a folder or glob of them, a saved Hugging Face dataset, or a hub dataset name. Several by name,
+    `{code: code.jsonl, prose: prose.jsonl}`, are the domains of their rows."""
+    held_out: str | Annotated[dict[str, str], Field(min_length=1)] | None = None
+    """The same kinds of source, by domain where `train` is. Absent: `held_out_rows` rows are set aside from `train`, chosen by
+    `split_seed`."""
     held_out_rows: NonNegativeInt = 64
     """Rows scored once and used by every evaluation."""
     split_seed: NonNegativeInt = 0
@@ -45,9 +50,28 @@ class DataConfig(Model):
     glob: str | None = None
     """File pattern inside a folder source, such as `**/*.py`."""
     max_rows: PositiveInt | None = None
-    """Use only the first rows of the source, before splitting."""
+    """Use only the first rows of the source, of each of several, before splitting."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The plan refuses data of which more than this share is quarantined."""
+
+    @model_validator(mode="after")
+    def _tells_domains_once(self) -> DataConfig:
+        by_name = isinstance(self.train, dict)
+        if by_name and self.domain is not None:
+            raise ValueError("domain: expected nothing where data.train names a source for each domain")
+        if self.held_out is not None and by_name != isinstance(self.held_out, dict):
+            raise ValueError("held_out: expected sources by domain where data.train has them, and only there")
+        return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source to train on."""
+        return (self.train,) if isinstance(self.train, str) else tuple(self.train.values())
+
+    @property
+    def domain_column(self) -> str | None:
+        """Where a record tells its domain; None where the data has none."""
+        return SOURCE_DOMAIN if isinstance(self.train, dict) else self.domain
 
     @property
     def marks(self) -> tuple[str, ...]:

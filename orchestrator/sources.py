@@ -10,7 +10,7 @@ import glob
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from orchestrator.files import (
     renamed,
     wanted,
 )
-from orchestrator.settings import DataConfig
+from orchestrator.settings import SOURCE_DOMAIN, DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,6 +55,31 @@ class Source:
     records: Callable[[], Iterator[Record]]
     has_splits: bool = False
     """Whether the split says which rows are meant; files have none."""
+
+
+def open_sources(
+    given: str | Mapping[str, str],
+    config: DataConfig,
+    split: str,
+    where: str,
+    kinds: Sequence[Sequence[str]] = ROW_KINDS,
+    most_rows: int | None = None,
+) -> Source:
+    """What `given` names as one source, with at most the first `most_rows` records of each. Those of several by domain follow each
+    other, and each record has its domain in the column `SOURCE_DOMAIN`. Otherwise as `open_source`."""
+    if isinstance(given, str):
+        one = open_source(given, config, split, where, kinds)
+        return replace(one, records=lambda: itertools.islice(one.records(), most_rows))
+    each = {name: open_source(spec, config, split, f"{where}.{name}", kinds) for name, spec in given.items()}
+
+    def records() -> Iterator[Record]:
+        for name, source in each.items():
+            for record in itertools.islice(source.records(), most_rows):
+                yield replace(record, columns={**record.columns, SOURCE_DOMAIN: name})
+
+    files = tuple((f"{name}/{file}", path) for name, source in each.items() for file, path in source.files)
+    splits = all(source.has_splits for source in each.values())
+    return Source(where, ", ".join(given.values()), files, frozenset(), records, splits)
 
 
 def open_source(spec: str, config: DataConfig, split: str, where: str, kinds: Sequence[Sequence[str]] = ROW_KINDS) -> Source:

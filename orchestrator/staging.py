@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections import Counter
@@ -55,14 +54,12 @@ class Staged:
     """Names of the domains of its rows, by number."""
 
 
-def stage(
-    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, quarantine: Path, max_rows: int | None
-) -> Staged:
-    """Encodes a source (its first `max_rows` records) into `folder/train` and appends its bad records to `quarantine`."""
+def stage(source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, quarantine: Path) -> Staged:
+    """Encodes a source into `folder/train` and appends its bad records to `quarantine`."""
     staged = Staged(source, folder)
     with quarantine.open("a", encoding="utf-8") as file, RowWriter(folder / "train", marked(config)) as writer:
         encoder = Encoder(tokenizer, source.where)
-        for batch in _batches(itertools.islice(source.records(), max_rows)):
+        for batch in _batches(source.records()):
             _encode(staged, batch, config, encoder, writer, file)
     staged.info = split_info(writer)
     return staged

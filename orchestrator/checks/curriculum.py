@@ -23,7 +23,7 @@ def check_curriculum(job: Job, strategy: Strategy) -> None:
     if train.batch_tokens is not None:
         do = "Set train.batch_rows, or leave the curriculum out."
         raise Refusal("train.batch_tokens", f"{train.batch_tokens} with a curriculum", "a number of rows, of which it takes shares", do)
-    if curriculum.mixture and data.domain is None:
+    if curriculum.mixture and data.domain_column is None:
         do = "Name the column that tells the domain of a row in data.domain."
         raise Refusal(f"{WHERE}.mixture", "data without domains", "data with them", do)
     if curriculum.order and curriculum.order.by == "column" and data.score is None:

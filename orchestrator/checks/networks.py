@@ -190,7 +190,7 @@ def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Netw
 
 
 def conversations(config: DataConfig) -> bool:
-    """Whether rows go through the chat template."""
-    source = open_source(config.train, config, config.split, "data.train")
-    first = next((record.columns for record in source.records() if record.problem is None), {})
-    return "tokens" not in first and ("messages" in first or isinstance(first.get("prompt"), list))
+    """Whether rows go through the chat template: the first of some source does."""
+    opened = [open_source(spec, config, config.split, "data.train") for spec in config.sources]
+    firsts = [next((record.columns for record in source.records() if record.problem is None), {}) for source in opened]
+    return any("tokens" not in first and ("messages" in first or isinstance(first.get("prompt"), list)) for first in firsts)

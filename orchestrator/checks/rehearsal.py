@@ -80,7 +80,7 @@ def rehearse(
     says.
     """
     where = f"strategy.{job.run.strategy.type}"
-    columns = _smallest_bundle(domains=job.run.data.domain is not None)
+    columns = _smallest_bundle(domains=job.run.data.domain_column is not None)
     before = set(columns)
     asked: dict[str, list[ScoreRequest]] = {}
     for stage in strategy.stages:

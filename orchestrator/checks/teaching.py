@@ -38,7 +38,7 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     """The record by itself. `steps` is None while epochs have not been counted."""
     where = f"strategy.{job.run.strategy.type}"
     _check_parts(where, strategy)
-    _check_columns(where, strategy, ROW_COLUMNS | ({DOMAIN} if job.run.data.domain else set()))
+    _check_columns(where, strategy, ROW_COLUMNS | ({DOMAIN} if job.run.data.domain_column else set()))
     check_following(job, strategy)
     _check_best_metric(job, strategy)
     check_curriculum(job, strategy)

@@ -105,6 +105,11 @@ BENCHMARKS: dict[str, Entry] = {
         "share of the gap to a specialist's own student that a routed student of two specialists closes on each domain",
         "share >= 0.95",
     ),
+    "curriculum-mixture": Entry(
+        "tests.benchmarks.curriculum_mixture",
+        "gap to the teacher that is left, over two domains, when the mixture follows it, over the data's own proportions, at equal tokens",
+        "ratio < 1.0",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",

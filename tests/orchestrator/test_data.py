@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator import data
@@ -342,3 +344,31 @@ def test_a_column_that_is_not_there_is_refused(tmp_path: Path, tokenizer: PreTra
 def test_a_renamed_column_is_a_domain_by_its_new_name(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     config = settings(jsonl(tmp_path / "a.jsonl", marked_words(9)), columns={"topic": "answer"}, domain="answer")
     assert set(prepare(config, tokenizer, 0, tmp_path / "cache").train.domains) == {"code", "prose"}
+
+
+def test_sources_by_name_are_the_domains_of_their_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    one = jsonl(tmp_path / "a.jsonl", words(9))
+    other = jsonl(tmp_path / "b.jsonl", [{"prompt": f"{i} and", "completion": " so on"} for i in range(5)])
+    given = {"train": {"text": str(one), "pairs": str(other)}, "held_out_rows": 2}
+    prepared = prepare(DataConfig.model_validate(given | {"max_rows": 4}), tokenizer, 0, tmp_path / "cache")
+    found = Counter(prepared.train.domains) + Counter(prepared.held_out.domains)
+    assert found == {"text": 4, "pairs": 4} and prepared.domains == ("pairs", "text")
+    own = {"held_out": {"text": str(jsonl(tmp_path / "c.jsonl", words(3))), "pairs": str(jsonl(tmp_path / "d.jsonl", words(3)))}}
+    prepared = prepare(DataConfig.model_validate(given | own | {"held_out_rows": 6}), tokenizer, 0, tmp_path / "cache")
+    assert prepared.held_out.domains == {"pairs": 3, "text": 3} and prepared.train.domains == {"pairs": 5, "text": 9}
+    renamed = prepare(DataConfig.model_validate(given | {"train": {"x": str(one), "y": str(other)}}), tokenizer, 0, tmp_path / "cache")
+    assert renamed.domains == ("x", "y"), "other names are other data"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"domain": "kind"}, "a source for each domain"), ({"held_out": "x.jsonl"}, "sources by domain"), ({"train": {}}, "")],
+)
+def test_domains_are_told_once(more: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        DataConfig.model_validate({"train": {"a": "a.jsonl"}} | more)
+
+
+def test_a_source_of_a_domain_is_refused_by_its_key(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = DataConfig.model_validate({"train": {"a": str(jsonl(tmp_path / "a.jsonl", words(5))), "b": str(tmp_path / "b.jsonl")}})
+    assert "data.train.b: got" in refusal(config, tokenizer, tmp_path / "cache")
