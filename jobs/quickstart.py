@@ -55,9 +55,15 @@ def has_bfloat16() -> bool:
 
 
 def prepare(folder: Path) -> None:
-    """Text, tokenizer and the two shapes, unless they are there."""
-    if (folder / "shapes").exists():
-        return
+    """Text, tokenizer, the two shapes, and that of a student of bytes for recipes across tokenizers; each unless it is there."""
+    if not (folder / "shapes").exists():
+        _make(folder)
+    if not (folder / "shapes" / "bytes").exists():
+        tokenizer = byte_tokenizer()
+        write_shape(folder / "shapes" / "bytes", tokenizer, STUDENT, len(tokenizer))
+
+
+def _make(folder: Path) -> None:
     texts = dict(sources())
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
@@ -94,6 +100,14 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY, single_d
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every byte, and one for the end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 

@@ -191,7 +191,7 @@ class _Tape:
         row_ends = np.cumsum(lengths)
         breaks, rows = self.breaks.tolist(), np.searchsorted(row_ends, self.breaks, side="right").tolist()
         broken = NONE
-        for first, stop, row in zip(breaks, [*breaks[1:], len(tokens)], rows, strict=True):
+        for first, stop, row in zip(breaks, [*breaks[1:], len(tokens)], rows, strict=False):
             if row == broken:
                 continue
             a, b = int(starts[first]), int(starts[stop])

@@ -69,7 +69,7 @@ class Spans:
 def spans(ours: Ints, theirs: Ints, cuts: Ints) -> Spans:
     """The shortest aligned spans, from the places where tokens end (see `Reading`)."""
     read = theirs[theirs != NONE]
-    bounds = np.union1d(ours[_among(ours, read)], cuts)
+    bounds = np.union1d(ours[_among(ours, read)], cuts[cuts > 0])
     ends = _among(bounds, ours)
     both = ends & _among(bounds, read) & np.concatenate([np.ones(min(1, len(ends)), np.bool_), ends[:-1]])
     numbers = np.where(both, np.cumsum(both) - 1, NONE)

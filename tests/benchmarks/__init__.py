@@ -110,6 +110,16 @@ BENCHMARKS: dict[str, Entry] = {
         "gap to the teacher that is left, over two domains, when the mixture follows it, over the data's own proportions, at equal tokens",
         "ratio < 1.0",
     ),
+    "align-throughput": Entry(
+        "tests.benchmarks.align_throughput",
+        "tokens/s of the Align stage over training tokens/s of the quickstart's student on cross-entropy alone, one thread each",
+        "ratio >= 10",
+    ),
+    "cross-tokenizer": Entry(
+        "tests.benchmarks.cross_tokenizer",
+        "held-out bits per byte of students with another BPE and of bytes, taught across tokenizers, over cross-entropy alone; equal bytes",
+        "ratio < 1.0",
+    ),
     "teacher-tokens": Entry(
         "tests.benchmarks.teacher_tokens",
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",

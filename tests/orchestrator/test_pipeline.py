@@ -75,7 +75,7 @@ def consume(shard: Any) -> list[dict[str, Any]]:
 
 def test_stages_share_a_process_with_the_endpoint_before_them() -> None:
     first, second, plain = Score("a", "a", ScoreRequest("topk", top_k=4)), Score("b", "b", ScoreRequest("topk", top_k=4)), Dawdle()
-    assert stage_groups((plain, first, plain, plain, second)) == [(plain,), (first, plain, plain), (second,)]
+    assert stage_groups((plain, first, plain, plain, second)) == [(plain, first, plain, plain), (second,)]
     assert stage_groups((first, plain, first, second)) == [(first, plain, first), (second,)]
     assert stage_groups(()) == []
 
