@@ -150,8 +150,8 @@ class GapMixture(Settings):
 
     type: Literal["ddk"] = "ddk"
     domains: Domains
-    teacher: str = "teacher"
-    """Endpoint whose held-out perplexity the student's is compared with."""
+    teacher: str | dict[str, str] = "teacher"
+    """Endpoint whose held-out perplexity the student's is compared with; or one for each domain, where each has a teacher of its own."""
     alpha: Rate = 0.5
     """Share of the mixture that the gap decides; the rest is even."""
     largest_ratio: Annotated[float, Field(gt=0)] = 10.0
@@ -176,7 +176,16 @@ class GapMixture(Settings):
         return dict(state) or even(self.domains)
 
     def _names(self, domain: str) -> tuple[str, str]:
-        return f"eval/cross_entropy/{domain}", f"eval/teacher_cross_entropy/{self.teacher}/{domain}"
+        teacher = self.teacher if isinstance(self.teacher, str) else self.teacher[domain]
+        return f"eval/cross_entropy/{domain}", f"eval/teacher_cross_entropy/{teacher}/{domain}"
+
+    @model_validator(mode="after")
+    def _teaches_all(self) -> GapMixture:
+        if not isinstance(self.teacher, str) and set(self.teacher) != set(self.domains):
+            raise ValueError(
+                f"teacher: expected an endpoint for each of {', '.join(self.domains)}, and got {', '.join(self.teacher) or 'none'}"
+            )
+        return self
 
 
 class SkillMixture(Settings):
