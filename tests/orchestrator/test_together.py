@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,17 @@ def steps_of(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     return {line["step"]: line["values"] for line in lines if "loss" in line["values"]}
 
 
-def kill_at(home: Path, name: str, step: int, ended: threading.Event) -> None:
-    """Sends SIGKILL to the training worker once the run has reached `step`."""
-    journal = home / "runs" / name / "metrics.jsonl"
-    while not ended.wait(0.05):
+def kill_at(home: Path, name: str, step: int) -> int:
+    """Sends SIGKILL to the training worker once the run has reached `step`; returns its pid."""
+    journal, end = home / "runs" / name / "metrics.jsonl", time.monotonic() + 300
+    while time.monotonic() < end:
         if journal.exists() and f'"step": {step},' in journal.read_text():
             workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-            max(workers, key=lambda p: p.create_time()).send_signal(signal.SIGKILL)
-            return
+            newest = max(workers, key=lambda p: p.create_time())
+            newest.send_signal(signal.SIGKILL)
+            return newest.pid
+        time.sleep(0.05)
+    raise TimeoutError(f"{name} did not reach step {step}")
 
 
 @pytest.mark.slow
@@ -76,14 +80,9 @@ def test_all_of_it_together_is_the_same_after_a_kill(home: Path, ray_session: st
     assert any(0 < s["rollout/share"] < 1 for s in calm.values()) and all("loss/spans-far" in s for s in calm.values())
     shares = {step: (s["control/mixture/code"], s["control/mixture/prose"]) for step, s in calm.items()}
     assert all(sum(pair) == pytest.approx(1) for pair in shares.values()) and len(set(shares.values())) > 2
-    ended = threading.Event()
-    killer = threading.Thread(target=kill_at, args=(home, "killed", KILLED_AT, ended))
-    killer.start()
-    try:
-        lines = run(home, "killed")
-    finally:
-        ended.set()
-        killer.join()
-    killed = steps_of(lines)
+    with ThreadPoolExecutor(1) as pool:
+        pid = pool.submit(kill_at, home, "killed", KILLED_AT)
+        killed = steps_of(run(home, "killed"))
+        assert pid.result()
     for name in ("loss", "row_id_sum", "control/mixture/code", "taught_tokens/near"):
         assert [s[name] for s in killed.values()] == pytest.approx([s[name] for s in calm.values()], rel=1e-5), name
