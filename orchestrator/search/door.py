@@ -162,9 +162,9 @@ def _corners(config: SearchConfig, spec: Spec, name: str) -> list[Corner]:
             found.append(Corner(probe, make_plan(spec.job(probe.point), f"{name}-trial")))
         except Refusal as refused:
             values = ", ".join(f"{path} = {value!r}" for path, value in probe.point.items())
-            raise Refusal(
-                f"search.space: {probe.path} ({refused.where})", refused.got, refused.expected, f"{refused.do} (tried: {values})"
-            ) from refused
+            same = refused.where.endswith(f" {probe.path}")
+            where = f"search.space: {probe.path}" + ("" if same else f" ({refused.where})")
+            raise Refusal(where, refused.got, refused.expected, f"{refused.do} (tried: {values})") from refused
     return found
 
 

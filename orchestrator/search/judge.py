@@ -46,6 +46,13 @@ class Court:
     def __post_init__(self) -> None:
         self.began = time.monotonic()
 
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        """Tune keeps a copy of all it is given, to go on from; a search goes on from its book, so that there is nothing to copy."""
+        return (object, ())
+
+    def __deepcopy__(self, memory: dict[int, object]) -> Court:
+        return self
+
     def spent(self) -> str:
         """Which budget is used up, in words; nothing while none is."""
         tokens = sum(t.metrics.get("tokens", 0.0) for t in self.book.trials() if t.number != CONTROL)
