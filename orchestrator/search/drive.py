@@ -23,10 +23,12 @@ from orchestrator.journal import MetricRow, RunRecord
 from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, with_texts
 from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
+from orchestrator.search.court import Court
 from orchestrator.search.door import DRIVER_CPUS, SearchPlan, going_on, search_plan
-from orchestrator.search.judge import Court, Judge, Proposals
+from orchestrator.search.judge import Judge
 from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.plan_text import search_text
+from orchestrator.search.proposals import Proposals
 from orchestrator.search.report import BEST, REPORT, write_report
 from orchestrator.search.result import SearchResult, Spent
 from orchestrator.search.trial import run_trial

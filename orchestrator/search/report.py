@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.search.book import CONTROL, Trial, front, ranked
+from orchestrator.search.court import Court
 from orchestrator.search.door import SearchPlan
 from orchestrator.search.figures import draw_cost, draw_curves, draw_front, draw_importance, draw_parallel
-from orchestrator.search.judge import Court
 from orchestrator.search.plan_text import search_text, short
 from orchestrator.search.result import Spent
 from orchestrator.search.sampler import importance

@@ -12,7 +12,9 @@ import pytest
 
 from orchestrator.journal import Journal, MetricRow
 from orchestrator.search.book import CONTROL, Book, Trial
-from orchestrator.search.judge import Court, Judge, Proposals
+from orchestrator.search.court import Court
+from orchestrator.search.judge import Judge
+from orchestrator.search.proposals import Proposals
 from orchestrator.search.settings import SearchConfig
 from orchestrator.search.trial import OUTCOME, TIME, Spec
 
