@@ -26,7 +26,7 @@ from orchestrator.rows import Rows
 from orchestrator.search.sampler import propose
 from orchestrator.search.settings import COSTS, SearchConfig
 from orchestrator.search.space import Probe, probes
-from orchestrator.search.trial import Spec
+from orchestrator.search.trial import Spec, taught
 
 DRIVER_CPUS = 0.1
 """Of the process that drives a trial: it waits, and a whole one would keep a trial's workers from starting on two cores."""
@@ -82,10 +82,8 @@ class SearchPlan:
 
     @property
     def has_control(self) -> bool:
-        """Whether a control of the best trial would not be the same run again."""
-        strategy = self.plan.strategy
-        taught = strategy.signals or strategy.stages or any(not p.trained for p in strategy.players.values())
-        return self.config.baseline and bool(taught)
+        """Whether some trial is taught by somebody, so that its control would not be the same run again."""
+        return self.config.baseline and any(taught(c.plan.strategy) for c in self.corners)
 
     @property
     def first_evaluation(self) -> int:

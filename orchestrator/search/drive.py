@@ -38,7 +38,12 @@ SEARCH = "search.yaml"
 """A search's recipe as it is written, in its folder."""
 POLL_SECONDS = 0.25
 SETTLE_SECONDS = 60.0
-QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30"}
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",
+}
 """Tune writes no logs of its own, leaves the working folder alone, and waits for a trial's thread before its process is used again."""
 
 

@@ -72,6 +72,8 @@ class Proposals(Searcher):
         ended = known is not None and known.outcome != "running"
         if self._running or self._control_begun or ended or not court.wants_control or not best:
             return None
+        if not court.spec.taught(best[0].point):
+            return None
         self._control_begun = True
         court.book.propose(CONTROL, best[0].point)
         return {"number": CONTROL, "point": best[0].point, "of": best[0].number}

@@ -29,6 +29,7 @@ from orchestrator.run import with_texts
 from orchestrator.search.book import CONTROL, run_name
 from orchestrator.search.settings import Objective
 from orchestrator.search.space import Content, Point, applied
+from strategies.core import Strategy
 
 TIME = "step"
 """What is reported as a trial's age: its own optimizer step, which a restart does not turn back."""
@@ -58,9 +59,18 @@ class Spec:
         tags = {**(content.get("tags") or {}), "search": self.search}
         return load_job({**content, "name": name, "baseline": False, "tags": tags}, (), self.cluster)
 
+    def taught(self, point: Point) -> bool:
+        """Whether a teacher has a say in the run that a point stands for."""
+        return taught(self.job(point).run.strategy.build())
+
     def folder(self, number: int) -> Folder:
         """The run folder of a trial."""
         return Folder.of(str(self.cluster["storage"]), run_name(self.search, number))
+
+
+def taught(strategy: Strategy) -> bool:
+    """Whether there is a teacher that a control would do without."""
+    return bool(strategy.signals or strategy.stages) or any(not p.trained for p in strategy.players.values())
 
 
 @dataclass

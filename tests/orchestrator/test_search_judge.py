@@ -158,6 +158,15 @@ def test_proposals_end_with_the_control_of_the_best_once_all_others_ended(tmp_pa
     assert proposals.suggest("d") == "FINISHED"
 
 
+def test_the_best_without_a_teacher_has_no_control(tmp_path: Path) -> None:
+    space = {"strategy": {"choice": ["cross-entropy", "logits"]}}
+    session = Session.of(tmp_path, wants_control=True, trials=2, space=space)
+    proposals, judge = session.sides()
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        session.end(proposals, judge, session.begin(proposals, judge, name), 4, value)
+    assert proposals.suggest("c") == "FINISHED"
+
+
 def test_without_a_finished_trial_there_is_no_control(tmp_path: Path) -> None:
     session = Session.of(tmp_path, wants_control=True, trials=1)
     proposals, judge = session.sides()

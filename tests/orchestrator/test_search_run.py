@@ -32,11 +32,7 @@ def recipe(home: Path, **settings: Any) -> dict[str, Any]:
         "data": {"train": str(home / "rows.jsonl"), "held_out_rows": 8, "max_length_tokens": 48},
         "train": {"steps": 4, "batch_rows": 4, "layout": "single"},
         "evaluate": {"every_steps": 2},
-        "search": {
-            "space": {"train.lr": {"choice": [1e-3, 1e-6]}, "strategy.temperature": {"choice": [1.0]}},
-            "sampler": "grid",
-            **settings,
-        },
+        "search": {"space": {"train.lr": {"choice": [1e-3, 1e-6]}}, "sampler": "grid", "concurrent": 2, **settings},
     }
 
 
