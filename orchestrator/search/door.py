@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cluster.resources import machine_cpus
 from cluster.storage import Folder
@@ -61,12 +62,18 @@ class SearchPlan:
         return Folder.of(str(self.spec.cluster["storage"]), self.name).local or Path("runs") / self.name
 
     @property
+    def tags(self) -> dict[str, str]:
+        """Those of the recipe; its trials have one more."""
+        return {str(key): str(value) for key, value in (self.spec.content.get("tags") or {}).items()}
+
+    @property
     def cpus(self) -> float:
         """Most logical CPUs that one trial holds."""
         return max(cpus(c.plan) for c in self.corners)
 
     @property
     def gpus(self) -> float:
+        """Most GPUs that one trial holds."""
         return max(sum(d.processes * d.share.gpus for d in c.plan.demands) for c in self.corners)
 
     @property
@@ -239,6 +246,11 @@ def _check_resources(found: SearchPlan) -> None:
         got = f"{wanted} trials of {found.cpus:g} logical CPUs each"
         do = f"Set search.concurrent={max(1, fit)}, or lower resources.*.cpus in ray_config.yaml."
         raise Refusal("search.concurrent", got, f"at most the {there} of this machine", do)
+    gpus = torch.cuda.device_count()
+    if wanted * found.gpus > gpus:
+        got = f"{wanted} trials of {found.gpus:g} GPUs each"
+        do = f"Set search.concurrent={max(1, floor(gpus / found.gpus))}."
+        raise Refusal("search.concurrent", got, f"at most the {gpus} of this machine", do)
     memory = machine.machine_memory()
     if wanted * found.memory > memory:
         got = f"{wanted} trials of {machine.text(found.memory)} each"

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def _start_tracking(plan: SearchPlan) -> Tracker:
         name=plan.name,
         folder=plan.folder,
         params={"search": plan.config.model_dump(mode="json", exclude_defaults=True)},
-        tags={**plan.plan.job.run.tags, "kind": "search"},
+        tags={**plan.tags, "kind": "search"},
         run_id=known.run_id if known else None,
     )
     tracker.log_text((plan.folder / SEARCH).read_text(encoding="utf-8"), SEARCH)
@@ -184,12 +184,19 @@ def _tune(plan: SearchPlan, court: Court) -> None:
         ),
         run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=str(plan.folder), verbose=0),
     )
-    with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
-        fitted = pool.submit(tuner.fit)
-        while not wait([fitted], POLL_SECONDS).done:
-            if court.interrupted:
-                court.interrupt()  # again: a trial that was starting could not hear it
-        fitted.result()
+    fitted: Future[Any] = Future()
+    threading.Thread(target=_fit, args=(tuner, fitted), name="tune", daemon=True).start()
+    while not wait([fitted], POLL_SECONDS).done:
+        if court.interrupted:
+            court.interrupt()  # again: a trial that was starting could not hear it
+    fitted.result()
+
+
+def _fit(tuner: tune.Tuner, fitted: Future[Any]) -> None:
+    try:
+        fitted.set_result(tuner.fit())
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the result is asked for
+        fitted.set_exception(error)
 
 
 def _trial_name(trial: Any) -> str:
@@ -225,7 +232,7 @@ def _conclude(plan: SearchPlan, court: Court, tracker: Tracker, spent: Spent) ->
         words = "; ".join(f"trial {t.label} {t.outcome}: {t.words}" for t in trials) or "none began"
         raise RunFailed(f"no trial of {plan.name} finished ({words}). Their runs are kept beside {plan.folder}.")
     run = plan.spec.job(best[0].point).run
-    recipe = to_yaml(run.model_copy(update={"tags": plan.plan.job.run.tags}))
+    recipe = to_yaml(run.model_copy(update={"tags": plan.tags}))
     (plan.folder / BEST).write_text(recipe, encoding="utf-8")
     report = write_report(plan, court, spent)
     for name in (BEST, REPORT):
