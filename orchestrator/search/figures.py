@@ -43,6 +43,7 @@ def draw_curves(trials: Sequence[Trial], curve: Callable[[int], Mapping[int, flo
             if points:
                 axes.plot(list(points), list(points.values()), marker="o", markersize=3, color=colour, linestyle=line)
                 axes.annotate(trial.label, (max(points), points[max(points)]), fontsize=7, xytext=(3, 0), textcoords="offset points")
+        axes.margins(x=0.12)
         axes.set(title="Held-out rows (orange: stopped early; dashed: without teacher)", xlabel="step", ylabel=objective.metric)
         axes.grid(alpha=0.3)
     return to
@@ -88,6 +89,7 @@ def draw_front(trials: Sequence[Trial], objectives: tuple[Objective, ...], to: P
                 axes.annotate(trial.label, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
         line = sorted((t.metrics[across.metric], t.metrics[pair[0].metric]) for t in front(list(trials), pair))
         axes.plot([x for x, _ in line], [y for _, y in line], color="C2", label="front")
+        axes.margins(x=0.12)
         axes.set(title="Quality against cost", xlabel=across.metric, ylabel=pair[0].metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

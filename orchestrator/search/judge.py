@@ -72,9 +72,11 @@ class Judge(FIFOScheduler):
 
     def _end(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Writes a trial's end down. One that a person stopped has not ended: the search goes on with it."""
-        if result[OUTCOME] == "stopped" and self._court.interrupted and trial.number not in self._why:
+        stopped = result[OUTCOME] == "stopped"
+        if stopped and self._court.interrupted and trial.number not in self._why:
             return
-        words = self._why.get(trial.number, str(result.get("words", "")))
+        given = str(result.get("words", ""))
+        words = self._why.get(trial.number, given) if stopped else given  # a verdict may come after the last step
         ended = replace(trial, outcome=result[OUTCOME], words=words, wall_seconds=float(result.get("wall_seconds", 0.0)))
         self._court.book.end(ended)
         self._court.tell(ended)

@@ -67,7 +67,7 @@ def test_the_leaderboard_has_the_best_first_and_those_without_a_value_last() -> 
     shown = io.StringIO()
     Console(file=shown, width=120).print(Leaderboard(OBJECTIVES, ["train.lr"]).table([lost, *some()]))
     lines = [line for line in shown.getvalue().splitlines() if any(s in line for s in ("finished", "stopped", "failed"))]
-    assert [line.split("│")[1].strip() for line in lines] == ["001", "002", "without teacher", "003", "004", "005", "006", "000"]
+    assert [line.split("│")[1].strip() for line in lines] == ["001", "without teacher", "002", "003", "004", "005", "006", "000"]
 
 
 def entry(kind: str, step: int, **values: float) -> Entry:
