@@ -111,5 +111,5 @@ class Book:
 
 
 def curve(folder: Path, metric: str) -> dict[int, float]:
-    """A metric of a run by step, from its journal."""
-    return {row.step: row.values[metric] for row in Journal(folder).rows() if metric in row.values}
+    """A metric of a run by step, from its journal, where it was a number."""
+    return {row.step: row.values[metric] for row in Journal(folder).rows() if math.isfinite(row.values.get(metric, math.nan))}

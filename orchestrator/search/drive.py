@@ -76,7 +76,9 @@ def resume_search(
     if not (home / SEARCH).exists():
         raise Refusal(f"--resume {folder}", f"a folder without {SEARCH}", "the folder of a search", "Look below the storage folder.")
     _check_free(overrides)
-    where = {**cluster_content(Path(cluster) if isinstance(cluster, str) else cluster), "storage": str(home.parent)}
+    where = cluster_content(Path(cluster) if isinstance(cluster, str) else cluster)
+    if "://" not in str(where.get("storage", "")):  # there, the search's small files lie in `runs` on this machine
+        where["storage"] = str(home.parent)
     return _run(lambda: search_plan(home / SEARCH, overrides, where, home.name), where, display or Display())
 
 

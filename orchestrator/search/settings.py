@@ -107,7 +107,7 @@ class SearchConfig(Model):
     trials: PositiveInt = 8
     """Most that are begun."""
     tokens: PositiveInt | None = None
-    """No trial begins, and those under way end, when so many tokens have been trained on in all."""
+    """When so many tokens have been trained on in all, no trial begins, and those under way end at their next evaluation."""
     seconds: PositiveFloat | None = None
     """The same for the time since the search began or went on."""
     concurrent: PositiveInt = 1
