@@ -124,7 +124,7 @@ def _trial(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     number = int(config["number"])
     result = spec.folder(number).read(RESULT)
     if result is not None:
-        return _finished(RunResult(**json.loads(result)), spec.folder(number))
+        return _finished(spec, RunResult(**json.loads(result)), spec.folder(number))
     try:
         plan = _plan(config, spec)
     except DistillError as error:
@@ -137,17 +137,20 @@ def _trial(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     except DistillError as error:
         outcome = ("failed", str(error))
     else:
-        return _finished(RunResult(**json.loads(plan.folder.read(RESULT) or b"{}")), plan.folder)
+        return _finished(spec, RunResult(**json.loads(plan.folder.read(RESULT) or b"{}")), plan.folder)
     return {**hearing.metrics, TIME: hearing.step, OUTCOME: outcome[0], "words": outcome[1]}
 
 
-def _finished(result: RunResult, folder: Folder) -> dict[str, Any]:
-    """What a finished run reports: metrics of its exported student, and what the whole run cost."""
+def _finished(spec: Spec, result: RunResult, folder: Folder) -> dict[str, Any]:
+    """What a finished run reports: metrics of its exported student, and what the whole run cost. One that cannot be judged has failed:
+    a short run may be over before it hears that it met NaN."""
     rows = [row.values for row in Journal(folder.local).rows()] if folder.local else []
     spent = {"tokens": sum(r.get("tokens", 0.0) for r in rows), "seconds": sum(r.get("step_seconds", 0.0) for r in rows)}
     sizes = [row["parameters"] for row in result.comparison if isinstance(row, dict) and row["who"] == "student"]
     size = {"parameters": float(sizes[0])} if sizes and sizes[0] else {}
-    return {**result.metrics, **(spent if rows else {}), **size, TIME: result.steps, OUTCOME: "finished", "words": ""}
+    metrics = {**result.metrics, **(spent if rows else {}), **size}
+    bad = [f"{o.metric} is {metrics.get(o.metric)}" for o in spec.objectives if not math.isfinite(metrics.get(o.metric, math.nan))]
+    return {**metrics, TIME: result.steps, OUTCOME: "failed" if bad else "finished", "words": ", ".join(bad)}
 
 
 def _plan(config: Mapping[str, Any], spec: Spec) -> Plan:
