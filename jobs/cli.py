@@ -56,6 +56,29 @@ def run(
 
 
 @app.command()
+def search(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe with a `search:` block; leave it out with --resume.")] = None,
+    overrides: Overrides = None,
+    cluster: Cluster = None,
+    show_plan: Annotated[bool, typer.Option("--plan", help="Check it, and print what would be tried, shared and spent.")] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the search in this folder; what has ended is not repeated.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Try other settings of a recipe, on one teacher's signals, and find the best."""
+    from jobs.search import resume_search, show_search, start_search
+
+    given = overrides or []
+    if resume is not None:
+        resume_search(resume, ([str(recipe)] if recipe else []) + given, cluster, verbose)
+    elif recipe is None:
+        raise typer.BadParameter("give a recipe, or --resume with a search's folder")
+    elif show_plan:
+        show_search(recipe, given, cluster)
+    else:
+        start_search(recipe, given, cluster, verbose)
+
+
+@app.command()
 def generate(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None, verbose: Verbose = False) -> None:
     """Ask a recipe's teachers once and keep what they say: later runs read it instead."""
     from jobs.generate import run_generate

@@ -23,8 +23,10 @@ from pydantic import (
 
 from cluster.config import ClusterConfig, Dtype, EndpointConfig, ModelName, ReplayEndpoint
 from orchestrator.alarms import Alarms, switch
+from orchestrator.dotted import put
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
+from orchestrator.search.settings import SearchConfig
 from orchestrator.settings import CheckpointConfig, DataConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from orchestrator.truncate import Truncate
@@ -163,6 +165,8 @@ class Job(Model):
 
     run: RunConfig
     cluster: ClusterConfig
+    search: SearchConfig | None = None
+    """What `distill search` looks for around this recipe; a run leaves it alone."""
 
     @property
     def endpoints(self) -> Mapping[str, EndpointConfig]:
@@ -178,21 +182,30 @@ def load_job(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = (), cl
     Raises `Refusal` for a missing or unreadable file, an unknown key, a wrong type or a malformed override.
     """
     where = str(recipe) if isinstance(recipe, Path) else "recipe"
-    content = _mapping(recipe, where)
-    for override in overrides:
-        _apply(content, override)
+    content = read_content(recipe, overrides)
+    search = content.pop("search", None)
     cluster_where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
     cluster_content = {} if cluster is None else _mapping(cluster, cluster_where)
     _merge_endpoints(content, cluster_content)
     content["strategy"] = _strategy(content.get("strategy"), where)
     fill_student_endpoints(content, content["strategy"], StudentConfig.model_fields["dtype"].default)
     run = _validated(RunConfig, content, where)
-    return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where))
+    asked = None if search is None else _validated(SearchConfig, search, f"{where}: search")
+    return Job(run=run, cluster=_validated(ClusterConfig, cluster_content, cluster_where), search=asked)
 
 
-def load_cluster(cluster: Path | None) -> ClusterConfig:
+def read_content(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe, or a `ray_config.yaml`, as it is written, with overrides; not checked yet."""
+    content = _mapping(source, str(source) if isinstance(source, Path) else "recipe")
+    for override in overrides:
+        _apply(content, override)
+    return content
+
+
+def load_cluster(cluster: Path | Mapping[str, Any] | None) -> ClusterConfig:
     """A `ray_config.yaml`; the defaults without one. `Refusal` as from `load_job`."""
-    return ClusterConfig() if cluster is None else _validated(ClusterConfig, _mapping(cluster, str(cluster)), str(cluster))
+    where = str(cluster) if isinstance(cluster, Path) else "ray_config.yaml"
+    return ClusterConfig() if cluster is None else _validated(ClusterConfig, _mapping(cluster, where), where)
 
 
 def _merge_endpoints(recipe: dict[str, Any], cluster: Mapping[str, Any]) -> None:
@@ -205,9 +218,10 @@ def _merge_endpoints(recipe: dict[str, Any], cluster: Mapping[str, Any]) -> None
             own[name] = {**shared[name], **given}
 
 
-def to_yaml(config: BaseModel) -> str:
-    """YAML that `load_job` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def to_yaml(config: BaseModel | Mapping[str, Any]) -> str:
+    """YAML that `load_job` reads back to the same config or content."""
+    content = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def _mapping(source: Path | Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -230,25 +244,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise Refusal(f"override {override!r}", "no dotted.path=value", "train.lr=2e-5 for example", "Write it without spaces around '='.")
-    here = content
-    for key in keys[:-1]:
-        inner = here.get(key)
-        if isinstance(inner, str) and key in _SHORT_KEYS:
-            inner = {_SHORT_KEYS[key]: inner}
-        if not isinstance(inner, dict):
-            inner = {}
-        here[key] = here = inner
-    last, value = keys[-1], _value(text)
-    if isinstance(value, str) and last in _KEEPS_SIBLINGS and isinstance(here.get(last), dict):
-        here[last] = {**here[last], _SHORT_KEYS[last]: value}
-    else:
-        here[last] = value
-
-
-_KEEPS_SIBLINGS = {"student", "data", "signals"}
-"""`student=other/model` changes the model of a student and keeps its LoRA, `signals=store` keeps its codec;
-another strategy or layout starts afresh."""
-_SHORT_KEYS = {"student": "model", "data": "train", "layout": "type", "strategy": "type", "signals": "mode"}
+    try:
+        put(content, keys, _value(text))
+    except LookupError as error:
+        raise Refusal(f"override {override!r}", str(error), "a setting or an item that is there", "Correct the path.") from error
 
 
 def _value(text: str) -> Any:

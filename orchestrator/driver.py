@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -37,18 +37,21 @@ from orchestrator.track import Tracker, reconcile_all
 from orchestrator.watch import Watch, stopping_words
 from strategies import baseline
 
+Listener = Callable[[Sequence[Entry]], bool]
+"""Hears what a run's journal brings; says whether the run is to stop after a checkpoint."""
 
-def drive(plan: Plan, display: Display) -> RunResult:
-    """Runs a plan to its end. MLflow starts beside the workers, because each takes seconds."""
+
+def drive(plan: Plan, display: Display, parent: str | None = None, listen: Listener | None = None) -> RunResult:
+    """Runs a plan to its end, as a child of the MLflow run `parent`. MLflow starts beside the workers, because each takes seconds."""
     display.plan(plan_text(plan))
     if not display.verbose:
         disable_progress_bar()
     plan.folder.write(FACTS, plan.facts.to_json())
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
     with ThreadPoolExecutor(1, initializer=_give_way) as pool:
-        tracking = pool.submit(_start_tracking, plan, None)
+        tracking = pool.submit(start_tracking, plan, parent)
         _fill_stores(plan, display, tracking)
-        tracker, ledger = _train(plan, display, tracking)
+        tracker, ledger = _train(plan, display, tracking, listen)
         try:
             result = _conclude(plan, ledger, tracker, display)
         except BaseException as error:
@@ -65,7 +68,7 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def _start_tracking(plan: Plan, parent: str | None) -> Tracker:
+def start_tracking(plan: Plan, parent: str | None) -> Tracker:
     """Opens the MLflow run, or goes on with the folder's own; settles first what earlier drivers left behind."""
     folder = plan.local
     reconcile_all(folder.parent)
@@ -97,7 +100,7 @@ def _fill_stores(plan: Plan, display: Display, tracking: Future[Tracker]) -> Non
         raise
 
 
-def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tracker, Ledger]:
+def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: Listener | None = None) -> tuple[Tracker, Ledger]:
     """Trains to the last step; raises what ended the run before it."""
     ledger = Ledger.of(plan.local)
     if plan.done_steps == plan.steps:
@@ -105,7 +108,9 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tra
     fit, watch = start_fit(plan), Watch.of(plan.job.run.alarms, plan.local)
     with display.training(plan.steps, fates(plan.strategy)), _interruptible(fit, display):
         for entries in fit.entries():
-            _take(entries, ledger, watch, fit, display)
+            fresh = _take(entries, ledger, watch, fit, display)
+            if listen is not None and listen(fresh):
+                fit.ask_to_stop()
             _tell(ledger, watch, tracking.result() if tracking.done() else None)
     fit.close()
     tracker = tracking.result()
@@ -124,8 +129,8 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker]) -> tuple[Tra
     return tracker, ledger
 
 
-def _take(entries: list[Entry], ledger: Ledger, watch: Watch, fit: Fit, display: Display) -> None:
-    """What the journal brought: kept, shown, and judged; an alarm may stop the run."""
+def _take(entries: list[Entry], ledger: Ledger, watch: Watch, fit: Fit, display: Display) -> list[Entry]:
+    """What the journal brought that is new: kept, shown, and judged; an alarm may stop the run."""
     fresh = ledger.take(entries)
     display.progress(fresh)
     changes = watch.take(fresh)
@@ -133,6 +138,7 @@ def _take(entries: list[Entry], ledger: Ledger, watch: Watch, fit: Fit, display:
         display.alarm(str(change))
     if any(change.stops for change in changes):
         fit.ask_to_stop()
+    return fresh
 
 
 def _tell(ledger: Ledger, watch: Watch, tracker: Tracker | None) -> None:
@@ -185,7 +191,7 @@ def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
         display.say(f"Control: the same student, rows and steps without a teacher ({control.name})")
     control.folder.write(RECIPE, to_yaml(control.job.run).encode())
     tracking: Future[Tracker] = Future()
-    tracking.set_result(_start_tracking(control, parent.run_id))
+    tracking.set_result(start_tracking(control, parent.run_id))
     tracker, ledger = _train(control, display, tracking)
     try:
         student, position = _export(control, tracker)

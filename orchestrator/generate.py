@@ -82,7 +82,7 @@ def generate(
     def planned(job: Job) -> Plan:
         return _checked(make_plan(job, name))
 
-    plan, took = with_texts(planned_with_ray(job, lambda: planned(job), shown), planned, shown)
+    plan, took = with_texts(planned_with_ray(job.cluster, lambda: planned(job), shown), planned, shown)
     shown.plan(plan_text(plan))
     tracker = _tracker(plan)
     try:

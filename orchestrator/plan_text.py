@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +52,11 @@ def plan_text(plan: Plan) -> str:
         ("First row", _first_row(plan)),
         ("Warnings", [f"! {w}" for w in plan.warnings]),
     )
+    return sections_text(sections)
+
+
+def sections_text(sections: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """Labelled lines, the label before the first of each section."""
     return "\n".join(line for label, lines in sections for line in _section(label, list(lines)))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import session
+from cluster.config import ClusterConfig
 from cluster.storage import Folder
 from orchestrator.config import Job, load_job
 from orchestrator.display import Display
@@ -17,6 +18,8 @@ from orchestrator.result import RECIPE, RunResult
 if TYPE_CHECKING:
     from orchestrator.filling import Filled
     from orchestrator.plan import Plan
+
+P = TypeVar("P")
 
 
 def distill(
@@ -67,7 +70,7 @@ def resume(
 
 
 def _run(job: Job, planned: Callable[[Job], Plan], display: Display) -> RunResult:
-    plan, _ = with_texts(planned_with_ray(job, lambda: planned(job), display), planned, display)
+    plan, _ = with_texts(planned_with_ray(job.cluster, lambda: planned(job), display), planned, display)
     from orchestrator.driver import drive
 
     return drive(plan, display)
@@ -90,12 +93,12 @@ def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> 
     return planned(plan.job.model_copy(update={"run": named})), took
 
 
-def planned_with_ray(job: Job, planned: Callable[[], Plan], display: Display) -> Plan:
+def planned_with_ray(cluster: ClusterConfig, planned: Callable[[], P], display: Display) -> P:
     """A checked plan, and Ray. The checks import and read for seconds in a thread of their own, while Ray starts in this one:
     Ray's processes end with the thread that started them."""
     with ThreadPoolExecutor(1) as pool:
         planning = pool.submit(planned)
-        started_here = session.start(job.cluster, display.verbose)
+        started_here = session.start(cluster, display.verbose)
         try:
             plan = planning.result()
         except BaseException:

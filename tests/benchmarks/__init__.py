@@ -125,6 +125,21 @@ BENCHMARKS: dict[str, Entry] = {
         "tokens a teacher is sent over the tokens of the data, with four students and two epochs from one store",
         "ratio = 1.0",
     ),
+    "search-cost": Entry(
+        "tests.benchmarks.search_cost",
+        "core-seconds of a search of eight trials on one store over the same eight recipes run apart with a live teacher each",
+        "ratio <= 0.5",
+    ),
+    "asha-cost": Entry(
+        "tests.benchmarks.asha_cost",
+        "core-seconds of a search of eight trials with ASHA over the same without a scheduler, at a quality within 1 %",
+        "ratio <= 0.6",
+    ),
+    "search-seconds": Entry(
+        "tests.benchmarks.search_seconds",
+        "seconds of a search of eight trials at the quickstart's size, from the command to the report",
+        "<= 600 s",
+    ),
     "store-format": Entry(
         "tests.benchmarks.store_format",
         "rows/s read in shuffled order from a store's Arrow files over the same arrays in Parquet",

@@ -1,0 +1,115 @@
+"""What a search has tried, in its folder: every proposal and every end, so that a killed search goes on and repeats nothing.
+
+`trials.jsonl` is the truth; what Ray Tune keeps of its own is not read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.journal import Journal, Lines
+from orchestrator.search.settings import Objective
+from orchestrator.search.space import Point
+
+Outcome = Literal["running", "finished", "stopped", "failed"]
+TRIALS = "trials.jsonl"
+CONTROL = -1
+"""Number of the trial without a teacher."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as far as it has come."""
+
+    number: int
+    point: Point
+    outcome: Outcome = "running"
+    step: int = 0
+    """Optimizer steps at the latest metrics."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Held-out metrics, and what it has cost: `tokens`, `seconds`, `parameters`."""
+    words: str = ""
+    """Why it was stopped or failed."""
+    wall_seconds: float = 0.0
+    """From its start to its end, loading included."""
+
+    @property
+    def label(self) -> str:
+        return "without teacher" if self.number == CONTROL else f"{self.number:03d}"
+
+    def scores(self, objectives: tuple[Objective, ...]) -> tuple[float, ...] | None:
+        """Values of the objectives, smaller is better; None when one is missing."""
+        found = [self.metrics.get(o.metric) for o in objectives]
+        values = tuple(v * o.sign for v, o in zip(found, objectives, strict=True) if v is not None and math.isfinite(v))
+        return values if len(values) == len(objectives) else None
+
+
+def run_name(search: str, number: int) -> str:
+    """Name of a trial's own run."""
+    return f"{search}-control" if number == CONTROL else f"{search}-{number:03d}"
+
+
+def ranked(trials: list[Trial], objective: Objective) -> list[Trial]:
+    """Finished trials of the space, the best first."""
+    scored = [(s[0], t.number, t) for t in trials if t.outcome == "finished" and t.number != CONTROL and (s := t.scores((objective,)))]
+    return [trial for _, _, trial in sorted(scored, key=lambda s: s[:2])]
+
+
+def front(trials: list[Trial], objectives: tuple[Objective, ...]) -> list[Trial]:
+    """Finished trials that no other is at least as good as in everything and better than in something (Pareto)."""
+    scored = [(s, t) for t in ranked(trials, objectives[0]) if (s := t.scores(objectives)) is not None]
+    return [t for s, t in scored if not any(_beats(other, s) for other, _ in scored)]
+
+
+def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+class Book:
+    """Trials of one search, each event written before it is acted on."""
+
+    def __init__(self, folder: Path):
+        self._lines = Lines(folder / TRIALS)
+        self._trials: dict[int, Trial] = {}
+        for event in self._lines.all():
+            self._take(event)
+
+    def propose(self, number: int, point: Point) -> None:
+        self._write({"event": "proposed", "number": number, "point": point})
+
+    def end(self, trial: Trial) -> None:
+        kept = {key: value for key, value in vars(trial).items() if key != "point"}
+        self._write({"event": "ended", **kept, "metrics": {k: v for k, v in trial.metrics.items() if math.isfinite(v)}})
+
+    def heard(self, trial: Trial) -> None:
+        """What a running trial has reached; its own journal keeps it."""
+        self._trials[trial.number] = trial
+
+    def trials(self) -> list[Trial]:
+        """In order of number."""
+        return [self._trials[number] for number in sorted(self._trials)]
+
+    def get(self, number: int) -> Trial | None:
+        return self._trials.get(number)
+
+    def decided(self) -> dict[int, str]:
+        """Why trials were stopped, by number."""
+        return {t.number: t.words for t in self.trials() if t.outcome == "stopped"}
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        self._lines.append([event])
+        self._take(event)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        told = {key: value for key, value in event.items() if key != "event"}
+        number = event["number"]
+        self._trials[number] = replace(self._trials[number], **told) if number in self._trials else Trial(**told)
+
+
+def curve(folder: Path, metric: str) -> dict[int, float]:
+    """A metric of a run by step, from its journal, where it was a number."""
+    return {row.step: row.values[metric] for row in Journal(folder).rows() if math.isfinite(row.values.get(metric, math.nan))}

@@ -1,0 +1,63 @@
+"""A search whose driver is killed, and whose trials meet NaN: nothing that ended is repeated, and nothing is left open."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.search.book import TRIALS
+from orchestrator.search.drive import resume_search
+from tests.orchestrator.test_search_run import cluster, recipe, runs
+from tests.tiny import tiny_pair
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pair(tmp_path_factory.mktemp("search-faults"), rows=64)
+
+
+def events(home: Path) -> list[dict[str, Any]]:
+    path = home / "runs" / "find" / TRIALS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_proposal(home: Path, number: int, seconds: float = 300.0) -> None:
+    """Returns once trial `number` has its run's folder."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (home / "runs" / f"find-{number:03d}" / "recipe.yaml").exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"trial {number} did not begin: {events(home)}")
+
+
+def test_a_killed_search_goes_on_repeats_nothing_and_a_nan_stops_only_itself(home: Path, ray_session: str) -> None:
+    given = {**recipe(home), "baseline": False}
+    given["search"] = {"space": {"train.lr": {"choice": [1e-3, 1e-2, 1e30]}}, "sampler": "grid", "trials": 3, "baseline": False}
+    (home / "search.yaml").write_text(json.dumps(given))
+    (home / "cluster.yaml").write_text(json.dumps(cluster(home)))
+    command = [sys.executable, "-m", "jobs.cli", "search", str(home / "search.yaml"), "--cluster", str(home / "cluster.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ.copy())
+    wait_for_proposal(home, 1)
+    process.kill()
+    process.wait()
+    before = events(home)
+    journal = (home / "runs" / "find-000" / "metrics.jsonl").read_text()
+    found = resume_search(home / "runs" / "find", cluster=cluster(home))
+    assert events(home)[: len(before)] == before
+    assert [e["number"] for e in events(home) if e["event"] == "ended"] == [0, 1, 2]
+    assert (home / "runs" / "find-000" / "metrics.jsonl").read_text() == journal
+    assert [t.outcome for t in found.trials] == ["finished", "finished", "failed"]
+    status = {name: run.info.status for name, run in runs(home).items()}
+    assert status.pop("find-002") in ("FAILED", "KILLED", "FINISHED")  # whatever came first: the NaN, its news, or the last step
+    assert status == {"find": "FINISHED", "find-000": "FINISHED", "find-001": "FINISHED"}

@@ -1,0 +1,206 @@
+"""Who may go on and what is tried next, as Ray Tune asks it, without Ray."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.journal import Journal, MetricRow
+from orchestrator.search.book import CONTROL, Book, Trial
+from orchestrator.search.court import Court
+from orchestrator.search.judge import Judge
+from orchestrator.search.proposals import Proposals
+from orchestrator.search.settings import SearchConfig
+from orchestrator.search.trial import OUTCOME, TIME, Spec
+
+METRIC = "eval/cross_entropy"
+RECIPE = {"student": "some/model", "strategy": "logits", "data": "rows.jsonl"}
+
+
+@dataclass(eq=False)
+class Asked:
+    """A trial as Tune shows it."""
+
+    config: dict[str, Any]
+    trial_id: str
+    error: BaseException | None = None
+    status: str = "RUNNING"
+
+    def get_pickled_error(self) -> BaseException | None:
+        return self.error
+
+    def get_error(self) -> BaseException | None:
+        return self.error
+
+
+@dataclass
+class Session:
+    """A court whose stops are only noted, and its two sides."""
+
+    court: Court
+    stopped: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path, wants_control: bool = False, **settings: Any) -> Session:
+        config = SearchConfig.model_validate({"space": {"train.lr": {"choice": [1, 2, 3, 4]}}, "sampler": "grid", **settings})
+        spec = Spec("find", RECIPE, {"storage": str(folder / "runs")}, str(folder), config.objective)
+        (folder / "find").mkdir(exist_ok=True)
+        court = Court(config, spec, Book(folder / "find"), lambda trial: None, wants_control, first_evaluation=2)
+        session = cls(court)
+        court.stop = session.stopped.append  # type: ignore[method-assign]
+        return session
+
+    def sides(self) -> tuple[Proposals, Judge]:
+        return Proposals(self.court), Judge(self.court)
+
+    def begin(self, proposals: Proposals, judge: Judge, name: str) -> Asked:
+        proposal = proposals.suggest(name)
+        assert isinstance(proposal, dict), proposal
+        trial = Asked(proposal, name)
+        judge.on_trial_add(None, trial)
+        return trial
+
+    def report(self, judge: Judge, trial: Asked, step: int, value: float, **more: Any) -> None:
+        folder = self.court.folder(trial.config["number"])
+        folder.mkdir(parents=True, exist_ok=True)
+        Journal(folder).append([MetricRow(step, 1, {METRIC: value}, 0.0)])
+        assert judge.on_trial_result(None, trial, {TIME: step, METRIC: value, "tokens": 10.0 * step, **more}) == "CONTINUE"
+
+    def end(self, proposals: Proposals, judge: Judge, trial: Asked, step: int, value: float, outcome: str = "finished") -> None:
+        self.report(judge, trial, step, value, **{OUTCOME: outcome})
+        judge.on_trial_complete(None, trial, {TIME: step, METRIC: value})
+        proposals.on_trial_complete(trial.trial_id)
+
+
+def outcomes(court: Court) -> dict[int, str]:
+    return {t.number: t.outcome for t in court.book.trials()}
+
+
+def test_asha_asks_the_worse_of_two_to_end_and_the_book_says_why(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, scheduler={"type": "asha", "reduction": 2})
+    proposals, judge = session.sides()
+    good, bad = (session.begin(proposals, judge, name) for name in ("a", "b"))
+    session.report(judge, good, 2, 1.0)
+    session.report(judge, bad, 2, 2.0)
+    session.report(judge, bad, 4, 2.0)  # it trains on until the verdict reaches it
+    session.end(proposals, judge, bad, 5, 1.9, "stopped")
+    assert (session.stopped, outcomes(session.court)) == ([1], {0: "running", 1: "stopped"})
+    assert session.court.book.trials()[1].words == f"asha: {METRIC} 2.0000 at step 2"
+
+
+def test_a_search_that_goes_on_judges_by_what_earlier_trials_reached(tmp_path: Path) -> None:
+    first = Session.of(tmp_path, scheduler={"type": "asha", "reduction": 2})
+    proposals, judge = first.sides()
+    good = first.begin(proposals, judge, "a")
+    first.report(judge, good, 2, 1.0)
+    first.end(proposals, judge, good, 4, 0.9)
+    again = Session.of(tmp_path, scheduler={"type": "asha", "reduction": 2})
+    proposals, judge = again.sides()
+    bad = again.begin(proposals, judge, "b")
+    assert bad.config["number"] == 1
+    again.report(judge, bad, 2, 2.0)
+    assert again.stopped == [1]
+
+
+def test_the_median_of_the_others_decides(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, scheduler={"type": "median", "min_trials": 2})
+    proposals, judge = session.sides()
+    for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        session.report(judge, session.begin(proposals, judge, name), 2, value)
+    assert session.stopped == [2]
+
+
+def test_without_a_scheduler_nobody_is_stopped_but_by_a_budget(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, tokens=50)
+    proposals, judge = session.sides()
+    trial = session.begin(proposals, judge, "a")
+    session.report(judge, trial, 2, 9.0)
+    assert session.stopped == []
+    session.report(judge, trial, 6, 9.0)
+    assert session.stopped == [0]
+    session.end(proposals, judge, trial, 7, 9.0, "stopped")
+    assert session.court.book.trials()[0].words == "the search's 50 tokens are used up"
+    assert proposals.suggest("b") == "FINISHED"
+
+
+def test_a_trial_that_dies_stops_only_itself(tmp_path: Path) -> None:
+    session = Session.of(tmp_path)
+    proposals, judge = session.sides()
+    lost = session.begin(proposals, judge, "a")
+    lost.error = RuntimeError("out of memory")
+    judge.on_trial_error(None, lost)
+    proposals.on_trial_complete("a", error=True)
+    session.end(proposals, judge, session.begin(proposals, judge, "b"), 4, 1.0)
+    failed, finished = session.court.book.trials()
+    assert (failed.outcome, failed.words, finished.outcome) == ("failed", "out of memory", "finished")
+
+
+def test_nan_reaches_no_scheduler(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, scheduler="asha")
+    proposals, judge = session.sides()
+    session.report(judge, session.begin(proposals, judge, "a"), 2, float("nan"))
+    assert session.stopped == []
+
+
+def test_proposals_end_with_the_control_of_the_best_once_all_others_ended(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, wants_control=True, trials=2)
+    proposals, judge = session.sides()
+    one, two = (session.begin(proposals, judge, name) for name in ("a", "b"))
+    assert proposals.suggest("c") is None
+    session.end(proposals, judge, one, 4, 2.0)
+    session.end(proposals, judge, two, 4, 1.0)
+    assert proposals.suggest("c") == {"number": CONTROL, "point": {"train.lr": 2}, "of": 1}
+    assert proposals.suggest("d") == "FINISHED"
+
+
+def test_the_best_without_a_teacher_has_no_control(tmp_path: Path) -> None:
+    space = {"strategy": {"choice": ["cross-entropy", "logits"]}}
+    session = Session.of(tmp_path, wants_control=True, trials=2, space=space)
+    proposals, judge = session.sides()
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        session.end(proposals, judge, session.begin(proposals, judge, name), 4, value)
+    assert proposals.suggest("c") == "FINISHED"
+
+
+def test_without_a_finished_trial_there_is_no_control(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, wants_control=True, trials=1)
+    proposals, judge = session.sides()
+    session.end(proposals, judge, session.begin(proposals, judge, "a"), 2, 2.0, "failed")
+    assert proposals.suggest("b") == "FINISHED"
+
+
+def test_what_a_person_interrupted_goes_on_first_and_what_ended_is_not_repeated(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, trials=3)
+    proposals, judge = session.sides()
+    one, two = (session.begin(proposals, judge, name) for name in ("a", "b"))
+    session.end(proposals, judge, one, 4, 1.0)
+    session.court.interrupt()
+    assert session.stopped == [1]
+    session.end(proposals, judge, two, 3, 1.0, "stopped")
+    assert outcomes(session.court) == {0: "finished", 1: "running"}
+    assert proposals.suggest("c") == "FINISHED"
+    later = Session.of(tmp_path, trials=3)
+    proposals, judge = later.sides()
+    assert [later.begin(proposals, judge, name).config["number"] for name in ("d", "e")] == [1, 2]
+    assert proposals.suggest("f") == "FINISHED"
+
+
+def test_a_court_is_never_copied(tmp_path: Path) -> None:
+    court = Session.of(tmp_path).court
+    assert copy.deepcopy(court) is court
+    assert not isinstance(pickle.loads(pickle.dumps(court)), Court)
+
+
+@pytest.mark.parametrize("event", [Trial(0, {}, "finished"), Trial(0, {}, "failed")])
+def test_a_late_report_changes_no_end(tmp_path: Path, event: Trial) -> None:
+    session = Session.of(tmp_path)
+    proposals, judge = session.sides()
+    trial = session.begin(proposals, judge, "a")
+    session.court.book.end(event)
+    session.report(judge, trial, 9, 1.0)
+    assert session.court.book.trials()[0].outcome == event.outcome

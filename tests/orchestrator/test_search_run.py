@@ -1,0 +1,96 @@
+"""A search end to end: one teacher pass for all trials, children of one MLflow run, a recipe that runs as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config import load_job
+from orchestrator.errors import Refusal
+from orchestrator.search.book import CONTROL, TRIALS
+from orchestrator.search.drive import resume_search, search
+from orchestrator.search.result import SearchResult
+from tests.tiny import tiny_pair
+
+METRIC = "eval/cross_entropy"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pair(tmp_path_factory.mktemp("search"), rows=64)
+
+
+def recipe(home: Path, **settings: Any) -> dict[str, Any]:
+    return {
+        "name": "find",
+        "student": str(home / "student"),
+        "strategy": {"type": "logits", "top_k": 8},
+        "endpoints": {"teacher": {"model": str(home / "teacher")}},
+        "data": {"train": str(home / "rows.jsonl"), "held_out_rows": 8, "max_length_tokens": 48},
+        "train": {"steps": 4, "batch_rows": 4, "layout": "single"},
+        "evaluate": {"every_steps": 2},
+        "search": {"space": {"train.lr": {"choice": [1e-3, 1e-6]}}, "sampler": "grid", "concurrent": 2, **settings},
+    }
+
+
+def cluster(home: Path) -> dict[str, Any]:
+    return {"storage": str(home / "runs"), "address": "auto"}
+
+
+@pytest.fixture(scope="module")
+def found(home: Path, ray_session: str) -> SearchResult:
+    return search(recipe(home), cluster=cluster(home))
+
+
+def runs(home: Path) -> dict[str, Any]:
+    """Every MLflow run, by name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'runs'}/mlflow.db")
+    experiment = client.get_experiment_by_name("distill")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_the_better_learning_rate_is_found_beside_a_control(found: SearchResult) -> None:
+    by = {t.number: t for t in found.trials}
+    assert {t.outcome for t in found.trials} == {"finished"}
+    assert found.best.point["train.lr"] == 1e-3
+    assert by[0].metrics[METRIC] < by[1].metrics[METRIC] and METRIC in by[CONTROL].metrics
+    assert "eval/forward_kl" in by[CONTROL].metrics  # measured on the best trial's scored rows
+    assert all(t.metrics["tokens"] == by[0].metrics["tokens"] and t.metrics["parameters"] > 0 for t in found.trials)
+
+
+def test_the_teacher_reads_the_rows_once(found: SearchResult, home: Path) -> None:
+    (store,) = (home / "runs" / "signals").iterdir()
+    plans = [json.loads((home / "runs" / f"find-{n:03d}" / "plan.json").read_text())["fingerprints"]["signals.teacher"] for n in (0, 1)]
+    assert set(plans) == {store.name.rpartition("-")[2]}
+    assert found.spent.teacher_tokens > 0
+
+
+def test_mlflow_has_one_parent_and_ended_children(found: SearchResult, home: Path) -> None:
+    known = runs(home)
+    parent = known["find"]
+    children = [run for name, run in known.items() if name != "find"]
+    assert sorted(known) == ["find", "find-000", "find-001", "find-control"]
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id == found.mlflow_run_id for run in children)
+    assert {run.info.status for run in known.values()} == {"FINISHED"}
+    assert parent.data.metrics[f"best/{METRIC}"] == pytest.approx(found.best.metrics[METRIC])
+
+
+def test_the_best_recipe_runs_as_it_is_and_the_report_stands_alone(found: SearchResult) -> None:
+    job = load_job(Path(found.best_recipe))
+    assert (job.run.train.lr, job.run.name, job.run.tags) == (1e-3, None, {})
+    page = Path(found.report).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4 and found.name in page
+    assert all((Path(found.folder) / f"{name}.png").stat().st_size > 5000 for name in ("curves", "parallel", "front", "cost"))
+
+
+def test_going_on_repeats_nothing_and_tries_more(found: SearchResult, home: Path) -> None:
+    before = (Path(found.folder) / TRIALS).read_text()
+    again = resume_search(found.folder, cluster=cluster(home))
+    assert again.best == found.best and (Path(found.folder) / TRIALS).read_text() == before
+    with pytest.raises(Refusal, match="a setting that trials depend on"):
+        resume_search(found.folder, ["train.steps=8"], cluster(home))
