@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.config import Job
+from orchestrator.curricula import feedback_lag
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
 from orchestrator.evaluate import MOST_DOMAINS
@@ -32,16 +33,16 @@ def check_curriculum(job: Job, strategy: Strategy) -> None:
     for name in sorted(curriculum.controllers().keys() & job.run.strategy.build().controllers.keys()):
         got = f"a controller {name!r} beside one of the strategy's that is called so, too"
         raise Refusal(WHERE, got, "controllers of names of their own", "Rename that of the strategy.")
-    _check_lag(curriculum, strategy)
+    _check_lag(job, curriculum, strategy)
 
 
-def _check_lag(curriculum: Curriculum, strategy: Strategy) -> None:
+def _check_lag(job: Job, curriculum: Curriculum, strategy: Strategy) -> None:
     """The rows that a student writes are as old as it is."""
     given, where = curriculum.lag_steps, f"{WHERE}.lag_steps"
     if given is None:
         return
-    if not curriculum.controllers():
-        do = "Leave it out; it is for a pace or a mixture that listens to training."
+    if feedback_lag(job.run) is None:
+        do = "Leave it out; it is for a pace, a mixture or a strategy that listens to training."
         raise Refusal(where, f"{given}, for a curriculum that is known before the run", "nothing", do)
     fresh = freshness(strategy, None)
     if weight_sets(strategy) and fresh is not None and given != fresh.staleness:

@@ -213,7 +213,7 @@ def _rows(plan: Plan) -> str:
 
 def _check_objectives(found: SearchPlan) -> None:
     for objective in found.config.objective:
-        known = {*COSTS, *(set.intersection(*({*evaluation_metrics(c.plan.strategy)} for c in found.corners)))}
+        known = {*COSTS, *(set.intersection(*({*evaluation_metrics(c.plan.job, c.plan.strategy)} for c in found.corners)))}
         if objective.metric not in known:
             expected = f"a held-out metric that all trials have, or a cost: {', '.join(sorted(known))}"
             near = nearest(objective.metric, known) or "What is trained on changes from trial to trial; choose a held-out metric. "
