@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from jobs.cli_cluster import cluster_app, jobs_app, submit
 from orchestrator.errors import DistillError
 
 app = typer.Typer(
@@ -157,6 +158,11 @@ def task(
     from jobs.task import run_task
 
     run_task(folder, verbose)
+
+
+app.command(context_settings={"ignore_unknown_options": True})(submit)
+app.add_typer(jobs_app)
+app.add_typer(cluster_app)
 
 
 def main() -> None:
