@@ -11,6 +11,7 @@ import yaml
 from pydantic import Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag, field_validator
 
 from cluster.inside import inside_job
+from cluster.node_settings import Nodes
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 from cluster.vllm_settings import VllmEndpoint
@@ -250,6 +251,8 @@ class ClusterConfig(ClusterModel):
     mlflow: Mlflow = Mlflow()
     resources: Roles = Roles()
     jobs: Jobs = Jobs()
+    nodes: Nodes = Nodes()
+    """Machines of the cluster that `distill cluster render` writes files for."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables of every process of a submitted job. Ray writes them to its logs: no secrets here."""
     secrets: tuple[EnvironmentName, ...] = ()

@@ -25,6 +25,7 @@ SILENCE_SECONDS = 60.0
 STOPPED = 130
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that Ray's client puts above the address it is given."""
+_TALKERS = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
 
 class Unreachable(Exception):
@@ -76,12 +77,15 @@ class Jobs:
         The token comes from RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token when RAY_AUTH_MODE is `token`, as in
         all of Ray; that of a loopback cluster from its own folder.
         """
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+        for name in _TALKERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         here = loopback.serving(address)
+        self.on_this_machine = here is not None
         self.address = here.dashboard if here else address
         if address == "local" and here is None:
+            found = len(loopback.running())
             do = "Start one with `distill cluster up`, or name a cluster with --address or in ray_config.yaml."
-            raise Unreachable("local", "no cluster runs here that takes jobs", do)
+            raise Unreachable("local", f"{found or 'no'} clusters on this machine", do)
         headers = {"Authorization": f"Bearer {here.token}"} if here else None
         with _asking(self.address), _undisturbed():
             self._client = JobSubmissionClient(self.address, headers=headers)

@@ -147,7 +147,7 @@ def up(folder: Path, sizes: Sequence[NodeSize]) -> Loopback:
     _write_private(folder / TOKEN, secrets.token_hex(32))
     gcs, dashboard, client = _free_ports(3)
     head = ["--head", "--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-    head += ["--ray-client-server-port", str(client), "--temp-dir", str(folder / "ray"), "--include-dashboard", "true"]
+    head += ["--ray-client-server-port", str(client), "--include-dashboard", "true"]
     address = f"{HEAD}:{gcs}"
     arguments = [head, *(["--address", address] for _ in sizes[1:])]
     started: list[Process] = []
@@ -168,11 +168,11 @@ def up(folder: Path, sizes: Sequence[NodeSize]) -> Loopback:
 def down(cluster: Loopback) -> list[int]:
     """Ends the cluster's processes and removes its folder; the pids that were ended. Processes of others are never touched."""
     before = _marked(cluster.folder)
-    for node in reversed(cluster.nodes):
-        if process := node.found():
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGTERM)
-    psutil.wait_procs(before, timeout=END_SECONDS)
+    nodes = [process for node in reversed(cluster.nodes) if (process := node.found())]
+    for process in nodes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(nodes, timeout=END_SECONDS)  # each ends its own first
     left = _marked(cluster.folder)
     for process in left:
         with suppress(psutil.NoSuchProcess):
@@ -200,6 +200,7 @@ def _start(folder: Path, number: int, words: Sequence[str], size: NodeSize) -> P
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
     command += ["--node-ip-address", f"127.0.0.{number + 2}", "--num-cpus", str(size.cpus), "--num-gpus", str(size.gpus)]
     command += ["--object-store-memory", str((size.memory_mib or 256) << 20), "--dashboard-agent-listen-port", "0"]
+    command += ["--temp-dir", str(folder / str(number))]  # nodes that share one take each other's working_dir away
     command += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any free one: nodes share the machine's
     with (folder / f"node-{number}.log").open("wb") as log:
         child = subprocess.Popen(

@@ -26,6 +26,8 @@ class Luggage:
     """
 
     tree: Tree
+    same_machine: bool = False
+    """The cluster sees the folders that are seen here: every path that is there becomes absolute."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Content by path in the archive, besides the tree's own files."""
     reached: list[str] = field(default_factory=list)
@@ -66,9 +68,9 @@ class Luggage:
         there = Path(_GLOB.split(text, maxsplit=1)[0]).expanduser() if _GLOB.search(text) else path
         if not there.exists() or there == Path():
             return text
-        if not path.is_absolute() and self.tree.root == Path.cwd().resolve() and self.tree.holds(there):
+        if not self.same_machine and not path.is_absolute() and self.tree.root == Path.cwd().resolve() and self.tree.holds(there):
             return text
         absolute = str(path.absolute())
-        if absolute not in self.reached:
+        if not self.same_machine and absolute not in self.reached:
             self.reached.append(absolute)
         return absolute

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from jobs.cli_cluster import cluster_app, jobs_app, submit
+from jobs.cli_cluster import cluster_app, doctor, jobs_app, submit
 from orchestrator.errors import DistillError
 
 app = typer.Typer(
@@ -161,6 +161,7 @@ def task(
 
 
 app.command(context_settings={"ignore_unknown_options": True})(submit)
+app.command()(doctor)
 app.add_typer(jobs_app)
 app.add_typer(cluster_app)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -100,3 +100,23 @@ def down(name: Name = "loopback") -> None:
     from jobs.loopback import end
 
     end(name)
+
+
+@cluster_app.command(context_settings={"ignore_unknown_options": True})
+def render(
+    what: Annotated[Literal["raycluster", "rayjob", "launcher", "docker"], typer.Argument(help="Which file.")],
+    words: Annotated[list[str] | None, typer.Argument(help="With rayjob: the command and what it takes.", show_default=False)] = None,
+    cluster: Settings = None,
+    output: Annotated[Path | None, typer.Option(help="A file. [default: standard output]", show_default=False)] = None,
+) -> None:
+    """Write the file that starts a cluster elsewhere, from ray_config.yaml."""
+    from jobs.render import write
+
+    write(what, words or [], cluster, output)
+
+
+def doctor(cluster: Settings = None) -> None:
+    """Check versions, ports, memory, disk, GPUs, storage, MLflow and Ray, and say what to do."""
+    from jobs.doctor import examine
+
+    raise typer.Exit(examine(cluster))

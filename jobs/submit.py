@@ -21,11 +21,12 @@ from cluster.luggage import Luggage
 from cluster.package import Tree
 from cluster.storage import Folder
 from jobs.run import cluster_file
-from jobs.submitted import COMMAND, RUN_FOLDER, follow_job, hints, reachable
+from jobs.submitted import COMMAND, EXPERIMENT, RUN_FOLDER, TRACKING, follow_job, hints, reachable
 from orchestrator.config import load_cluster, load_job
 from orchestrator.errors import Refusal
 from orchestrator.naming import fresh_name
 from orchestrator.result import RECIPE
+from orchestrator.tracking_uri import absolute
 
 MIB = 1 << 20
 
@@ -81,7 +82,7 @@ def submit(asked: Asked) -> int:
     check_size(tree, config.jobs.package_mib)
     with reachable():
         jobs = Jobs(asked.address or config.ray_address)
-    luggage = Luggage(tree)
+    luggage = Luggage(tree, same_machine=jobs.on_this_machine)
     command = entrypoint(asked, work, config, luggage)
     job_id = f"{work.name}-{secrets.token_hex(2)}"
     out = Console(stderr=True, highlight=False)
@@ -93,7 +94,7 @@ def submit(asked: Asked) -> int:
         for path in luggage.reached:
             out.print(f"Reaches  {path}: not in the tree, so every node must have it", soft_wrap=True)
         with reachable():
-            jobs.submit(job_id, command, archive, environment(config), _metadata(asked, work))
+            jobs.submit(job_id, command, archive, environment(config), _metadata(asked, work, config))
     if work.folder:
         out.print(f"Run      {work.folder}", soft_wrap=True)
     if not asked.follow:
@@ -163,6 +164,9 @@ def _work(asked: Asked, known: Command, config: ClusterConfig) -> Work:
     return Work(re.sub(r"[^\w.-]", "-", name), (*words, f"name={name}"), ("--resume", folder), folder)
 
 
-def _metadata(asked: Asked, work: Work) -> dict[str, str]:
-    said = shlex.join(["distill", asked.command, *asked.words])
-    return {COMMAND: said} | ({RUN_FOLDER: work.folder} if work.folder else {})
+def _metadata(asked: Asked, work: Work, config: ClusterConfig) -> dict[str, str]:
+    """What `distill jobs status` needs to know; a password was refused before."""
+    said = {COMMAND: shlex.join(["distill", asked.command, *asked.words])}
+    if work.folder is None:
+        return said
+    return {**said, RUN_FOLDER: work.folder, TRACKING: absolute(config.tracking_uri), EXPERIMENT: config.mlflow.experiment}

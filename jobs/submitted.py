@@ -16,9 +16,10 @@ from orchestrator import tracking_uri
 from orchestrator.config import load_cluster
 from orchestrator.errors import Refusal
 from orchestrator.journal import RunRecord
+from orchestrator.roundtrip import page_of_job
 
-RUN_FOLDER, COMMAND = "run_folder", "command"
-"""What a job's metadata says: the folder of its run, and what it was asked to do."""
+RUN_FOLDER, COMMAND, TRACKING, EXPERIMENT = "run_folder", "command", "mlflow_tracking_uri", "mlflow_experiment"
+"""What a job's metadata says: the folder of its run, what it was asked to do, and where MLflow keeps it."""
 
 
 @contextmanager
@@ -67,15 +68,16 @@ def show_status(jobs: Jobs, job_id: str) -> None:
 
 
 def run_of(job: Job) -> Mapping[str, str]:
-    """The run of a job and where MLflow shows it, as far as its folder can be read from here."""
+    """The run of a job and where MLflow shows it: by the run's folder when it can be read from here, else by the job's tag."""
     folder = job.metadata.get(RUN_FOLDER)
     if folder is None:
         return {}
     record = None if "://" in folder else RunRecord.load(Path(folder))
-    if record is None:
-        return {"Run": folder}
-    page = tracking_uri.page(record.uri, record.experiment_id, record.run_id)
-    return {"Run": folder, "MLflow": f"{page} (run {record.run_id}, {record.status})"}
+    if record is not None:
+        page = f"{tracking_uri.page(record.uri, record.experiment_id, record.run_id)} (run {record.run_id}, {record.status})"
+    else:
+        page = page_of_job(job.metadata.get(TRACKING, ""), job.metadata.get(EXPERIMENT, ""), job.id) or "knows no run of it yet"
+    return {"Run": folder, "MLflow": page}
 
 
 def show_logs(jobs: Jobs, job_id: str, follow: bool) -> int:

@@ -32,13 +32,11 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
+from orchestrator.roundtrip import JOB_TAG
 from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
 from orchestrator.watch import Watch, stopping_words
 from strategies import baseline
-
-JOB_TAG = "ray.job"
-"""MLflow tag that names the submitted job of a run."""
 
 
 def drive(plan: Plan, display: Display) -> RunResult:
