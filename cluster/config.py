@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag, field_validator
+from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
 
 from cluster.inside import inside_job
 from cluster.node_settings import Nodes
@@ -212,6 +212,16 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRI
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
+def _no_secret(name: str) -> str:
+    """Looks at the name alone, so that a refusal repeats no value."""
+    if SECRET_NAME.search(name):
+        raise ValueError("no secret: give it to the nodes and write its name under `secrets`")
+    return name
+
+
+PlainName = Annotated[EnvironmentName, AfterValidator(_no_secret)]
+
+
 class Roles(ClusterModel):
     """Resources of the training job's own processes; endpoints carry theirs."""
 
@@ -253,20 +263,12 @@ class ClusterConfig(ClusterModel):
     jobs: Jobs = Jobs()
     nodes: Nodes = Nodes()
     """Machines of the cluster that `distill cluster render` writes files for."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[PlainName, str] = Field(default_factory=dict)
     """Variables of every process of a submitted job. Ray writes them to its logs: no secrets here."""
     secrets: tuple[EnvironmentName, ...] = ()
     """Names of variables that every node has by itself, such as HF_TOKEN. Their values are never read here, sent or stored."""
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name; a recipe may add its own or change fields of these."""
-
-    @field_validator("environment")
-    @classmethod
-    def _no_secrets(cls, given: dict[str, str]) -> dict[str, str]:
-        for name in given:
-            if SECRET_NAME.search(name):
-                raise ValueError(f"no secrets: give {name} to the nodes and write its name under `secrets`")
-        return given
 
     @property
     def ray_address(self) -> str:

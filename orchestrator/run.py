@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import session
+from cluster.config import ClusterConfig
 from cluster.storage import Folder
 from orchestrator.config import Job, load_job
 from orchestrator.display import Display
@@ -90,9 +91,17 @@ def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> 
     return planned(plan.job.model_copy(update={"run": named})), took
 
 
+def check_address(cluster: ClusterConfig) -> None:
+    """`Refusal` for an address that takes jobs and no drivers."""
+    if (address := cluster.ray_address).startswith(("http://", "https://")):
+        do = "distill submit run RECIPE sends it there; to run here, set address: local."
+        raise Refusal("address", f"the Jobs URL {address}", "local, auto, host:port or ray://host:port for a run that starts here", do)
+
+
 def planned_with_ray(job: Job, planned: Callable[[], Plan], display: Display) -> Plan:
     """A checked plan, and Ray. The checks import and read for seconds in a thread of their own, while Ray starts in this one:
     Ray's processes end with the thread that started them."""
+    check_address(job.cluster)
     with ThreadPoolExecutor(1) as pool:
         planning = pool.submit(planned)
         started_here = session.start(job.cluster, display.verbose)
