@@ -229,6 +229,8 @@ class Roles(ClusterModel):
     """One student training worker."""
     reader: Resources = Resources()
     """The process that lays out the order and reads rows."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Training workers on as few nodes as hold them, or on as many as there are."""
 
 
 class Mlflow(ClusterModel):

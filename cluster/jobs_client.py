@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import requests
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobSubmissionClient
 
@@ -87,7 +86,7 @@ class Jobs:
             do = "Start one with `distill cluster up`, or name a cluster with --address or in ray_config.yaml."
             raise Unreachable("local", f"{found or 'no'} clusters on this machine", do)
         headers = {"Authorization": f"Bearer {here.token}"} if here else None
-        with _asking(self.address), _undisturbed():
+        with _asking(self.address), _undisturbed(self.address):
             self._client = JobSubmissionClient(self.address, headers=headers)
         self.address = self._client.get_address()
 
@@ -119,12 +118,12 @@ class Jobs:
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> Job:
         """Hands on what the job prints until it is over; goes on where it was when the connection breaks."""
-        told, answered = 0, time.monotonic()
+        once, answered = _Once(write), time.monotonic()
         while True:
             try:
                 job = self._started(job_id)
                 if not job.over or job.exit_code is not None or job.status == "STOPPED":
-                    told = asyncio.run(self._tail(job_id, write, told))
+                    asyncio.run(self._tail(job_id, once))
                 return self.wait(job_id)
             except (RuntimeError, aiohttp.ClientError, OSError, Unreachable) as error:
                 answered = time.monotonic() if self._answers() else answered
@@ -150,15 +149,26 @@ class Jobs:
             return False
         return True
 
-    async def _tail(self, job_id: str, write: Callable[[str], object], told: int) -> int:
-        """Characters told so far; the first `told` of them are not told again."""
-        seen = 0
+    async def _tail(self, job_id: str, once: _Once) -> None:
+        once.begin()
         async for text in self._client.tail_job_logs(job_id):
-            seen += len(text)
-            if seen > told:
-                write(text[-(seen - told) :])
-                told = seen
-        return told
+            once.tell(text)
+
+
+class _Once:
+    """Hands on a text that may be told from its beginning several times, each character once."""
+
+    def __init__(self, write: Callable[[str], object]):
+        self._write, self._told, self._heard = write, 0, 0
+
+    def begin(self) -> None:
+        self._heard = 0
+
+    def tell(self, text: str) -> None:
+        self._heard += len(text)
+        if (new := self._heard - self._told) > 0:
+            self._told = self._heard
+            self._write(text[-new:])
 
 
 @contextmanager
@@ -168,7 +178,7 @@ def _asking(address: str, job_id: str = "") -> Iterator[None]:
     except AuthenticationError as error:
         do = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token."
         raise Unreachable(address, "it asks for another token", do) from error
-    except (ConnectionError, requests.exceptions.RequestException, RayError, ValueError) as error:
+    except (OSError, RayError, ValueError) as error:  # what requests raises is an OSError
         do = "Check the address, and that its dashboard runs; `distill doctor` looks at both."
         raise Unreachable(address, _first_line(error), do) from error
     except RuntimeError as error:
@@ -178,8 +188,9 @@ def _asking(address: str, job_id: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    before = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
+def _undisturbed(address: str) -> Iterator[None]:
+    """Without the variables that stand above an address; `auto` is what they say."""
+    before = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ and address != "auto"}
     try:
         yield
     finally:

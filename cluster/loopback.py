@@ -143,7 +143,8 @@ def up(folder: Path, sizes: Sequence[NodeSize]) -> Loopback:
         raise LoopbackError(f"a cluster runs in {folder} already")
     if known:
         down(known)
-    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    for place in (folder.parent, folder):
+        _take(place)
     _write_private(folder / TOKEN, secrets.token_hex(32))
     gcs, dashboard, client = _free_ports(3)
     head = ["--head", "--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
@@ -185,6 +186,13 @@ def down(cluster: Loopback) -> list[int]:
 def processes(cluster: Loopback) -> list[int]:
     """Pids of everything that belongs to the cluster: nodes, workers, jobs."""
     return sorted(process.pid for process in _marked(cluster.folder))
+
+
+def _take(folder: Path) -> None:
+    """A folder that nobody else can put things into; `/tmp` is everybody's."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise LoopbackError(f"{folder} belongs to somebody else")
 
 
 def _marked(folder: str) -> list[psutil.Process]:

@@ -48,7 +48,7 @@ def status(job: JobId, address: Address = None, cluster: Settings = None) -> Non
     """Show what a job does, and its run in MLflow."""
     from jobs.submitted import jobs_of, show_status
 
-    show_status(jobs_of(address, cluster), job)
+    show_status(jobs_of(address, cluster), job, address)
 
 
 @jobs_app.command()
@@ -61,7 +61,7 @@ def logs(
     """Print what a job says."""
     from jobs.submitted import jobs_of, show_logs
 
-    raise typer.Exit(show_logs(jobs_of(address, cluster), job, follow))
+    raise typer.Exit(show_logs(jobs_of(address, cluster), job, follow, address))
 
 
 @jobs_app.command()

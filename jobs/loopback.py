@@ -39,7 +39,7 @@ def show() -> None:
     for column in ("name", "nodes alive", "jobs", "address", "processes"):
         table.add_column(column, overflow="fold")
     for cluster in found:
-        alive = f"{len(cluster.alive())} of {len(cluster.nodes)}"
+        alive = f"{_alive(cluster)} of {len(cluster.nodes)}"
         name = cluster.folder.rpartition("/")[2]
         table.add_row(name, alive, cluster.dashboard, cluster.address, str(len(loopback.processes(cluster))))
     out.print(table)
@@ -52,3 +52,10 @@ def end(name: str) -> None:
         raise Refusal("distill cluster down", f"no cluster named {name!r}", "one that `up` started", "`distill cluster status` lists them.")
     ended = loopback.down(cluster)
     Console(highlight=False).print(f"Ended {len(ended)} processes of {name}.")
+
+
+def _alive(cluster: loopback.Loopback) -> str:
+    try:
+        return str(len(cluster.alive()))
+    except OSError:  # its dashboard starts or has ended
+        return "?"

@@ -126,7 +126,7 @@ def entrypoint(asked: Asked, work: Work, config: ClusterConfig, luggage: Luggage
     retries = config.jobs.retries if asked.retries is None else asked.retries
     if not retries:
         return f"exec {shlex.join(first)}"
-    then = [*program, *luggage.arguments(work.then), *where]
+    then = first if work.then == work.words else [*program, *luggage.arguments(work.then), *where]
     file = f"{work.folder}/{RECIPE}" if work.folder else os.devnull
     return f"exec {shlex.join(['python', '-m', 'cluster.retrying', str(retries), file, '--', *first, '--then', *then])}"
 

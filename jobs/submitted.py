@@ -53,7 +53,7 @@ def show_jobs(jobs: Jobs) -> None:
     Console(highlight=False).print(table)
 
 
-def show_status(jobs: Jobs, job_id: str) -> None:
+def show_status(jobs: Jobs, job_id: str, address: str | None) -> None:
     """What a job does, and where its run is."""
     with reachable():
         job = jobs.job(job_id)
@@ -64,7 +64,7 @@ def show_status(jobs: Jobs, job_id: str) -> None:
     lines |= {"Says": job.message.strip().splitlines()[0]} if job.message.strip() else {}
     for name, value in {**lines, **run_of(job)}.items():
         out.print(f"{name:<9}{value}", soft_wrap=True, markup=False)
-    out.print(hints(job_id, None), soft_wrap=True)
+    out.print(hints(job_id, address), soft_wrap=True)
 
 
 def run_of(job: Job) -> Mapping[str, str]:
@@ -80,10 +80,10 @@ def run_of(job: Job) -> Mapping[str, str]:
     return {"Run": folder, "MLflow": page}
 
 
-def show_logs(jobs: Jobs, job_id: str, follow: bool) -> int:
+def show_logs(jobs: Jobs, job_id: str, follow: bool, address: str | None) -> int:
     """All that the job printed; with `follow`, until it ends, and then its exit code."""
     if follow:
-        return follow_job(jobs, job_id, None)
+        return follow_job(jobs, job_id, address)
     with reachable():
         sys.stdout.write(jobs.logs(job_id))
     return 0

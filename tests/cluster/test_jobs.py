@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cluster import loopback
+from cluster import jobs_client, loopback
 from cluster.inside import inside_job, submission_id
 from cluster.jobs_client import Job, Jobs, NoSuchJob, Unreachable
 from cluster.package import Tree
@@ -56,6 +58,42 @@ def test_a_stopped_job_ends_by_ctrl_c_and_is_told_apart(ray_session: str, archiv
     assert "KeyboardInterrupt" in jobs.logs("stopped")
     with pytest.raises(NoSuchJob):
         jobs.job("nobody")
+
+
+class Breaking:
+    """Instead of Ray's client: the connection breaks while a job prints, and the dashboard is away once."""
+
+    def __init__(self, address: str, headers: object):
+        self.asked = 0
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        self.asked += 1
+        if self.asked == 2:
+            raise ConnectionError("nobody there")
+        status = "RUNNING" if self.asked < 4 else "SUCCEEDED"
+        fields = {"submission_id": job_id, "message": "", "entrypoint": "", "metadata": None, "start_time": 1, "end_time": None}
+        return SimpleNamespace(**fields, status=status, driver_exit_code=None if status == "RUNNING" else 0)
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return []
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "one\n"
+        yield "two\nth"
+        if self.asked < 4:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield "ree\n"
+
+
+def test_what_is_followed_is_told_once_when_the_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_client, "JobSubmissionClient", Breaking)
+    monkeypatch.setattr(jobs_client, "POLL_SECONDS", 0.0)
+    told: list[str] = []
+    assert Jobs("http://head:8265").follow("a", told.append).status == "SUCCEEDED"
+    assert "".join(told) == "one\ntwo\nthree\n"
 
 
 def test_outcomes() -> None:

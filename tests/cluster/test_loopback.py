@@ -81,3 +81,12 @@ def test_a_cluster_is_known_by_each_of_its_addresses(tmp_path: Path, monkeypatch
 def test_the_token_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     loopback._write_private(tmp_path / TOKEN, "secret")
     assert (tmp_path / TOKEN).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(loopback.LoopbackError, match="somebody else"):
+        loopback.up(tmp_path / "link", [loopback.NodeSize()])
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    with pytest.raises(loopback.LoopbackError, match="somebody else"):
+        loopback.up(tmp_path / "mine", [loopback.NodeSize()])

@@ -7,14 +7,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
 
-from cluster.jobs_client import Job
+from cluster.jobs_client import Job, Jobs
 from jobs import submit as submitting
 from jobs.submit import COMMANDS, Asked, submit
-from jobs.submitted import run_of
+from jobs.submitted import follow_job, run_of
 from orchestrator.errors import Refusal
 
 RECIPE = "student: models/student\nstrategy: cross-entropy\ndata: rows.jsonl\ntrain: {steps: 3}\n"
@@ -150,6 +151,17 @@ def test_the_address_is_the_named_one_else_that_of_the_settings(sent: Sent) -> N
     assert sent.address == "http://head:8265"
     ask("recipe.yaml", address=None)
     assert sent.address == "local"
+
+
+def test_ctrl_c_ends_the_watching_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    class Watched:
+        def follow(self, job_id: str, write: object) -> Job:
+            raise KeyboardInterrupt
+
+    assert follow_job(cast(Jobs, Watched()), "mine", "http://head:8265") == 130
+    told = capsys.readouterr().err
+    assert "mine; it goes on" in told
+    assert "distill jobs stop mine --address http://head:8265" in told
 
 
 def test_status_knows_a_run_by_its_folder(tmp_path: Path) -> None:
