@@ -7,8 +7,8 @@ import re
 import secrets
 import shlex
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -77,6 +77,7 @@ def submit(asked: Asked) -> int:
     if known is None:
         do = "Run it here, or submit one of these."
         raise Refusal("distill submit", repr(asked.command), f"one of {', '.join(COMMANDS)}", do)
+    asked = replace(asked, words=_apart(asked.words))
     config = load_cluster(cluster_file(asked.cluster))
     work, tree = _work(asked, known, config), Tree.of(Path.cwd())
     check_size(tree, config.jobs.package_mib)
@@ -101,6 +102,11 @@ def submit(asked: Asked) -> int:
         out.print(hints(job_id, asked.address), soft_wrap=True)
         return 0
     return follow_job(jobs, job_id, asked.address)
+
+
+def _apart(words: Sequence[str]) -> tuple[str, ...]:
+    """`--option=value` as two words."""
+    return tuple(part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word]))
 
 
 def check_size(tree: Tree, limit_mib: int) -> None:

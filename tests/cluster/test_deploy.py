@@ -91,7 +91,7 @@ CLUSTER_SPEC = {
         "enableInTreeAutoscaling": {"type": "boolean"},
         "headGroupSpec": {
             "type": "object",
-            "required": ["template"],
+            "required": ["rayStartParams", "template"],
             "additionalProperties": False,
             "properties": {"rayStartParams": START, "template": POD},
         },
@@ -99,7 +99,7 @@ CLUSTER_SPEC = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["groupName", "minReplicas", "maxReplicas", "template"],
+                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
                 "additionalProperties": False,
                 "properties": {
                     "groupName": {"type": "string"},

@@ -98,9 +98,10 @@ def test_a_second_try_goes_on_from_the_runs_folder(sent: Sent) -> None:
     assert again == ["python", "-m", "jobs.cli", "run", "--resume", folder, "--cluster", "submitted/ray_config.yaml"]
 
 
-def test_a_resumed_run_keeps_its_folder(sent: Sent) -> None:
+@pytest.mark.parametrize("words", [("--resume", "runs/earlier"), ("--resume=runs/earlier",)])
+def test_a_resumed_run_keeps_its_folder(sent: Sent, words: tuple[str, ...]) -> None:
     (Path.cwd() / "runs" / "earlier").mkdir(parents=True)
-    ask("--resume", "runs/earlier")
+    ask(*words)
     assert f"--resume {Path.cwd()}/runs/earlier " in sent.command
     assert sent.metadata["run_folder"] == f"{Path.cwd()}/runs/earlier"
 
