@@ -32,6 +32,9 @@ def rendered(what: str, words: Sequence[str], config: ClusterConfig) -> str:
         raise Refusal(f"distill cluster render {what}", got, "a command with rayjob, and with nothing else", do)
     if what == "docker":
         return dockerfile(config.environment)
+    if what != "launcher" and "://" not in config.storage and config.nodes.claim is None:
+        do = "Set nodes.claim to a PersistentVolumeClaim, or storage to a URI such as s3://bucket/runs."
+        raise Refusal("storage", f"the folder {config.storage!r}", "what outlives a pod", do)
     if what == "rayjob":
         return write_yaml(ray_job(config, ["python", "-m", "jobs.cli", *words], f"{config.nodes.name}-{words[0]}"))
     return write_yaml(ray_cluster(config) if what == "raycluster" else launcher(config))

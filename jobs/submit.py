@@ -83,6 +83,8 @@ def submit(asked: Asked) -> int:
     check_size(tree, config.jobs.package_mib)
     with reachable():
         jobs = Jobs(asked.address or config.ray_address)
+    if known.recipe and not jobs.on_this_machine:
+        check_storage(config.storage)
     luggage = Luggage(tree, same_machine=jobs.on_this_machine)
     command = entrypoint(asked, work, config, luggage)
     job_id = f"{work.name}-{secrets.token_hex(2)}"
@@ -107,6 +109,14 @@ def submit(asked: Asked) -> int:
 def _apart(words: Sequence[str]) -> tuple[str, ...]:
     """`--option=value` as two words."""
     return tuple(part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word]))
+
+
+def check_storage(storage: str) -> None:
+    """`Refusal` for a folder that another machine would make somewhere of its own."""
+    if "://" in storage or Path(storage).is_absolute():
+        return
+    do = "Write storage: s3://bucket/runs, or the whole path of a folder that all nodes mount, in ray_config.yaml."
+    raise Refusal("storage", f"the relative folder {storage!r}", "a URI or an absolute folder that every node reaches", do)
 
 
 def check_size(tree: Tree, limit_mib: int) -> None:

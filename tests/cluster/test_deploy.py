@@ -216,6 +216,14 @@ def test_a_rayjob_needs_a_command_and_nothing_else_takes_one() -> None:
         rendered("raycluster", ["run"], config())
 
 
+def test_runs_that_would_go_with_their_pods_are_refused() -> None:
+    nodes = {**CONFIG["nodes"], "claim": None}
+    with pytest.raises(Refusal, match=r"nodes\.claim"):
+        rendered("raycluster", [], config(nodes=nodes))
+    assert "persistentVolumeClaim" not in rendered("raycluster", [], config(nodes=nodes, storage="s3://bucket/runs"))
+    assert "cluster_name" in rendered("launcher", [], config(nodes=nodes))
+
+
 def test_the_shipped_settings_render() -> None:
     shipped = ClusterConfig.model_validate(read_yaml(ROOT / "ray_config.yaml"))
     jsonschema.validate(ray_cluster(shipped)["spec"], CLUSTER_SPEC)

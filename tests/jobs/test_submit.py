@@ -46,7 +46,8 @@ def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sent:
     (root / "models" / "student").mkdir(parents=True)
     (root / "models" / "student" / "config.json").write_text("{}")
     (root / "recipe.yaml").write_text(RECIPE)
-    (root / "ray_config.yaml").write_text("secrets: [HF_TOKEN]\nenvironment: {HF_HOME: /data}\njobs: {package_mib: 1}\n")
+    settings = f"storage: {root}/runs\nsecrets: [HF_TOKEN]\nenvironment: {{HF_HOME: /data}}\njobs: {{package_mib: 1}}\n"
+    (root / "ray_config.yaml").write_text(settings)
     monkeypatch.chdir(root)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
@@ -127,6 +128,15 @@ def test_a_tree_that_is_too_large_is_refused_with_what_makes_it_so(sent: Sent) -
     assert ask("recipe.yaml") == 0
     recipe = yaml.safe_load(sent.files["submitted/recipe.yaml"])
     assert recipe["student"] == str(Path.cwd() / "models" / "student")  # left out, so it must be reached
+
+
+def test_a_relative_storage_folder_is_for_this_machine_alone(sent: Sent) -> None:
+    Path("ray_config.yaml").write_text("storage: runs\n")
+    with pytest.raises(Refusal, match="absolute folder that every node reaches"):
+        ask("recipe.yaml")
+    sent.on_this_machine = True
+    ask("recipe.yaml")
+    assert yaml.safe_load(sent.files["submitted/ray_config.yaml"])["storage"] == str(Path.cwd() / "runs")
 
 
 def test_a_password_in_an_address_is_refused_because_it_would_be_stored(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,22 +31,21 @@ endpoints:
 data: {train: data/rows.jsonl, held_out_rows: 4, max_length_tokens: 64}
 train: {steps: 3, batch_rows: 4, workers: 2, layout: ddp, lr: 1.0e-3}
 """
-SETTINGS = "resources: {worker: {cpus: 1.5}, placement: spread}\nenvironment: {HF_HUB_OFFLINE: '1'}\n"
+SECRET = "sk-very-secret-of-the-nodes"
+SETTINGS = "secrets: [OF_NODES_TOKEN]\nresources: {worker: {cpus: 1.5}, placement: spread}\nenvironment: {HF_HUB_OFFLINE: '1'}\n"
 """A worker has room beside the teacher, and two workers have none on one node."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Loopback]:
     """Two nodes of two CPUs whose processes import this repository."""
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_ADDRESS")}
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before["PYTHONPATH"])))
-    os.environ.pop("RAY_ADDRESS", None)
-    started = loopback.up(loopback.folder_of(f"test-{os.getpid()}"), [NodeSize(2), NodeSize(2)])
-    yield started
-    loopback.down(started)
-    os.environ.update({name: value for name, value in before.items() if value is not None})
-    if before["PYTHONPATH"] is None:
-        del os.environ["PYTHONPATH"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("OF_NODES_TOKEN", SECRET)
+        started = loopback.up(loopback.folder_of(f"test-{os.getpid()}"), [NodeSize(2), NodeSize(2)])
+        yield started
+        loopback.down(started)
 
 
 PROGRAM = """
@@ -93,6 +92,16 @@ def test_a_submitted_run_is_followed_to_its_end_and_linked_with_mlflow(
     assert (run.info.status, run.data.tags[JOB_TAG]) == ("FINISHED", job.id)
     assert run.info.run_id in run_of(job)["MLflow"]
     assert run.info.run_id in (page_of_job(uri, "distill", job.id) or "")
+    logs = [folder / "session_latest" / "logs" for folder in Path(cluster.folder).glob("[0-9]*")]
+    assert len(logs) == 2
+    assert all(not holding(secret, tmp_path / "runs", *logs) for secret in (SECRET, cluster.token))
+
+
+def holding(text: str, *folders: Path) -> list[Path]:
+    """Files that a text stands in."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    return [path for path in files if text.encode() in path.read_bytes()]
 
 
 @pytest.mark.slow
