@@ -35,11 +35,12 @@ class Tree:
     """Bytes by path below `root`, with slashes."""
 
     @classmethod
-    def of(cls, root: Path) -> Tree:
+    def of(cls, root: Path, without: Path | None = None) -> Tree:
         """What `.gitignore` and `.rayignore` leave, in every folder, by the rules that Ray itself applies to a working_dir. Links that
-        lead out of the tree are left out."""
+        lead out of the tree are left out, and so is the folder `without`."""
         root = root.resolve()
         ignores: Ignores = [_get_excludes(root, [*get_runtime_env_default_excludes(), *NEVER])]
+        ignores += [] if without is None else [without.resolve().__eq__]
         return cls(root, {path.relative_to(root).as_posix(): path.stat().st_size for path in _walk(root, root, ignores)})
 
     @property

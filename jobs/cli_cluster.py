@@ -20,7 +20,7 @@ Name = Annotated[str, typer.Option(help="Several clusters have several names.")]
 
 
 def submit(
-    command: Annotated[str, typer.Argument(help="run, generate or evaluate.")],
+    command: Annotated[str, typer.Argument(help="run, generate, evaluate or doctor.")],
     words: Annotated[list[str] | None, typer.Argument(help="What the command takes: a recipe, overrides, options.")] = None,
     address: Address = None,
     cluster: Settings = None,

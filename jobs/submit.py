@@ -79,7 +79,8 @@ def submit(asked: Asked) -> int:
         raise Refusal("distill submit", repr(asked.command), f"one of {', '.join(COMMANDS)}", do)
     asked = replace(asked, words=_apart(asked.words))
     config = load_cluster(cluster_file(asked.cluster))
-    work, tree = _work(asked, known, config), Tree.of(Path.cwd())
+    storage = Folder.of(config.storage)
+    work, tree = _work(asked, known, config), Tree.of(Path.cwd(), without=storage.local)
     check_size(tree, config.jobs.package_mib)
     with reachable():
         jobs = Jobs(asked.address or config.ray_address)

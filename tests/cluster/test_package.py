@@ -71,6 +71,12 @@ def test_a_link_out_of_the_tree_is_not_followed(project: Path, tmp_path: Path) -
     assert not any(name.startswith(("file", "folder")) for name in files)
 
 
+def test_the_folder_of_runs_stays_here_whatever_the_ignore_files_say(project: Path) -> None:
+    fill(project, kept_runs__a__model="weights")
+    assert "kept_runs/a/model" in Tree.of(project).files
+    assert "kept_runs/a/model" not in Tree.of(project, without=project / "kept_runs").files
+
+
 def test_a_folder_goes_along_only_when_all_of_it_does(project: Path) -> None:
     tree = Tree.of(project)
     assert tree.holds(project / "main")
