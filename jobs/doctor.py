@@ -19,7 +19,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def examine(cluster: Path | None) -> int:
-    """Prints what every check finds as it ends; 1 when one failed."""
+    """Prints what every check finds; 1 when one failed."""
     config = load_cluster(cluster_file(cluster))
     found = [check() for check in (*checks(config), mlflow_of(config))]
     table = Table(title="distill doctor", title_justify="left")
