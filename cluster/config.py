@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
+from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
 
+from cluster.inside import inside_job
+from cluster.node_settings import Nodes
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 from cluster.vllm_settings import VllmEndpoint
@@ -19,6 +22,7 @@ __all__ = [
     "Dtype",
     "EndpointConfig",
     "FakeEndpoint",
+    "Jobs",
     "Mlflow",
     "ModelName",
     "OpenAIEndpoint",
@@ -31,6 +35,7 @@ __all__ = [
     "VerifierEndpoint",
     "VllmEndpoint",
     "read_yaml",
+    "write_yaml",
 ]
 
 
@@ -205,6 +210,21 @@ def follows_student(config: EndpointConfig) -> bool:
     return isinstance(config, TransformersEndpoint | VllmEndpoint) and config.follows_student
 
 
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE)
+"""Names of variables whose values are taken for secrets."""
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+def _no_secret(name: str) -> str:
+    """Looks at the name alone, so that a refusal repeats no value."""
+    if SECRET_NAME.search(name):
+        raise ValueError("no secret: give it to the nodes and write its name under `secrets`")
+    return name
+
+
+PlainName = Annotated[EnvironmentName, AfterValidator(_no_secret)]
+
+
 class Roles(ClusterModel):
     """Resources of the training job's own processes; endpoints carry theirs."""
 
@@ -212,6 +232,8 @@ class Roles(ClusterModel):
     """One student training worker."""
     reader: Resources = Resources()
     """The process that lays out the order and reads rows."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Training workers on as few nodes as hold them, or on as many as there are."""
 
 
 class Mlflow(ClusterModel):
@@ -222,20 +244,41 @@ class Mlflow(ClusterModel):
     experiment: str = "distill"
 
 
+class Jobs(ClusterModel):
+    """How `distill submit` treats the jobs it makes."""
+
+    package_mib: Annotated[int, Field(ge=1, le=512)] = 100
+    """Largest working tree that goes along, uncompressed; Ray itself takes no more than 512."""
+    retries: NonNegativeInt = 0
+    """Times a command that failed is started again inside its job; a run goes on from its last checkpoint."""
+    stop_seconds: PositiveInt = 120
+    """Time that `distill jobs stop` gives a run for its last checkpoint, before it is killed."""
+
+
 class ClusterConfig(ClusterModel):
     """The whole of `ray_config.yaml`."""
 
     address: str = "local"
-    """`local` starts Ray on this machine; `auto` or `host:port` joins a running cluster. RAY_ADDRESS wins over `local`."""
+    """`local` starts Ray on this machine; `auto`, `host:port` or `ray://host:port` joins a running cluster; a Jobs URL such as
+    `http://host:8265` is where `distill submit` sends jobs. RAY_ADDRESS wins over `local`. Inside a job, it is the job's own cluster."""
     storage: str = "runs"
     """Folder (or a pyarrow filesystem URI reached by every node) that holds one folder per run."""
     mlflow: Mlflow = Mlflow()
     resources: Roles = Roles()
+    jobs: Jobs = Jobs()
+    nodes: Nodes = Nodes()
+    """Machines of the cluster that `distill cluster render` writes files for."""
+    environment: dict[PlainName, str] = Field(default_factory=dict)
+    """Variables of every process of a submitted job. Ray writes them to its logs: no secrets here."""
+    secrets: tuple[EnvironmentName, ...] = ()
+    """Names of variables that every node has by itself, such as HF_TOKEN. Their values are never read here, sent or stored."""
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name; a recipe may add its own or change fields of these."""
 
     @property
     def ray_address(self) -> str:
+        if inside_job():
+            return "auto"
         return os.environ.get("RAY_ADDRESS") or self.address if self.address == "local" else self.address
 
     @property
@@ -247,3 +290,8 @@ class ClusterConfig(ClusterModel):
 def read_yaml(path: Path) -> object:
     """Parsed content of a YAML file; `yaml.YAMLError` or `OSError` when it cannot be read."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def write_yaml(*documents: object) -> str:
+    """YAML text of plain content, in the order of its keys; several documents are separated by `---`."""
+    return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120)

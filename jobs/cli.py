@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from jobs.cli_cluster import cluster_app, doctor, jobs_app, submit
 from orchestrator.errors import DistillError
 
 app = typer.Typer(
@@ -182,6 +183,12 @@ def task(
 
     makers = {"arithmetic": run_task, "specialists": run_specialists}
     makers[name](folder or Path("runs") / name, verbose)
+
+
+app.command(context_settings={"ignore_unknown_options": True})(submit)
+app.command()(doctor)
+app.add_typer(jobs_app)
+app.add_typer(cluster_app)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from cluster.inside import submission_id
 from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
@@ -32,6 +33,7 @@ from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
 from orchestrator.rollout_metrics import fates
+from orchestrator.roundtrip import JOB_TAG
 from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
 from orchestrator.watch import Watch, stopping_words
@@ -79,7 +81,7 @@ def start_tracking(plan: Plan, parent: str | None) -> Tracker:
         name=plan.name,
         folder=folder,
         params={**plan.job.run.model_dump(mode="json"), "steps": plan.steps, "fingerprint": plan.fingerprints},
-        tags=dict(plan.job.run.tags),
+        tags=dict(plan.job.run.tags) | _job_tags(),
         run_id=known.run_id if known else None,
         parent_run_id=parent,
     )
@@ -88,6 +90,12 @@ def start_tracking(plan: Plan, parent: str | None) -> Tracker:
     for name, content in plan.text.about().items() if plan.text else ():
         tracker.log_text(content, name)
     return tracker
+
+
+def _job_tags() -> dict[str, str]:
+    """Of a run inside a submitted job: which one, as `distill jobs status` takes it."""
+    job = submission_id()
+    return {} if job is None else {JOB_TAG: job}
 
 
 def _fill_stores(plan: Plan, display: Display, tracking: Future[Tracker]) -> None:

@@ -100,7 +100,12 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
         train_loop_config={"job": job},
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
-        scaling_config=ScalingConfig(num_workers=run.train.workers, use_gpu=share.gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=run.train.workers,
+            use_gpu=share.gpus > 0,
+            resources_per_worker=resources,
+            placement_strategy=plan.job.cluster.resources.placement.upper(),
+        ),
         run_config=RunConfig(
             name=plan.name,
             storage_path=plan.folder.root.rpartition("/")[0],

@@ -93,9 +93,17 @@ def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> 
     return planned(plan.job.model_copy(update={"run": named})), took
 
 
+def check_address(cluster: ClusterConfig) -> None:
+    """`Refusal` for an address that takes jobs and no drivers."""
+    if (address := cluster.ray_address).startswith(("http://", "https://")):
+        do = "distill submit run RECIPE sends it there; to run here, set address: local."
+        raise Refusal("address", f"the Jobs URL {address}", "local, auto, host:port or ray://host:port for a run that starts here", do)
+
+
 def planned_with_ray(cluster: ClusterConfig, planned: Callable[[], P], display: Display) -> P:
     """A checked plan, and Ray. The checks import and read for seconds in a thread of their own, while Ray starts in this one:
     Ray's processes end with the thread that started them."""
+    check_address(cluster)
     with ThreadPoolExecutor(1) as pool:
         planning = pool.submit(planned)
         started_here = session.start(cluster, display.verbose)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 _SQLITE = "sqlite:///"
+_USER = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def absolute(uri: str) -> str:
@@ -39,9 +41,9 @@ def page(uri: str, experiment_id: str, run_id: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/", "", f"/experiments/{experiment_id}/runs/{run_id}"))
 
 
-def without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def without_password(text: str) -> str:
+    """An address, or a sentence with addresses in it, without their user names and passwords."""
+    return _USER.sub("", text)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ itself; an end without it means that the driver is gone, and the run becomes KIL
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def release(watchdog: subprocess.Popen[bytes], timeout_seconds: float = 5.0) -> 
 
 
 def main(folder: Path, driver_pid: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever stops a job signals all its processes, and the driver is the one to speak
     if sys.stdin.buffer.read().endswith(DONE):
         return
     from orchestrator.track import reconcile

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
-import re
-
 from cluster.storage import Folder
 from orchestrator.checks import machine, recipe, resumed
 from orchestrator.config import Job
+from orchestrator.naming import fresh_name
 from orchestrator.result import RECIPE, RESULT
 
 BASELINE = "-baseline"
@@ -20,16 +18,8 @@ def run_folder(job: Job, recipe_name: str, resume: Folder | None) -> Folder:
     if resume is not None:
         resumed.check_resumable(resume, job, RECIPE, RESULT)
         return resume
-    name = job.run.name or free_name(job.cluster.storage, recipe_name)
+    name = job.run.name or fresh_name(job.cluster.storage, recipe_name)
     recipe.check_name(name)
     names = [name, name + BASELINE] if job.run.baseline else [name]
     machine.check_folders_free([Folder.of(job.cluster.storage, n) for n in names], RESULT)
     return Folder.of(job.cluster.storage, name)
-
-
-def free_name(storage: str, recipe_name: str) -> str:
-    """A name made of the recipe's and the time, the first of its kind that nobody has: runs may begin in one second."""
-    stem = re.sub(r"[^\w.+=-]+", "-", recipe_name, flags=re.ASCII).strip("-.") or "run"
-    name = f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    names = (name, *(f"{name}-{i}" for i in range(2, 100)))
-    return next(n for n in names if not Folder.of(storage, n).exists())

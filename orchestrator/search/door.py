@@ -16,12 +16,12 @@ import torch
 from cluster.resources import machine_cpus
 from cluster.storage import Folder
 from orchestrator.checks import machine, recipe
-from orchestrator.checks.folders import free_name
 from orchestrator.checks.teaching import evaluation_metrics
 from orchestrator.config import Job, load_job, read_content
 from orchestrator.dotted import ABSENT, get, put
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
+from orchestrator.naming import fresh_name
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rows import Rows
 from orchestrator.search.sampler import propose
@@ -129,7 +129,7 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
 
 
 def _name(job: Job, stem: str) -> str:
-    name = job.run.name or free_name(job.cluster.storage, stem)
+    name = job.run.name or fresh_name(job.cluster.storage, stem)
     recipe.check_name(name)
     folder = Folder.of(job.cluster.storage, name)
     if folder.exists():

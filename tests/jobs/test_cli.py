@@ -21,7 +21,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "evaluate", "export", "strategies", "task", "quickstart"])
+@pytest.mark.parametrize(
+    "command", ["plan", "run", "evaluate", "export", "strategies", "task", "quickstart", "submit", "doctor", "jobs", "cluster"]
+)
 def test_every_command_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert "Usage" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Files that start a cluster elsewhere, written from `ray_config.yaml`: KubeRay, Ray's cluster launcher, an image."""

@@ -1,0 +1,16 @@
+"""What a run is called when its recipe does not say."""
+
+from __future__ import annotations
+
+import datetime
+import re
+
+from cluster.storage import Folder
+
+
+def fresh_name(storage: str, recipe_name: str) -> str:
+    """A name after the recipe and the time that no folder of `storage` has: runs may begin in one second."""
+    stem = re.sub(r"[^\w.+=-]+", "-", recipe_name, flags=re.ASCII).strip("-.") or "run"
+    name = f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    names = (name, *(f"{name}-{i}" for i in range(2, 100)))
+    return next(n for n in names if not Folder.of(storage, n).exists())

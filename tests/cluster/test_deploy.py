@@ -1,0 +1,229 @@
+"""Files that start a cluster elsewhere: valid where a schema is published, and saying what `ray_config.yaml` says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cluster.config import ClusterConfig, read_yaml, write_yaml
+from cluster.deploy.docker import FOLDERS, dockerfile
+from cluster.deploy.kuberay import ray_cluster, ray_job
+from cluster.deploy.launcher import launcher
+from jobs.render import rendered
+from orchestrator.errors import Refusal
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER_SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+
+POD = {
+    "type": "object",
+    "required": ["spec"],
+    "additionalProperties": False,
+    "properties": {
+        "spec": {
+            "type": "object",
+            "required": ["containers"],
+            "additionalProperties": False,
+            "properties": {
+                "automountServiceAccountToken": {"type": "boolean"},
+                "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
+                "containers": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+                            "image": {"type": "string"},
+                            "env": {
+                                "type": "array",
+                                "items": {
+                                    "type": "object",
+                                    "required": ["name"],
+                                    "properties": {
+                                        "name": {"type": "string"},
+                                        "value": {"type": "string"},
+                                        "valueFrom": {"type": "object"},
+                                    },
+                                    "additionalProperties": False,
+                                },
+                            },
+                            "ports": {
+                                "type": "array",
+                                "items": {
+                                    "type": "object",
+                                    "required": ["containerPort"],
+                                    "properties": {"containerPort": {"type": "integer"}},
+                                },
+                            },
+                            "resources": {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "properties": {k: {"type": "object"} for k in ("requests", "limits")},
+                            },
+                            "securityContext": {"type": "object"},
+                            "volumeMounts": {"type": "array", "items": {"type": "object", "required": ["name", "mountPath"]}},
+                        },
+                    },
+                },
+            },
+        }
+    },
+}
+START = {"type": "object", "additionalProperties": {"type": "string"}}
+CLUSTER_SPEC = {
+    "type": "object",
+    "required": ["headGroupSpec"],
+    "additionalProperties": False,
+    "properties": {
+        "rayVersion": {"type": "string"},
+        "authOptions": {"type": "object", "properties": {"mode": {"enum": ["disabled", "token"]}}, "additionalProperties": False},
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "headGroupSpec": {
+            "type": "object",
+            "required": ["rayStartParams", "template"],
+            "additionalProperties": False,
+            "properties": {"rayStartParams": START, "template": POD},
+        },
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"],
+                "additionalProperties": False,
+                "properties": {
+                    "groupName": {"type": "string"},
+                    **{k: {"type": "integer", "minimum": 0} for k in ("replicas", "minReplicas", "maxReplicas")},
+                    "rayStartParams": START,
+                    "template": POD,
+                },
+            },
+        },
+    },
+}
+JOB_SPEC = {
+    "type": "object",
+    "required": ["entrypoint", "rayClusterSpec"],
+    "additionalProperties": False,
+    "properties": {
+        "entrypoint": {"type": "string"},
+        "shutdownAfterJobFinishes": {"type": "boolean"},
+        "ttlSecondsAfterFinished": {"type": "integer"},
+        "backoffLimit": {"type": "integer"},
+        "rayClusterSpec": CLUSTER_SPEC,
+    },
+}
+"""Of KubeRay's resources (ray.io/v1), what is rendered here, by its API reference: names, types and what must be there."""
+
+CONFIG = {
+    "storage": "/data/runs",
+    "environment": {"HF_HOME": "/data/hub", "NOTE": 'a "word" for $5'},
+    "secrets": ["HF_TOKEN"],
+    "jobs": {"retries": 2},
+    "nodes": {
+        "image": "registry/distill:1",
+        "claim": "runs",
+        "head": {"cpus": 2, "memory_gib": 8, "machine": {"InstanceType": "m5.large"}},
+        "groups": {"students": {"gpus": 8, "cpus": 64, "memory_gib": 512, "min": 1, "max": 4}, "teachers": {"min": 2, "max": 2}},
+    },
+}
+
+
+def config(**changes: Any) -> ClusterConfig:
+    return ClusterConfig.model_validate({**CONFIG, **changes})
+
+
+@pytest.mark.parametrize("content", [{}, CONFIG])
+def test_manifests_have_the_shape_that_kuberay_documents(content: dict[str, Any]) -> None:
+    given = ClusterConfig.model_validate(content)
+    cluster, job = ray_cluster(given), ray_job(given, ["python", "-m", "jobs.cli", "run", "a b.yaml"], "distill-run")
+    assert (cluster["apiVersion"], cluster["kind"], job["kind"]) == ("ray.io/v1", "RayCluster", "RayJob")
+    jsonschema.validate(cluster["spec"], CLUSTER_SPEC)
+    jsonschema.validate(job["spec"], JOB_SPEC)
+    assert yaml.safe_load(write_yaml(cluster)) == cluster
+    assert job["spec"]["entrypoint"] == "python -m jobs.cli run 'a b.yaml'"
+
+
+def test_manifests_say_what_the_settings_say() -> None:
+    spec = ray_cluster(config())["spec"]
+    students, teachers = spec["workerGroupSpecs"]
+    assert [students[k] for k in ("groupName", "replicas", "minReplicas", "maxReplicas")] == ["students", 1, 1, 4]
+    assert (teachers["minReplicas"], spec["enableInTreeAutoscaling"], spec["authOptions"]) == (2, True, {"mode": "token"})
+    (container,) = students["template"]["spec"]["containers"]
+    assert container["image"] == "registry/distill:1"
+    assert container["resources"]["limits"] == {"cpu": 64, "memory": "512Gi", "nvidia.com/gpu": 8}
+    assert {"name": "HF_HOME", "value": "/data/hub"} in container["env"]
+    assert {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "distill-secrets", "key": "HF_TOKEN"}}} in container["env"]
+    assert {"name": "storage", "mountPath": "/data/runs"} in container["volumeMounts"]
+    assert {v["name"] for v in students["template"]["spec"]["volumes"]} == {m["name"] for m in container["volumeMounts"]}
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert ray_job(config(), ["x"], "n")["spec"]["backoffLimit"] == 2
+
+
+@pytest.mark.parametrize(
+    "provider", [{"type": "aws", "region": "us-west-2"}, {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}]
+)
+def test_the_launcher_file_fits_the_schema_that_ray_ships(provider: dict[str, Any]) -> None:
+    content = launcher(config(nodes={**CONFIG["nodes"], "provider": provider}))
+    jsonschema.validate(content, LAUNCHER_SCHEMA)
+    if provider["type"] == "aws":
+        validate_config(prepare_config(content))  # Ray's own door, with defaults filled in
+        types = content["available_node_types"]
+        assert types["students"]["resources"] == {"CPU": 64, "GPU": 8}
+        assert (types["students"]["min_workers"], types["students"]["max_workers"], content["max_workers"]) == (1, 4, 6)
+        assert types["head"]["node_config"] == {"InstanceType": "m5.large"}
+    options = content["docker"]["run_options"]
+    assert "--env HF_TOKEN" in options
+    assert all("RAY_AUTH_MODE=token" in c for k in ("head", "worker") for c in content[f"{k}_start_ray_commands"] if "ray start" in c)
+
+
+def test_the_image_has_the_whole_program_in_the_environment_that_is_pinned() -> None:
+    text = dockerfile(config().environment)
+    (listed,) = re.findall(r"^include = \[(.+)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert listed == ", ".join(f'"{folder}*"' for folder in FOLDERS)
+    for source in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in source.split()), source
+    assert r'ENV NOTE="a \"word\" for \$5"' in text
+    assert text.rstrip().endswith("USER ray")
+    pinned = re.search(r'requires-python = ">=(\d\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert pinned
+    assert f"FROM python:{pinned[1]}-slim" in text
+
+
+@pytest.mark.parametrize("what", ["raycluster", "rayjob", "launcher", "docker"])
+def test_no_secret_of_the_environment_gets_into_a_file(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    words = ["run", "jobs/recipes/tiny_logits.yaml"] if what == "rayjob" else []
+    text = rendered(what, words, config())
+    assert "hf_very_secret" not in text
+    assert ("HF_TOKEN" in text) == (what != "docker")
+
+
+def test_a_rayjob_needs_a_command_and_nothing_else_takes_one() -> None:
+    with pytest.raises(Refusal, match="no command"):
+        rendered("rayjob", [], config())
+    with pytest.raises(Refusal, match="'run'"):
+        rendered("raycluster", ["run"], config())
+
+
+def test_runs_that_would_go_with_their_pods_are_refused() -> None:
+    nodes = {**CONFIG["nodes"], "claim": None}
+    with pytest.raises(Refusal, match=r"nodes\.claim"):
+        rendered("raycluster", [], config(nodes=nodes))
+    assert "persistentVolumeClaim" not in rendered("raycluster", [], config(nodes=nodes, storage="s3://bucket/runs"))
+    assert "cluster_name" in rendered("launcher", [], config(nodes=nodes))
+
+
+def test_the_shipped_settings_render() -> None:
+    shipped = ClusterConfig.model_validate(read_yaml(ROOT / "ray_config.yaml"))
+    jsonschema.validate(ray_cluster(shipped)["spec"], CLUSTER_SPEC)
