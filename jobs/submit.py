@@ -26,6 +26,7 @@ from orchestrator.config import load_cluster, load_job
 from orchestrator.errors import Refusal
 from orchestrator.naming import fresh_name
 from orchestrator.result import RECIPE
+from orchestrator.search.book import TRIALS
 from orchestrator.tracking_uri import absolute
 
 MIB = 1 << 20
@@ -37,12 +38,13 @@ class Command:
 
     recipe: bool = False
     """Its words are a recipe and overrides, checked here before anything is sent."""
-    resumes: bool = False
-    """It has a run folder, and a second try goes on from its last checkpoint."""
+    resumes: str | None = None
+    """A file of its folder that is there once it has begun: from then on another try goes on with it. None where nothing goes on."""
 
 
 COMMANDS: Mapping[str, Command] = {
-    "run": Command(recipe=True, resumes=True),
+    "run": Command(recipe=True, resumes=RECIPE),
+    "search": Command(recipe=True, resumes=TRIALS),
     "generate": Command(recipe=True),
     "evaluate": Command(),
     "doctor": Command(),
@@ -144,7 +146,7 @@ def entrypoint(asked: Asked, work: Work, config: ClusterConfig, luggage: Luggage
     if not retries:
         return f"exec {shlex.join(first)}"
     then = first if work.then == work.words else [*program, *luggage.arguments(work.then), *where]
-    file = f"{work.folder}/{RECIPE}" if work.folder else os.devnull
+    file = f"{work.folder}/{COMMANDS[asked.command].resumes}" if work.folder else os.devnull
     return f"exec {shlex.join(['python', '-m', 'cluster.retrying', str(retries), file, '--', *first, '--then', *then])}"
 
 
