@@ -18,6 +18,7 @@ from orchestrator.config import LayoutConfig, Lora, StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.layouts import Layout, Numerics, make_layout
 from orchestrator.models import StudentModule, load_student
+from orchestrator.plan import plan_text
 from orchestrator.run import distill
 from strategies.core import Columns, Sampling
 from tests.orchestrator.bench import Bench
@@ -103,6 +104,7 @@ def test_the_door_knows_the_metric_and_its_judge(bench: Bench) -> None:
     found = plan.answers
     assert found is not None and (found.rows, found.sampling.max_new_tokens, found.longest_tokens) == (32, 8, 512)
     assert found.first_row == plan.data.train.rows and found.sampling.stop and found.judge.tokenizer is not None
+    assert "8 held-out prompts are answered each time, in up to 8 tokens; verifier judges" in " ".join(plan_text(plan).split())
     assert not any("verifier" in w for w in plan.warnings) and bench.plan().answers is None
 
 
