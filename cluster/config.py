@@ -231,6 +231,10 @@ class ClusterConfig(ClusterModel):
     """Folder (or a pyarrow filesystem URI reached by every node) that holds one folder per run."""
     mlflow: Mlflow = Mlflow()
     resources: Roles = Roles()
+    weights_transport: Literal["object_store", "nixl"] = "object_store"
+    """How a student's weights travel to those that write or teach with them while it trains. `nixl` leaves Ray's object store out (Ray
+    Direct Transport, alpha): training workers keep every version that may be asked for, and it is read out of their memory, by RDMA where
+    the network has it. Needs the package `nixl` on every node."""
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name; a recipe may add its own or change fields of these."""
 

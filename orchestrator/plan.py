@@ -121,7 +121,9 @@ class Plan:
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, and what controllers said, by the versions that `board` knows; None where neither
         matters to the rows of a step."""
-        return following.freshness(self.strategy, board, feedback_lag(self.job.run))
+        found = following.freshness(self.strategy, board, feedback_lag(self.job.run))
+        way = self.job.cluster.weights_transport
+        return found if found is None or way == "object_store" else replace(found, transport=way)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""

@@ -102,7 +102,7 @@ def _publisher(job: WorkerJob, student: Layout, rank: int) -> Publisher | None:
     """Who sends the student's versions out, or what controllers say; None where nobody waits for either."""
     if job.freshness is None:
         return None
-    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, parcel(job.run))
+    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, parcel(job.run, job.freshness.transport))
 
 
 def _kept_versions(checkpoint: Checkpoint | None) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
