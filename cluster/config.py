@@ -272,6 +272,10 @@ class ClusterConfig(ClusterModel):
     """Variables of every process of a submitted job. Ray writes them to its logs: no secrets here."""
     secrets: tuple[EnvironmentName, ...] = ()
     """Names of variables that every node has by itself, such as HF_TOKEN. Their values are never read here, sent or stored."""
+    weights_transport: Literal["object_store", "nixl"] = "object_store"
+    """How a student's weights travel to those that write or teach with them while it trains. `nixl` leaves Ray's object store out (Ray
+    Direct Transport, alpha): training workers keep every version that may be asked for, and it is read out of their memory, by RDMA where
+    the network has it. Needs the package `nixl` on every node."""
     endpoints: dict[str, EndpointConfig] = Field(default_factory=dict)
     """Teachers by name; a recipe may add its own or change fields of these."""
 

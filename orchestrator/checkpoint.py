@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.storage import Folder
+from orchestrator.history import smaller_is_better
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint
@@ -91,9 +92,10 @@ def kept(run: Folder) -> list[Folder]:
 
 
 def best(run: Folder, metric: str) -> Folder | None:
-    """The kept checkpoint with the smallest `metric`; the newest when none has it."""
+    """The kept checkpoint with the best `metric`; the newest when none has it."""
+    sign = 1.0 if smaller_is_better(metric) else -1.0
     scored = [(read_position(f).metrics.get(metric), f) for f in kept(run)]
-    ranked = [(value, f.root, f) for value, f in scored if value is not None]
+    ranked = [(sign * value, f.root, f) for value, f in scored if value is not None]
     return min(ranked)[2] if ranked else committed(run)
 
 

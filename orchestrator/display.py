@@ -164,6 +164,6 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _evaluation(entry: Entry) -> str:
-    wanted = ("cross_entropy", "forward_kl", "top1_agreement")
+    wanted = ("cross_entropy", "forward_kl", "top1_agreement", "accuracy")
     found = {name: entry.values.get(f"eval/{name}") for name in wanted}
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items() if value is not None)

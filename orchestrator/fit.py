@@ -18,6 +18,7 @@ from cluster import session
 from orchestrator.attempt import StreamFactory
 from orchestrator.board import Entry, open_board
 from orchestrator.errors import origin
+from orchestrator.history import smaller_is_better
 from orchestrator.plan import Plan
 from orchestrator.worker import WorkerJob, run_worker
 
@@ -77,6 +78,7 @@ def start_fit(plan: Plan) -> Fit:
         freshness=freshness,
         measured=plan.measured,
         domains=plan.data.domains,
+        answers=plan.answers,
     )
     fit = Fit(threading.Thread(target=lambda: None), board)
 
@@ -113,7 +115,7 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=run.checkpoint.keep,
                 checkpoint_score_attribute=run.checkpoint.best_metric if plan.data.held_out.rows else None,
-                checkpoint_score_order="min",
+                checkpoint_score_order="min" if smaller_is_better(run.checkpoint.best_metric) else "max",
             ),
             worker_runtime_env={"env_vars": environment},
         ),

@@ -40,8 +40,8 @@ def versions(strategy: Strategy) -> int:
     return found.staleness + 2 if found else 0
 
 
-def parcel(run: RunConfig) -> Parcel:
-    """What every version of a run's student carries."""
+def parcel(run: RunConfig, transport: str | None = None) -> Parcel:
+    """What every version of a run's student carries, and how."""
     from orchestrator.published import Average
 
     lora, strategy = run.student.lora, run.build()
@@ -49,5 +49,6 @@ def parcel(run: RunConfig) -> Parcel:
         return Parcel(weights=False)
     averages = {name: Average(rate) for name, rate in average_rates(strategy).items()}
     if lora is None:
-        return Parcel(averages=averages)
-    return Parcel(adapter_scale=lora.alpha / lora.r, adapter_only=lora.publish == "adapter", averages=averages)
+        return Parcel(averages=averages, transport=transport)
+    adapter_only = lora.publish == "adapter"
+    return Parcel(adapter_scale=lora.alpha / lora.r, adapter_only=adapter_only, averages=averages, transport=transport)

@@ -14,10 +14,12 @@ from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import alignment, authored, checkpoint, following, stores
 from orchestrator.alignment import Alignment
+from orchestrator.answers import Answers
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
 from orchestrator.checks import alarms, authors, curriculum, machine, networks, recipe, rehearsal, resumed, room, served, states, teaching
+from orchestrator.checks.answers import check_answers
 from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
@@ -69,6 +71,8 @@ class Plan:
     """The same, and those whose output heads workers apply; a control has its run's."""
     measured: Mapping[str, Taught]
     """Signals that held-out rows carry; a control has its run's."""
+    answers: Answers | None
+    """How the student answers held-out prompts; a control does so, too."""
     demands: tuple[Demand, ...]
     held_out: Folder
     """Where scored held-out bundles are kept; a control shares its run's."""
@@ -117,7 +121,9 @@ class Plan:
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, and what controllers said, by the versions that `board` knows; None where neither
         matters to the rows of a step."""
-        return following.freshness(self.strategy, board, feedback_lag(self.job.run))
+        found = following.freshness(self.strategy, board, feedback_lag(self.job.run))
+        way = self.job.cluster.weights_transport
+        return found if found is None or way == "object_store" else replace(found, transport=way)
 
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
@@ -161,8 +167,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus(), pools(strategy.stages)))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
-    work = room.work(job, strategy, order, found_sources, added)
-    memory, heavy = room.fits(job, people, work, found_sources, wanted, inner, added)
+    memory, heavy = room.fits(job, people, room.work(job, strategy, order, found_sources, added), found_sources, wanted, inner, added)
     plan = Plan(
         job=job,
         name=folder.root.rpartition("/")[2],
@@ -178,6 +183,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         frozen=frozen,
         loaded={**{name: endpoints[name] for name in sorted(heads_of(strategy.signals))}, **frozen},
         measured=teaching.measured(strategy),
+        answers=check_answers(job, people, data, _data_cache(job)),
         demands=wanted,
         held_out=folder.child("held_out"),
         cast=people,

@@ -207,6 +207,9 @@ def _data(plan: Plan) -> Iterator[str]:
     if data.train.domains:
         rows = ", ".join(f"{name} {count:,} + {data.held_out.domains.get(name, 0):,}" for name, count in data.train.domains.items())
         yield f"domains by {run.domain or 'source'}, rows to train on + held out: {rows}"
+    if (asked := plan.job.run.evaluate.answers) is not None:
+        count = min(asked.rows, data.held_out.rows)
+        yield f"{count:,} held-out prompts are answered each time, in up to {asked.max_new_tokens:,} tokens; {asked.verifier} judges"
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens)
     dropped = f", {data.dropped_rows:,} rows in neither split" if data.dropped_rows else ""
     yield f"longest row {longest:,} tokens (limit {run.max_length_tokens:,}){dropped}, {_short(data.fingerprint)}"

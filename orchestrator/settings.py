@@ -79,11 +79,24 @@ class DataConfig(Model):
         return tuple(dict.fromkeys(name for name in (self.domain, self.score) if name is not None))
 
 
+class AnswersConfig(Model):
+    """The student answers held-out prompts, the likeliest text each, and a verifier compares with the rows' own completions."""
+
+    verifier: str = "verifier"
+    """Name of the endpoint that judges."""
+    rows: PositiveInt = 32
+    """Held-out rows whose prompts are answered, the first ones."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer."""
+
+
 class EvaluateConfig(Model):
     """Held-out evaluation during and after training."""
 
     every_steps: PositiveInt | None = None
     """Also evaluate every so many steps; the last step always is."""
+    answers: AnswersConfig | None = None
+    """Also measure how many answers are right (`eval/accuracy`), where every training worker has the whole student."""
 
 
 class CheckpointConfig(Model):
@@ -94,7 +107,8 @@ class CheckpointConfig(Model):
     keep: PositiveInt = 2
     """Checkpoints kept: the best by held-out metric, and always the last."""
     best_metric: str = "eval/cross_entropy"
-    """Held-out metric, smaller is better, that ranks checkpoints and the student's LoggedModel."""
+    """Held-out metric that ranks checkpoints and the student's LoggedModel: the larger the better of `eval/accuracy` and agreements, else
+    the smaller."""
 
 
 class TextConfig(Model):

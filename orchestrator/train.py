@@ -20,6 +20,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from cluster.causal_lm import bound_kernel_cache
 from orchestrator import checkpoint, evaluate
+from orchestrator.answers import Answering
 from orchestrator.board import RankJournal
 from orchestrator.bundle import scalar
 from orchestrator.collective import gather, total, world_size
@@ -101,7 +102,7 @@ def _publisher(job: WorkerJob, student: Layout, rank: int) -> Publisher | None:
     """Who sends the student's versions out, or what controllers say; None where nobody waits for either."""
     if job.freshness is None:
         return None
-    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, parcel(job.run))
+    return Publisher(job.freshness.board, student, rank, job.freshness.staleness, parcel(job.run, job.freshness.transport))
 
 
 def _kept_versions(checkpoint: Checkpoint | None) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
@@ -140,7 +141,7 @@ class Trainer:
         """Nothing until the first step is over (`measure`)."""
         self.cursor: Mapping[str, float] = {}
         """What the curriculum has drawn so far."""
-        self._terms = evaluate.evaluation_terms(job.measured, job.domains)
+        self._terms, self._answering = evaluate.evaluation_terms(job.measured, job.domains), Answering(job.answers)
         self._skipped = 0
 
     def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
@@ -198,6 +199,7 @@ class Trainer:
             micros, rounds = self.held_out.micros, self.held_out.rounds
             metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
             metrics |= evaluate.teacher_cross_entropy(self.held_out.bundles, self._job.measured, self._job.domains)
+            metrics |= self._answering.measure(student, self.held_out.bundles)
             self._journal.evaluated(attempt, step, metrics)
             if self.due(step):  # and not where a person stopped the run, so that one that goes on is as one that never stopped
                 self._controls.after_evaluation(metrics)

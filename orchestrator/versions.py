@@ -56,6 +56,8 @@ class Freshness:
     board: Any
     weights: str = STUDENT_WEIGHTS
     """Which of a version's sets an engine takes."""
+    transport: str | None = None
+    """How weights travel past Ray's object store; None where they go through it."""
 
     def due(self, step: int) -> int:
         """Finished steps of the oldest student that may write step `step` (from 1); exactly it writes unless `newest`."""
@@ -122,6 +124,8 @@ class Parcel:
     """Sends the factors with every version and what they adapt once, instead of merged weights."""
     averages: Mapping[str, Average] = field(default_factory=dict)
     """Moving averages of the student, by the name of their set."""
+    transport: str | None = None
+    """See `Freshness.transport`."""
 
 
 class Publisher:
@@ -204,7 +208,7 @@ class Publisher:
         from orchestrator.published import published_base
 
         base = published_base(self._layout)
-        return {} if self._rank else {BASE_WEIGHTS: [ray.put(_arrays(base))]}
+        return {} if self._rank else {BASE_WEIGHTS: [_put(base, self._parcel.transport)]}
 
     def _sets(self, student: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
         if not self._parcel.weights:
@@ -214,7 +218,7 @@ class Publisher:
     def _send(self, step: int, sets: Mapping[str, Mapping[str, Tensor]]) -> None:
         if self._rank != 0:
             return
-        self._recent.append((step, {name: [ray.put(_arrays(weights))] for name, weights in sets.items()}))
+        self._recent.append((step, {name: [_put(weights, self._parcel.transport)] for name, weights in sets.items()}))
         self._tell()
 
     def _tell(self) -> None:
@@ -229,9 +233,19 @@ class Publisher:
 
 
 Sets = Mapping[str, list[Any]]
-"""Sets of weights by name, each a list of one reference to `Arrays`, which Ray passes on without fetching it."""
+"""Sets of weights by name, each a list of one reference to `Arrays`, or `orchestrator.direct.Packed`, which Ray passes on without fetching
+it."""
 Arrays = dict[str, tuple[str, Any]]
 """Dtype and values by name. Arrays travel through the object store without a copy, and numpy knows no bfloat16."""
+
+
+def _put(weights: Mapping[str, Tensor], transport: str | None) -> Any:
+    """A reference to the weights."""
+    if transport is None:
+        return ray.put(_arrays(weights))
+    from orchestrator.direct import sent
+
+    return sent(weights, transport)
 
 
 def _arrays(weights: Mapping[str, Tensor]) -> Arrays:
@@ -255,7 +269,11 @@ def _tensors(arrays: Arrays) -> dict[str, Tensor]:
 
 
 def _fetched(references: list[Any]) -> dict[str, Tensor]:
-    return _tensors(ray.get(references[0]))
+    found = ray.get(references[0])
+    if isinstance(found, dict):
+        return _tensors(found)
+    direct: dict[str, Tensor] = found.unpacked()
+    return direct
 
 
 def kept_versions(folder: Path) -> dict[int, dict[str, dict[str, Tensor]]]:

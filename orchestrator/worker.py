@@ -15,6 +15,7 @@ from orchestrator.stream import Stream
 from orchestrator.versions import Freshness
 
 if TYPE_CHECKING:
+    from orchestrator.answers import Answers
     from strategies.sources import Taught
 
 
@@ -40,6 +41,8 @@ class WorkerJob:
     """Signals that held-out rows carry, a control's too."""
     domains: tuple[str, ...] = ()
     """Domains of the rows, whose losses are told apart."""
+    answers: Answers | None = None
+    """How the student answers held-out prompts; None where it does not."""
 
     @property
     def read_ahead_bundles(self) -> int:

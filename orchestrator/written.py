@@ -104,9 +104,9 @@ def evaluate_written(
     for number, name in enumerate(names):
         is_teacher = teacher is not None and number == len(models)
         model = guide if is_teacher and guide is not None else load_network(name, how)
-        author = _Author(model, usable, how.forward_tokens)
+        author = ModelAuthor(model, usable, how.forward_tokens)
 
-        def ask(sampling: Sampling, author: _Author = author) -> Columns:
+        def ask(sampling: Sampling, author: ModelAuthor = author) -> Columns:
             return written(author, rows, indices, replace(sampling, stop=stop), longest, how.rows_at_once)
 
         texts = ask(Sampling(asked.samples, asked.temperature, max_new_tokens=asked.max_new_tokens, seed=asked.seed))
@@ -235,7 +235,7 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class _Author:
+class ModelAuthor:
     """A loaded model as an endpoint that writes."""
 
     model: PreTrainedModel

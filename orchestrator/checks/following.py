@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from cluster.config import EndpointConfig, follows_student
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
@@ -17,6 +19,9 @@ def check_following(job: Job, strategy: Strategy) -> None:
     for name in sorted(set(strategy.follows) - asked):
         known = ", ".join(sorted(asked)) or "none"
         raise Refusal(where, f"the endpoint {name!r}, which follows the student", f"one that a stage asks: {known}", "Mend the strategy.")
+    if weight_sets(strategy) and job.cluster.weights_transport == "nixl" and find_spec("nixl") is None:
+        do = "pip install nixl on every node, or set weights_transport: object_store in ray_config.yaml."
+        raise Refusal("weights_transport", "no package 'nixl'", "the package that carries the weights", do)
     for name in sorted(asked & set(weight_sets(strategy))):
         _check_takes_weights(name, job.endpoints.get(name))
     for name in sorted(asked - set(weight_sets(strategy))):

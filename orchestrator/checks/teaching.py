@@ -45,7 +45,9 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     check_alarms(job.run, strategy, evaluation_metrics(job, strategy))
     warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
-    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
+    judge = {job.run.evaluate.answers.verifier} if job.run.evaluate.answers else set()
+    asked = {s.endpoint for s in strategy.stages} | {a.write.endpoint for a in strategy.authors} | frozen | judge
+    unused = sorted(set(job.run.endpoints) - asked)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
     if job.run.baseline and not strategy.signals and not strategy.stages and not frozen:
         warnings.append(_same_again(job, strategy))
@@ -184,7 +186,8 @@ def evaluation_metrics(job: Job, strategy: Strategy) -> list[str]:
     """Names of what evaluations find of a strategy's student, also on each domain that the recipe names."""
     found, domains = measured(strategy), job.run.curriculum.domains if job.run.curriculum else ()
     terms = [f"eval/{t.name}" for t in evaluate.evaluation_terms(found)]
-    return [*terms, "eval/perplexity", *evaluate.domain_metrics(found, domains)]
+    answered = ["eval/accuracy"] if job.run.evaluate.answers else []
+    return [*terms, "eval/perplexity", *evaluate.domain_metrics(found, domains), *answered]
 
 
 def _check_weights(where: str, strategy: Strategy, steps: int) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.checks import following
 from orchestrator.config import load_job
 from orchestrator.errors import Refusal
 from orchestrator.plan import plan_text
@@ -74,6 +75,20 @@ def test_a_teacher_reads_longer_rows_than_the_student(bench: Bench) -> None:
     fixed = len(stage.context.before) + len(stage.context.between)
     assert read_rows(strategy, "self", np.asarray([10, 500])).tolist() == [20 + fixed, 512]
     assert read_rows(strategy, "student", np.asarray([10])).tolist() == [10]
+
+
+def test_weights_may_travel_past_the_object_store_where_the_package_is(bench: Bench) -> None:
+    def there(name: str) -> object:
+        return name
+
+    assert (found := bench.plan(*SDFT).freshness(None)) is not None and found.transport is None
+    bench.cluster["weights_transport"] = "nixl"
+    bench.patch.setattr(following, "find_spec", lambda name: None)
+    with pytest.raises(Refusal, match="weights_transport: got no package 'nixl'"):
+        bench.plan(*SDFT)
+    bench.patch.setattr(following, "find_spec", there)
+    assert (found := bench.plan(*SDFT).freshness(None)) is not None and found.transport == "nixl"
+    assert bench.plan().freshness(None) is None
 
 
 @pytest.mark.parametrize(
