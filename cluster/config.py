@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
 
 from cluster.inside import inside_job
-from cluster.node_settings import Nodes
+from cluster.node_settings import Jobs, Nodes
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 from cluster.vllm_settings import VllmEndpoint
@@ -242,17 +242,6 @@ class Mlflow(ClusterModel):
     tracking_uri: str | None = None
     """Any MLflow URI. Absent: MLFLOW_TRACKING_URI when set, else sqlite in the storage folder."""
     experiment: str = "distill"
-
-
-class Jobs(ClusterModel):
-    """How `distill submit` treats the jobs it makes."""
-
-    package_mib: Annotated[int, Field(ge=1, le=512)] = 100
-    """Largest working tree that goes along, uncompressed; Ray itself takes no more than 512."""
-    retries: NonNegativeInt = 0
-    """Times a command that failed is started again inside its job; a run goes on from its last checkpoint."""
-    stop_seconds: PositiveInt = 120
-    """Time that `distill jobs stop` gives a run for its last checkpoint, before it is killed."""
 
 
 class ClusterConfig(ClusterModel):

@@ -1,8 +1,8 @@
-"""Settings of the machines of a cluster that does not run yet: what `distill cluster render` writes files from."""
+"""Settings of submitted jobs, and of the machines of a cluster that does not run yet: what `distill cluster render` writes files from."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
@@ -49,3 +49,14 @@ class Nodes(ClusterModel):
     provider: dict[str, JsonValue] = Field(default={"type": "aws", "region": "us-west-2"})
     """Cluster launcher: `provider` as Ray documents it."""
     ssh_user: str = "ubuntu"
+
+
+class Jobs(ClusterModel):
+    """How `distill submit` treats the jobs it makes."""
+
+    package_mib: Annotated[int, Field(ge=1, le=512)] = 100
+    """Largest working tree that goes along, uncompressed; Ray itself takes no more than 512."""
+    retries: NonNegativeInt = 0
+    """Times a command that failed is started again inside its job; a run goes on from its last checkpoint."""
+    stop_seconds: PositiveInt = 120
+    """Time that `distill jobs stop` gives a run for its last checkpoint, before it is killed."""
