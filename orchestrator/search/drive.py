@@ -108,7 +108,9 @@ def _run(planned: Callable[[], SearchPlan], cluster: Mapping[str, Any], display:
     plan = planned_with_ray(load_cluster(cluster), planned, display)
     display.plan(search_text(plan))
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / SEARCH).write_text(to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json")}), encoding="utf-8")
+    (plan.folder / SEARCH).write_text(
+        to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json", exclude_defaults=True)}), encoding="utf-8"
+    )
     tracker = _start_tracking(plan)
     try:
         return _search(going_on(plan, tracker.run_id), tracker, display)
