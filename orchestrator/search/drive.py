@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from orchestrator import watchdog
 from orchestrator.config import load_cluster, read_content, to_yaml
 from orchestrator.display import Display
 from orchestrator.errors import Interrupted, Refusal, RunFailed
@@ -108,13 +109,17 @@ def _run(planned: Callable[[], SearchPlan], cluster: Mapping[str, Any], display:
     plan = planned_with_ray(load_cluster(cluster), planned, display)
     display.plan(search_text(plan))
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / SEARCH).write_text(to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json")}), encoding="utf-8")
-    tracker = _start_tracking(plan)
+    (plan.folder / SEARCH).write_text(
+        to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json", exclude_defaults=True)}), encoding="utf-8"
+    )
+    tracker, guard = _start_tracking(plan), watchdog.start(plan.folder, beside=f"{plan.name}-*")
     try:
         return _search(going_on(plan, tracker.run_id), tracker, display)
     except BaseException as error:
         tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
         raise
+    finally:
+        watchdog.release(guard)
 
 
 def _search(plan: SearchPlan, tracker: Tracker, display: Display) -> SearchResult:

@@ -28,6 +28,7 @@ def search_text(plan: SearchPlan) -> str:
             ("Shared", _shared(plan)),
             ("A trial", _trial(plan)),
             ("In all", _whole(plan)),
+            ("Warnings", [f"! {warning}" for warning in dict.fromkeys(w for c in plan.corners for w in c.plan.warnings)]),
         )
     )
 

@@ -124,7 +124,7 @@ def _trial(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     number = int(config["number"])
     result = spec.folder(number).read(RESULT)
     if result is not None:
-        return _finished(spec, RunResult(**json.loads(result)), spec.folder(number))
+        return finished(spec, RunResult(**json.loads(result)), spec.folder(number))
     try:
         plan = _plan(config, spec)
     except DistillError as error:
@@ -137,11 +137,11 @@ def _trial(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     except DistillError as error:
         outcome = ("failed", str(error))
     else:
-        return _finished(spec, RunResult(**json.loads(plan.folder.read(RESULT) or b"{}")), plan.folder)
+        return finished(spec, RunResult(**json.loads(plan.folder.read(RESULT) or b"{}")), plan.folder)
     return {**hearing.metrics, TIME: hearing.step, OUTCOME: outcome[0], "words": outcome[1]}
 
 
-def _finished(spec: Spec, result: RunResult, folder: Folder) -> dict[str, Any]:
+def finished(spec: Spec, result: RunResult, folder: Folder) -> dict[str, Any]:
     """What a finished run reports: metrics of its exported student, and what the whole run cost. One that cannot be judged has failed:
     a short run may be over before it hears that it met NaN."""
     rows = [row.values for row in Journal(folder.local).rows()] if folder.local else []

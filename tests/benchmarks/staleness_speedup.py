@@ -104,7 +104,7 @@ def _content(texts: material.Material, strategy: dict[str, Any], steps: int) -> 
 
 
 def _steps_per_second(job: Job, name: str) -> float:
-    plan = planned_with_ray(job, lambda: make_plan(job, name), Display())
+    plan = planned_with_ray(job.cluster, lambda: make_plan(job, name), Display())
     result = drive(plan, Display())
     lines = (json.loads(line) for line in (Path(result.folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     times = [line["time"] for line in lines if "age_steps" in line["values"]]

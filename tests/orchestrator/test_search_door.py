@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config import load_job, to_yaml
 from orchestrator.errors import Refusal
 from orchestrator.search import door
 from orchestrator.search.door import SearchPlan, search_plan
 from orchestrator.search.plan_text import search_text
+from orchestrator.search.settings import SearchConfig
 from tests.orchestrator.bench import Bench
 
 LR = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
@@ -31,6 +33,16 @@ def test_the_plan_says_what_is_shared_and_what_a_trial_costs(bench: Bench) -> No
     assert "no teacher is asked or loaded by the trials" in text
     assert "4 steps of 8 rows" in text and "at most 5 trials and a control without a teacher, 1 at once" in text
     assert not bench.storage.joinpath(plan.name).exists()
+    warnings = {warning for corner in plan.corners for warning in corner.plan.warnings}
+    assert text.count("!") == len(warnings)
+
+
+def test_what_a_search_writes_down_is_read_back_as_it_was(bench: Bench) -> None:
+    space = {"strategy": {"choice": ["cross-entropy", None, {"type": "logits"}]}, "train.lr": {"uniform": [1, 2], "when": {"seed": [0, 1]}}}
+    config = SearchConfig.model_validate({"space": space, "objective": [{"metric": "tokens", "mode": "max"}], "scheduler": "asha"})
+    written = to_yaml({**bench.recipe, "search": config.model_dump(mode="json", exclude_defaults=True)})
+    (bench.storage.parent / "search.yaml").write_text(written)
+    assert load_job(bench.storage.parent / "search.yaml").search == config
 
 
 def test_a_trial_is_the_recipe_with_its_point_and_reads_stores(bench: Bench) -> None:

@@ -32,13 +32,22 @@ def events(home: Path) -> list[dict[str, Any]]:
 
 
 def wait_for_proposal(home: Path, number: int, seconds: float = 300.0) -> None:
-    """Returns once trial `number` has its run's folder."""
+    """Returns once trial `number` has its MLflow run."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if (home / "runs" / f"find-{number:03d}" / "recipe.yaml").exists():
+        if (home / "runs" / f"find-{number:03d}" / "mlflow.json").exists():
             return
         time.sleep(0.1)
     raise TimeoutError(f"trial {number} did not begin: {events(home)}")
+
+
+def wait_for_end(home: Path, name: str, seconds: float = 90.0) -> None:
+    """Returns once the MLflow run of a trial has a status that is an end."""
+    end = time.monotonic() + seconds
+    while runs(home)[name].info.status == "RUNNING":
+        if time.monotonic() > end:
+            raise TimeoutError(f"{name} is still open")
+        time.sleep(0.5)
 
 
 def test_a_killed_search_goes_on_repeats_nothing_and_a_nan_stops_only_itself(home: Path, ray_session: str) -> None:
@@ -51,6 +60,7 @@ def test_a_killed_search_goes_on_repeats_nothing_and_a_nan_stops_only_itself(hom
     wait_for_proposal(home, 1)
     process.kill()
     process.wait()
+    wait_for_end(home, "find-001")
     before = events(home)
     journal = (home / "runs" / "find-000" / "metrics.jsonl").read_text()
     found = resume_search(home / "runs" / "find", cluster=cluster(home))

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.storage import Folder
 from orchestrator.board import Entry
 from orchestrator.journal import Journal, MetricRow
+from orchestrator.result import RunResult
 from orchestrator.search import trial as trials_module
 from orchestrator.search.book import CONTROL, Book, Trial
 from orchestrator.search.court import Court
@@ -21,7 +23,7 @@ from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.report import BEST, cost_rows, write_report
 from orchestrator.search.result import Spent
 from orchestrator.search.settings import Objective
-from orchestrator.search.trial import TIME, Hearing
+from orchestrator.search.trial import OUTCOME, TIME, Hearing, Spec, finished
 from tests.orchestrator.bench import Bench
 
 METRIC = "eval/cross_entropy"
@@ -99,3 +101,17 @@ def test_what_was_spent_is_added_up_over_drivers(tmp_path: Path) -> None:
     assert Spent.load(tmp_path) == Spent()
     Spent(1, 2.0, 3.0).save(tmp_path)
     assert Spent.load(tmp_path).plus((), 4.0) == Spent(1, 2.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "outcome", "words"),
+    [({METRIC: 2.0}, "finished", ""), ({METRIC: math.nan}, "failed", f"{METRIC} is nan"), ({}, "failed", f"{METRIC} is None")],
+)
+def test_a_run_that_cannot_be_judged_has_failed(tmp_path: Path, metrics: dict[str, float], outcome: str, words: str) -> None:
+    spec = Spec("find", {}, {"storage": str(tmp_path)}, ".", (Objective(),))
+    Journal(tmp_path).append([MetricRow(s, 1, {"tokens": 10.0, "step_seconds": 0.5}, 0.0) for s in (1, 2)])
+    rows = ({"who": "teacher", "parameters": 9}, {"who": "student", "parameters": 7})
+    result = RunResult("n", str(tmp_path), 2, metrics, "", "", "", "", "", rows)  # type: ignore[arg-type]
+    told = finished(spec, result, Folder(str(tmp_path)))
+    assert (told[OUTCOME], told["words"], told[TIME]) == (outcome, words, 2)
+    assert (told["tokens"], told["seconds"], told["parameters"]) == (20.0, 1.0, 7.0)
