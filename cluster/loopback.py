@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -239,10 +240,10 @@ def _await_nodes(cluster: Loopback, nodes: int) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _get(url: str, path: str, token: str) -> dict[str, object]:
+def _get(url: str, path: str, token: str) -> dict[str, Any]:
     request = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
-        content: dict[str, object] = json.load(answer)
+        content: dict[str, Any] = json.load(answer)
     return content
 
 
