@@ -46,6 +46,6 @@ class Nodes(ClusterModel):
     """Kubernetes: name of a PersistentVolumeClaim (ReadWriteMany) mounted at `storage` on every pod. Needed when storage is a folder."""
     secret: str = "distill-secrets"
     """Kubernetes: name of the Secret whose keys are the variables listed in `secrets`."""
-    provider: dict[str, JsonValue] = Field(default_factory=lambda: {"type": "aws", "region": "us-west-2"})
+    provider: dict[str, JsonValue] = Field(default={"type": "aws", "region": "us-west-2"})
     """Cluster launcher: `provider` as Ray documents it."""
     ssh_user: str = "ubuntu"
