@@ -1,7 +1,9 @@
 """Rows read with another tokenizer: the student's ids to bytes, bytes to the teacher's ids, and where tokens end in both.
 
 A row is text between special tokens. Text is encoded anew, piece by piece: a prompt apart from its completion, as the row itself was.
-A special token of the student becomes the teacher's of the same role or the same name, or nothing. Bytes that are no character, such as
+Of conversations only what is learnt is: what
+stands between comes from the teacher's own template. A special token of the student becomes the teacher's of the same role or the same
+name, or nothing. Bytes that are no character, such as
 half of one where a text was cut, are not read: of the rest of such a row the teacher says nothing.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from orchestrator.authored import stop_tokens
 from orchestrator.checks.networks import adds_before
 from orchestrator.token_bytes import TokenBytes, special_ids, token_bytes
+from orchestrator.turns import Turns
 from strategies.core import Columns
 from strategies.stages.align import NONE, Ints, Reading
 
@@ -46,17 +50,21 @@ class ForeignReader:
     """What the teacher's puts there."""
     longest_tokens: int
     """Positions of the teacher: nothing is read beyond."""
+    turns: Turns | None = None
+    """Of conversations, what the teacher's template puts around what is learnt."""
     expansion: float = 1.0
     """Tokens of the teacher for each of the student's, at most, as far as was measured."""
 
     def read(self, columns: Columns) -> Reading:
         """See `strategies.stages.align.Reader`."""
         tape = _Tape.of(columns, self.student)
-        pieces = list(tape.pieces(columns))
-        texts = [p for p in pieces if p.text is not None]
-        encoded = iter(self._encoded([p.text or "" for p in texts]))
-        rows = _Rows(self.opening, self.longest_tokens, len(columns["lengths"]), self.unknown)
+        between = self.turns.between(columns) if self.turns else None
+        pieces = [p for p in tape.pieces(columns) if between is None or (p.learnt and p.run < len(between[p.row]))]
+        encoded = iter(self._encoded([p.text for p in pieces if p.text is not None]))
+        rows = _Rows(self.opening if between is None else (), self.longest_tokens, len(columns["lengths"]), self.unknown)
         for piece in pieces:
+            if between is not None and piece.begins_run:
+                rows.between(piece, between[piece.row][piece.run])
             if piece.text is None:
                 rows.special(piece, self._counterpart(piece))
             else:
@@ -124,11 +132,13 @@ def _plain(backend: Tokenizer) -> Tokenizer:
 
 
 def roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, int]:
-    """The teacher's special ids by the student's: those of one name, and EOS for EOS."""
+    """The teacher's special ids by the student's: those of one name, EOS for EOS, and what ends a turn for what ends a turn."""
     theirs = {str(teacher.convert_ids_to_tokens(i)): i for i in special_ids(teacher)}
     found = {i: theirs[name] for i in special_ids(student) if (name := str(student.convert_ids_to_tokens(i))) in theirs}
     if student.eos_token_id is not None and teacher.eos_token_id is not None:
         found[int(student.eos_token_id)] = int(teacher.eos_token_id)
+    if student.chat_template is not None and teacher.chat_template is not None:
+        found[stop_tokens(student)[-1]] = stop_tokens(teacher)[-1]
     return found
 
 
@@ -152,6 +162,11 @@ class _Piece:
     token: int = NONE
     first: bool = False
     """Whether it begins its row."""
+    run: int = 0
+    """Number of the run of learnt tokens of its row that it is in, or that was before it; -1 before the first."""
+    begins_run: bool = False
+    """Whether it is the first piece of such a run."""
+    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,24 +201,32 @@ class _Tape:
 
     def pieces(self, columns: Columns) -> Iterator[_Piece]:
         """Text and special tokens of all rows in order. What follows bytes that are no character is left out, to the row's end."""
-        tokens, lengths = columns["tokens"], columns["lengths"].astype(np.int64)
-        starts = np.concatenate([[0], self.ends])
-        row_ends = np.cumsum(lengths)
-        breaks, rows = self.breaks.tolist(), np.searchsorted(row_ends, self.breaks, side="right").tolist()
-        broken = NONE
+        tokens, lengths, mask = columns["tokens"], columns["lengths"].astype(np.int64), columns["loss_mask"]
+        starts, row_starts = np.concatenate([[0], self.ends]), np.cumsum(lengths) - lengths
+        breaks, rows = self.breaks.tolist(), np.searchsorted(np.cumsum(lengths), self.breaks, side="right").tolist()
+        broken, before, run, was_learnt = NONE, NONE, NONE, False
         for first, stop, row in zip(breaks, [*breaks[1:], len(tokens)], rows, strict=False):
+            run, was_learnt = (NONE, False) if row != before else (run, was_learnt)
+            before, learnt = row, bool(mask[first])
+            begins_run, run, was_learnt = learnt and not was_learnt, run + (learnt and not was_learnt), learnt
             if row == broken:
                 continue
-            a, b = int(starts[first]), int(starts[stop])
-            begins = first == int(row_ends[row] - lengths[row])
-            if not self.plain[first]:
-                yield _Piece(row, a, b, None, int(tokens[first]), begins)
-                continue
-            skipped, text = _characters(self.bytes_[a:b].tobytes(), begins)
-            whole = a + skipped + len(text.encode())
-            if text:
-                yield _Piece(row, a + skipped, whole, text)
-            broken = row if whole < b else NONE
+            piece = _Piece(
+                row, int(starts[first]), int(starts[stop]), None, int(tokens[first]), first == row_starts[row], run, begins_run, learnt
+            )
+            if self.plain[first]:
+                piece, whole = self._text(piece)
+                broken = row if not whole else NONE
+                if not piece.text:
+                    continue
+            yield piece
+
+    def _text(self, piece: _Piece) -> tuple[_Piece, bool]:
+        """The piece as text, without the end of a character that began before its row, and whether it is read to its end."""
+        skipped, text = _characters(self.bytes_[piece.start : piece.end].tobytes(), piece.first)
+        start = piece.start + skipped
+        end = start + len(text.encode())
+        return replace(piece, start=start, end=end, text=text, token=NONE), end == piece.end
 
 
 def _breaks(mask: NDArray[Any], plain: NDArray[np.bool_], lengths: Ints) -> Ints:
@@ -250,6 +273,10 @@ class _Rows:
         self._ids: list[list[Ints]] = [[self._opening] for _ in range(rows)]
         self._ends: list[list[Ints]] = [[np.full(len(self._opening), NONE, dtype=np.int64)] for _ in range(rows)]
         self._cuts: list[int] = []
+
+    def between(self, piece: _Piece, ids: Ints) -> None:
+        """Ids of the teacher's own before a piece, which stand for nothing of the row."""
+        self._append(piece.row, ids, np.full(len(ids), NONE, dtype=np.int64))
 
     def special(self, piece: _Piece, token: int) -> None:
         """The teacher's `token` for a special one; nothing for `NONE`."""
