@@ -10,24 +10,21 @@ half of one where a text was cut, are not read: of the rest of such a row the te
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from orchestrator.authored import stop_tokens
 from orchestrator.checks.networks import adds_before
+from orchestrator.tape import Piece, Tape
 from orchestrator.token_bytes import TokenBytes, special_ids, token_bytes
 from orchestrator.turns import Turns
 from strategies.core import Columns
 from strategies.stages.align import NONE, Ints, Reading
-
-UNREAD = 3
-"""Bytes at most of a character that began before its row."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class ForeignReader:
 
     def read(self, columns: Columns) -> Reading:
         """See `strategies.stages.align.Reader`."""
-        tape = _Tape.of(columns, self.student)
+        tape = Tape.of(columns, self.student)
         between = self.turns.between(columns) if self.turns else None
         pieces = [p for p in tape.pieces(columns) if between is None or (p.learnt and p.run < len(between[p.row]))]
         encoded = iter(self._encoded([p.text for p in pieces if p.text is not None]))
@@ -72,7 +69,7 @@ class ForeignReader:
                 rows.text(piece, ids, ends)
         return rows.reading(tape)
 
-    def _counterpart(self, piece: _Piece) -> int:
+    def _counterpart(self, piece: Piece) -> int:
         """The teacher's id for a special token of the student; `NONE` for nothing."""
         if piece.first and piece.token in self.student_opening and self.opening:
             return NONE  # its own opening stands there already
@@ -149,122 +146,6 @@ def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[int, ...]:
     return tuple(ours.get(flat[a:b], NONE) if b > a else NONE for a, b in itertools.pairwise(starts))
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A run of text of a row, or one special token."""
-
-    row: int
-    start: int
-    """Place where it begins."""
-    end: int
-    text: str | None
-    """None of a special token."""
-    token: int = NONE
-    first: bool = False
-    """Whether it begins its row."""
-    run: int = 0
-    """Number of the run of learnt tokens of its row that it is in, or that was before it; -1 before the first."""
-    begins_run: bool = False
-    """Whether it is the first piece of such a run."""
-    learnt: bool = False
-
-
-@dataclass(frozen=True)
-class _Tape:
-    """Places of a bundle (see `Reading`): bytes, and one place for each token that is no text."""
-
-    bytes_: NDArray[np.uint8]
-    ends: Ints
-    """`(S,)` of the student's tokens."""
-    plain: NDArray[np.bool_]
-    """`(S,)` whether a token is text."""
-    row_ends: Ints
-    """`(R,)` places where rows end."""
-
-    breaks: Ints
-    """Numbers of the tokens that begin a piece."""
-
-    @classmethod
-    def of(cls, columns: Columns, table: TokenBytes) -> _Tape:
-        tokens, lengths = columns["tokens"].astype(np.int64), columns["lengths"].astype(np.int64)
-        sizes = table.sizes(tokens)
-        breaks = _breaks(columns["loss_mask"], sizes > 0, lengths)
-        text = table.text(tokens)
-        if table.prefixed:
-            text, sizes = _without_prefixes(text, sizes, breaks)
-        plain, places = sizes > 0, np.maximum(sizes, 1)
-        laid = np.zeros(int(places.sum()), dtype=np.uint8)
-        laid[np.repeat(plain, places)] = text
-        ends = np.cumsum(places)
-        row_ends = np.concatenate([[0], ends])[np.cumsum(lengths)]
-        return cls(laid, ends, plain, row_ends, np.union1d(breaks, _beside(~plain)))
-
-    def pieces(self, columns: Columns) -> Iterator[_Piece]:
-        """Text and special tokens of all rows in order. What follows bytes that are no character is left out, to the row's end."""
-        tokens, lengths, mask = columns["tokens"], columns["lengths"].astype(np.int64), columns["loss_mask"]
-        starts, row_starts = np.concatenate([[0], self.ends]), np.cumsum(lengths) - lengths
-        breaks, rows = self.breaks.tolist(), np.searchsorted(np.cumsum(lengths), self.breaks, side="right").tolist()
-        broken, before, run, was_learnt = NONE, NONE, NONE, False
-        for first, stop, row in zip(breaks, [*breaks[1:], len(tokens)], rows, strict=False):
-            run, was_learnt = (NONE, False) if row != before else (run, was_learnt)
-            before, learnt = row, bool(mask[first])
-            begins_run, run, was_learnt = learnt and not was_learnt, run + (learnt and not was_learnt), learnt
-            if row == broken:
-                continue
-            piece = _Piece(
-                row, int(starts[first]), int(starts[stop]), None, int(tokens[first]), first == row_starts[row], run, begins_run, learnt
-            )
-            if self.plain[first]:
-                piece, whole = self._text(piece)
-                broken = row if not whole else NONE
-                if not piece.text:
-                    continue
-            yield piece
-
-    def _text(self, piece: _Piece) -> tuple[_Piece, bool]:
-        """The piece as text, without the end of a character that began before its row, and whether it is read to its end."""
-        skipped, text = _characters(self.bytes_[piece.start : piece.end].tobytes(), piece.first)
-        start = piece.start + skipped
-        end = start + len(text.encode())
-        return replace(piece, start=start, end=end, text=text, token=NONE), end == piece.end
-
-
-def _breaks(mask: NDArray[Any], plain: NDArray[np.bool_], lengths: Ints) -> Ints:
-    """Numbers of tokens that begin a piece: of a row, special ones and those after them, and where what is learnt begins or ends. A row's
-    first token is never learnt, so the second may only look like that."""
-    stops = np.cumsum(lengths)
-    firsts = (stops - lengths)[lengths > 0]
-    changes = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-    return np.union1d(np.union1d(firsts, np.setdiff1d(changes, firsts + 1)), _beside(~plain))
-
-
-def _beside(special: NDArray[np.bool_]) -> Ints:
-    """Numbers of the special tokens and of those after them."""
-    places = np.flatnonzero(special)
-    both = np.union1d(places, places + 1)
-    return both[both < len(special)]
-
-
-def _without_prefixes(text: NDArray[np.uint8], sizes: Ints, breaks: Ints) -> tuple[NDArray[np.uint8], Ints]:
-    """Bytes and sizes without the space that encoding put before each piece."""
-    before = np.cumsum(sizes) - sizes
-    begin = breaks[sizes[breaks] > 0]
-    spaced = begin[text[before[begin]] == ord(" ")]
-    shorter = sizes.copy()
-    shorter[spaced] -= 1
-    return np.delete(text, before[spaced]), shorter
-
-
-def _characters(given: bytes, begins: bool) -> tuple[int, str]:
-    """How many bytes of a character that began earlier come first, of a row's first text, and the whole characters after them."""
-    skipped = next((n for n, b in enumerate(given[: UNREAD + 1]) if b & 0xC0 != 0x80), UNREAD) if begins else 0
-    rest = given[skipped:]
-    try:
-        return skipped, rest.decode()
-    except UnicodeDecodeError as error:
-        return skipped, rest[: error.start].decode()
-
-
 class _Rows:
     """The teacher's rows as they grow."""
 
@@ -274,17 +155,17 @@ class _Rows:
         self._ends: list[list[Ints]] = [[np.full(len(self._opening), NONE, dtype=np.int64)] for _ in range(rows)]
         self._cuts: list[int] = []
 
-    def between(self, piece: _Piece, ids: Ints) -> None:
+    def between(self, piece: Piece, ids: Ints) -> None:
         """Ids of the teacher's own before a piece, which stand for nothing of the row."""
         self._append(piece.row, ids, np.full(len(ids), NONE, dtype=np.int64))
 
-    def special(self, piece: _Piece, token: int) -> None:
+    def special(self, piece: Piece, token: int) -> None:
         """The teacher's `token` for a special one; nothing for `NONE`."""
         self._cuts += [piece.start, piece.end]
         if token != NONE:
             self._append(piece.row, np.asarray([token]), np.asarray([piece.end]))
 
-    def text(self, piece: _Piece, ids: Ints, ends: Ints) -> None:
+    def text(self, piece: Piece, ids: Ints, ends: Ints) -> None:
         """Ids for a text, of which each ends after so many bytes of it. Those that end at 0, such as a space that was put before the text,
         and those of unknown characters stand for nothing."""
         self._cuts += [piece.start, piece.end]
@@ -298,7 +179,7 @@ class _Rows:
         self._ids[row].append(ids)
         self._ends[row].append(ends)
 
-    def reading(self, tape: _Tape) -> Reading:
+    def reading(self, tape: Tape) -> Reading:
         """All rows, each cut to what the teacher has positions for."""
         ids, ends = ([np.concatenate(r)[: self._longest] for r in side] for side in (self._ids, self._ends))
         none = np.zeros(0, dtype=np.int64)
