@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from orchestrator import alignment, rollouts
+from orchestrator.bundle import from_table, to_table
 from orchestrator.checks import networks
 from orchestrator.errors import Refusal
 from orchestrator.foreign import ForeignReader
+from orchestrator.pipeline import StageGroup, stage_groups
 from orchestrator.plan import Plan, plan_text
 from orchestrator.rows import Rows
 from strategies.stages.align import NONE, Align, ScoreAligned, alignments
@@ -178,3 +181,18 @@ def test_conversations_need_a_teacher_with_a_template(bench: Bench) -> None:
         file.unlink()
     tokenizer.save_pretrained(str(mute))
     assert "without a chat template" in refused(bench, teacher=str(mute))
+
+
+def test_the_stages_travel_and_answer_in_a_process_of_the_teachers(bench: Bench) -> None:
+    plan = planned(bench, "gold")
+    (group,) = stage_groups(plan.stream().stages)
+    there = pickle.loads(pickle.dumps(group))
+    actor = StageGroup(there, plan.endpoints["teacher"], 1, plan.stream().usable("teacher"))
+    columns = Rows(plan.data.folder, "train").read(np.arange(6)) | {"step": np.ones(1, np.int64)}
+    out = from_table(actor(to_table(columns)))
+    learnt = int(columns["loss_mask"].sum())
+    assert len(out["teacher/span"]) == len(out["teacher/logprob"]) == learnt and len(out["teacher/ids"]) == 64 * learnt
+    assert {"weights/shared", "weights/unshared", "weights/spans"} <= set(out) and "teacher/tokens" not in out
+    first = np.diff(out["teacher/span"], prepend=-2) != 0
+    assert (out["teacher/logprob"][first & (out["teacher/span"] != NONE)] < 0).all()
+    assert out["teacher/ids"].max() < plan.cast.vocabulary and out["teacher/dropped_mass"].tolist() == [0.0]
