@@ -104,8 +104,8 @@ def read_rows(stage: Align, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     reader = stage.reader
     if not isinstance(reader, ForeignReader):
         return lengths
-    longer = np.ceil(lengths * reader.expansion).astype(np.int64)
-    return longer.clip(max=reader.longest_tokens)
+    longer: NDArray[np.int64] = np.ceil(lengths * reader.expansion).clip(max=reader.longest_tokens).astype(np.int64)
+    return longer
 
 
 def _with_turns(stage: Stage, job: Job, people: Cast, data: PreparedData, cache: Path) -> Stage:
