@@ -1,10 +1,9 @@
 """Rows read with another tokenizer: the student's ids to bytes, bytes to the teacher's ids, and where tokens end in both.
 
 A row is text between special tokens. Text is encoded anew, piece by piece: a prompt apart from its completion, as the row itself was.
-Of conversations only what is learnt is: what
-stands between comes from the teacher's own template. A special token of the student becomes the teacher's of the same role or the same
-name, or nothing. Bytes that are no character, such as
-half of one where a text was cut, are not read: of the rest of such a row the teacher says nothing.
+Of conversations that holds for what is learnt, and what stands between comes from the teacher's own template. A special token of the
+student becomes the teacher's of the same role or the same name, or nothing. Bytes that are no character, such as half of one where a
+text was cut, are not read: of the rest of such a row the teacher says nothing.
 """
 
 from __future__ import annotations
