@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.checks.networks import Cast
+from orchestrator.checks.networks import Cast, conversations
 from orchestrator.config import Job
-from orchestrator.data import PreparedData
+from orchestrator.data import PreparedData, prepare
 from orchestrator.errors import Refusal
 from orchestrator.foreign import ForeignReader, foreign_reader, shared_ids
 from orchestrator.rows import Rows
+from orchestrator.turns import Turns
 from strategies.core import Columns, Stage, Strategy
 from strategies.stages.align import NONE, Align, Reading, ScoreAligned, Spans, alignments, taught_spans
 from strategies.stages.rollout import LONGEST_ROW
 
 SAMPLED_ROWS = 256
 """Rows, evenly spread, on which alignment is measured."""
+LONGEST_CONVERSATION = 8
+"""Tokens of a teacher, for each of the student's, up to which it is shown a conversation."""
 LEAST_ALIGNED = 0.5
 """Share of the bytes to be learnt that must lie in aligned spans; with less, what a teacher says is about something else."""
 
@@ -82,14 +86,17 @@ def _positions(people: Cast, name: str) -> int:
     return (network.context if network else None) or LONGEST_ROW
 
 
-def measured(strategy: Strategy, data: PreparedData) -> tuple[Strategy, tuple[Alignment, ...]]:
-    """How the rows align, by endpoint, and the strategy that knows how long they become.
+def measured(job: Job, strategy: Strategy, people: Cast, data: PreparedData, cache: Path) -> tuple[Strategy, tuple[Alignment, ...]]:
+    """How the rows align, by endpoint, and the strategy that knows how long they become. Conversations are laid out once more for every
+    teacher, by its own template, in `cache`.
 
-    `Refusal` for a teacher with which less than `LEAST_ALIGNED` of the bytes to be learnt align.
+    `Refusal` for a teacher with which less than `LEAST_ALIGNED` of the bytes to be learnt align, or that has no template.
     """
-    stages = alignments(strategy.stages)
-    if not stages:
+    if not alignments(strategy.stages):
         return strategy, ()
+    if conversations(job.run.data):
+        strategy = replace(strategy, stages=tuple(_with_turns(s, job, people, data, cache) for s in strategy.stages))
+    stages = alignments(strategy.stages)
     rows = Rows(data.folder, "train")
     columns = rows.read(np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).astype(np.int64)))
     found = {stage.of: _measure(stage, columns) for stage in stages}
@@ -103,8 +110,22 @@ def read_rows(stage: Align, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     reader = stage.reader
     if not isinstance(reader, ForeignReader):
         return lengths
-    longer = np.ceil(lengths * reader.expansion).astype(np.int64)
-    return np.asarray(np.minimum(longer, reader.longest_tokens))
+    longer: NDArray[np.int64] = np.ceil(lengths * reader.expansion).clip(max=reader.longest_tokens).astype(np.int64)
+    return longer
+
+
+def _with_turns(stage: Stage, job: Job, people: Cast, data: PreparedData, cache: Path) -> Stage:
+    """A stage that aligns, with what the teacher's template puts between the turns."""
+    if not isinstance(stage, Align) or not isinstance(stage.reader, ForeignReader):
+        return stage
+    theirs = people.tokenizers[stage.of]
+    if theirs.chat_template is None:
+        do = "Choose an instruction-tuned teacher, or turn messages into prompt and completion."
+        raise Refusal(f"endpoints.{stage.of}", "messages, and a tokenizer without a chat template", "a teacher that has one", do)
+    longest = min(stage.reader.longest_tokens, LONGEST_CONVERSATION * job.run.data.max_length_tokens)
+    settings = job.run.data.model_copy(update={"max_length_tokens": longest})
+    turns = Turns.of(data, prepare(settings, theirs, settings.split_seed, cache))
+    return replace(stage, reader=replace(stage.reader, turns=turns))
 
 
 def _longer(stage: Stage, found: dict[str, Alignment]) -> Stage:

@@ -1,29 +1,29 @@
 """Rows read with another tokenizer: the student's ids to bytes, bytes to the teacher's ids, and where tokens end in both.
 
 A row is text between special tokens. Text is encoded anew, piece by piece: a prompt apart from its completion, as the row itself was.
-A special token of the student becomes the teacher's of the same role or the same name, or nothing. Bytes that are no character, such as
-half of one where a text was cut, are not read: of the rest of such a row the teacher says nothing.
+Of conversations that holds for what is learnt, and what stands between comes from the teacher's own template. A special token of the
+student becomes the teacher's of the same role or the same name, or nothing. Bytes that are no character, such as half of one where a
+text was cut, are not read: of the rest of such a row the teacher says nothing.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from orchestrator.authored import stop_tokens
 from orchestrator.checks.networks import adds_before
+from orchestrator.tape import Piece, Tape
 from orchestrator.token_bytes import TokenBytes, special_ids, token_bytes
+from orchestrator.turns import Turns
 from strategies.core import Columns
 from strategies.stages.align import NONE, Ints, Reading
-
-UNREAD = 3
-"""Bytes at most of a character that began before its row."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,21 @@ class ForeignReader:
     """What the teacher's puts there."""
     longest_tokens: int
     """Positions of the teacher: nothing is read beyond."""
+    turns: Turns | None = None
+    """Of conversations, what the teacher's template puts around what is learnt."""
     expansion: float = 1.0
     """Tokens of the teacher for each of the student's, at most, as far as was measured."""
 
     def read(self, columns: Columns) -> Reading:
         """See `strategies.stages.align.Reader`."""
-        tape = _Tape.of(columns, self.student)
-        pieces = list(tape.pieces(columns))
-        texts = [p for p in pieces if p.text is not None]
-        encoded = iter(self._encoded([p.text or "" for p in texts]))
-        rows = _Rows(self.opening, self.longest_tokens, len(columns["lengths"]), self.unknown)
+        tape = Tape.of(columns, self.student)
+        between = self.turns.between(columns) if self.turns else None
+        pieces = [p for p in tape.pieces(columns) if between is None or (p.learnt and p.run < len(between[p.row]))]
+        encoded = iter(self._encoded([p.text for p in pieces if p.text is not None]))
+        rows = _Rows(self.opening if between is None else (), self.longest_tokens, len(columns["lengths"]), self.unknown)
         for piece in pieces:
+            if between is not None and piece.begins_run:
+                rows.between(piece, between[piece.row][piece.run])
             if piece.text is None:
                 rows.special(piece, self._counterpart(piece))
             else:
@@ -64,7 +68,7 @@ class ForeignReader:
                 rows.text(piece, ids, ends)
         return rows.reading(tape)
 
-    def _counterpart(self, piece: _Piece) -> int:
+    def _counterpart(self, piece: Piece) -> int:
         """The teacher's id for a special token of the student; `NONE` for nothing."""
         if piece.first and piece.token in self.student_opening and self.opening:
             return NONE  # its own opening stands there already
@@ -124,11 +128,13 @@ def _plain(backend: Tokenizer) -> Tokenizer:
 
 
 def roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[int, int]:
-    """The teacher's special ids by the student's: those of one name, and EOS for EOS."""
+    """The teacher's special ids by the student's: those of one name, EOS for EOS, and what ends a turn for what ends a turn."""
     theirs = {str(teacher.convert_ids_to_tokens(i)): i for i in special_ids(teacher)}
     found = {i: theirs[name] for i in special_ids(student) if (name := str(student.convert_ids_to_tokens(i))) in theirs}
     if student.eos_token_id is not None and teacher.eos_token_id is not None:
         found[int(student.eos_token_id)] = int(teacher.eos_token_id)
+    if student.chat_template is not None and teacher.chat_template is not None:
+        found[stop_tokens(student)[-1]] = stop_tokens(teacher)[-1]
     return found
 
 
@@ -137,109 +143,6 @@ def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[int, ...]:
     ours, flat = student.ids_by_bytes(), teacher.flat.tobytes()
     starts = teacher.starts.tolist()
     return tuple(ours.get(flat[a:b], NONE) if b > a else NONE for a, b in itertools.pairwise(starts))
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A run of text of a row, or one special token."""
-
-    row: int
-    start: int
-    """Place where it begins."""
-    end: int
-    text: str | None
-    """None of a special token."""
-    token: int = NONE
-    first: bool = False
-    """Whether it begins its row."""
-
-
-@dataclass(frozen=True)
-class _Tape:
-    """Places of a bundle (see `Reading`): bytes, and one place for each token that is no text."""
-
-    bytes_: NDArray[np.uint8]
-    ends: Ints
-    """`(S,)` of the student's tokens."""
-    plain: NDArray[np.bool_]
-    """`(S,)` whether a token is text."""
-    row_ends: Ints
-    """`(R,)` places where rows end."""
-
-    breaks: Ints
-    """Numbers of the tokens that begin a piece."""
-
-    @classmethod
-    def of(cls, columns: Columns, table: TokenBytes) -> _Tape:
-        tokens, lengths = columns["tokens"].astype(np.int64), columns["lengths"].astype(np.int64)
-        sizes = table.sizes(tokens)
-        breaks = _breaks(columns["loss_mask"], sizes > 0, lengths)
-        text = table.text(tokens)
-        if table.prefixed:
-            text, sizes = _without_prefixes(text, sizes, breaks)
-        plain, places = sizes > 0, np.maximum(sizes, 1)
-        laid = np.zeros(int(places.sum()), dtype=np.uint8)
-        laid[np.repeat(plain, places)] = text
-        ends = np.cumsum(places)
-        row_ends = np.concatenate([[0], ends])[np.cumsum(lengths)]
-        return cls(laid, ends, plain, row_ends, np.union1d(breaks, _beside(~plain)))
-
-    def pieces(self, columns: Columns) -> Iterator[_Piece]:
-        """Text and special tokens of all rows in order. What follows bytes that are no character is left out, to the row's end."""
-        tokens, lengths = columns["tokens"], columns["lengths"].astype(np.int64)
-        starts = np.concatenate([[0], self.ends])
-        row_ends = np.cumsum(lengths)
-        breaks, rows = self.breaks.tolist(), np.searchsorted(row_ends, self.breaks, side="right").tolist()
-        broken = NONE
-        for first, stop, row in zip(breaks, [*breaks[1:], len(tokens)], rows, strict=False):
-            if row == broken:
-                continue
-            a, b = int(starts[first]), int(starts[stop])
-            begins = first == int(row_ends[row] - lengths[row])
-            if not self.plain[first]:
-                yield _Piece(row, a, b, None, int(tokens[first]), begins)
-                continue
-            skipped, text = _characters(self.bytes_[a:b].tobytes(), begins)
-            whole = a + skipped + len(text.encode())
-            if text:
-                yield _Piece(row, a + skipped, whole, text)
-            broken = row if whole < b else NONE
-
-
-def _breaks(mask: NDArray[Any], plain: NDArray[np.bool_], lengths: Ints) -> Ints:
-    """Numbers of tokens that begin a piece: of a row, special ones and those after them, and where what is learnt begins or ends. A row's
-    first token is never learnt, so the second may only look like that."""
-    stops = np.cumsum(lengths)
-    firsts = (stops - lengths)[lengths > 0]
-    changes = np.flatnonzero(mask[1:] != mask[:-1]) + 1
-    return np.union1d(np.union1d(firsts, np.setdiff1d(changes, firsts + 1)), _beside(~plain))
-
-
-def _beside(special: NDArray[np.bool_]) -> Ints:
-    """Numbers of the special tokens and of those after them."""
-    places = np.flatnonzero(special)
-    both = np.union1d(places, places + 1)
-    return both[both < len(special)]
-
-
-def _without_prefixes(text: NDArray[np.uint8], sizes: Ints, breaks: Ints) -> tuple[NDArray[np.uint8], Ints]:
-    """Bytes and sizes without the space that encoding put before each piece."""
-    before = np.cumsum(sizes) - sizes
-    begin = breaks[sizes[breaks] > 0]
-    spaced = begin[text[before[begin]] == ord(" ")]
-    shorter = sizes.copy()
-    shorter[spaced] -= 1
-    return np.delete(text, before[spaced]), shorter
-
-
-def _characters(given: bytes, begins: bool) -> tuple[int, str]:
-    """How many bytes of a character that began earlier come first, of a row's first text, and the whole characters after them."""
-    skipped = next((n for n, b in enumerate(given[: UNREAD + 1]) if b & 0xC0 != 0x80), UNREAD) if begins else 0
-    rest = given[skipped:]
-    try:
-        return skipped, rest.decode()
-    except UnicodeDecodeError as error:
-        return skipped, rest[: error.start].decode()
 
 
 class _Rows:
@@ -251,13 +154,17 @@ class _Rows:
         self._ends: list[list[Ints]] = [[np.full(len(self._opening), NONE, dtype=np.int64)] for _ in range(rows)]
         self._cuts: list[int] = []
 
-    def special(self, piece: _Piece, token: int) -> None:
+    def between(self, piece: Piece, ids: Ints) -> None:
+        """Ids of the teacher's own before a piece, which stand for nothing of the row."""
+        self._append(piece.row, ids, np.full(len(ids), NONE, dtype=np.int64))
+
+    def special(self, piece: Piece, token: int) -> None:
         """The teacher's `token` for a special one; nothing for `NONE`."""
         self._cuts += [piece.start, piece.end]
         if token != NONE:
             self._append(piece.row, np.asarray([token]), np.asarray([piece.end]))
 
-    def text(self, piece: _Piece, ids: Ints, ends: Ints) -> None:
+    def text(self, piece: Piece, ids: Ints, ends: Ints) -> None:
         """Ids for a text, of which each ends after so many bytes of it. Those that end at 0, such as a space that was put before the text,
         and those of unknown characters stand for nothing."""
         self._cuts += [piece.start, piece.end]
@@ -271,7 +178,7 @@ class _Rows:
         self._ids[row].append(ids)
         self._ends[row].append(ends)
 
-    def reading(self, tape: _Tape) -> Reading:
+    def reading(self, tape: Tape) -> Reading:
         """All rows, each cut to what the teacher has positions for."""
         ids, ends = ([np.concatenate(r)[: self._longest] for r in side] for side in (self._ids, self._ends))
         none = np.zeros(0, dtype=np.int64)

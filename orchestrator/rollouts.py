@@ -119,6 +119,12 @@ def within(strategy: Strategy, rooms: Mapping[str, int | None]) -> Strategy:
     return replace(strategy, stages=tuple(fitted(s) for s in strategy.stages))
 
 
+def longest_read(strategy: Strategy, endpoint: str, longest: int) -> int:
+    """Tokens of the longest row as an endpoint with another tokenizer reads it; of all others it is `longest`."""
+    own = [s for s in alignments(strategy.stages) if s.of == endpoint]
+    return int(alignment.read_rows(own[0], np.asarray([longest]))[0]) if own else longest
+
+
 def longest_rows(strategy: Strategy, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Lengths of the rows that may become of rows of the data, at most. In the place of any may come a text of another prompt, where
     texts are recalled."""

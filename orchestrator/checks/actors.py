@@ -10,7 +10,7 @@ from cluster.offers import Unfit
 from orchestrator.checks.networks import Cast
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
-from orchestrator.rollouts import live_authors
+from orchestrator.rollouts import live_authors, longest_read
 from strategies.core import Sampling, ScoreRequest, Strategy
 from strategies.stages.rollout import rollouts
 
@@ -26,7 +26,8 @@ def check_stages(
     written = rollouts(strategy.stages)
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens, *(s.longest_tokens for s in written))
     for name, config in endpoints.items():
-        check_endpoint(name, config, people, asked.get(name, ()), _samplings(live_authors(strategy), name), longest)
+        reads = longest_read(strategy, name, longest)
+        check_endpoint(name, config, people, asked.get(name, ()), _samplings(live_authors(strategy), name), reads)
 
 
 def _samplings(writing: Mapping[str, Sampling], name: str) -> list[Sampling]:
@@ -39,6 +40,6 @@ def check_endpoint(
     """`Refusal` when its actors cannot answer `requests` about rows, or write texts, of up to `longest` tokens."""
     network = people.teachers.get(name)
     try:
-        check_actors(config, requests, samplings, people.vocabulary, longest, network.context if network else None)
+        check_actors(config, requests, samplings, people.usable(name), longest, network.context if network else None)
     except Unfit as error:
         raise Refusal(f"endpoints.{name}.{error.field}", error.got, error.expected, error.do) from error

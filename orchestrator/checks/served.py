@@ -13,7 +13,7 @@ from orchestrator.checks import actors
 from orchestrator.checks.networks import Cast
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
-from orchestrator.rollouts import live_authors, read_rows
+from orchestrator.rollouts import live_authors, longest_read, read_rows
 from strategies.core import Sampling, ScoreRequest, Strategy
 from strategies.stages.rollout import rollouts
 
@@ -46,10 +46,12 @@ def check_lengths(offers: Mapping[str, Offer | WritingOffer], data: PreparedData
     written = (s.longest_tokens for s in rollouts(strategy.stages))
     longest = max(data.train.longest_tokens, data.held_out.longest_tokens, *written)
     for name, offer in offers.items():
-        if offer.context_tokens is not None and longest > offer.context_tokens:
-            do = f"Set data.max_length_tokens={offer.context_tokens} or less, or serve {offer.model!r} with a longer context."
+        reads = longest_read(strategy, name, longest)
+        if offer.context_tokens is not None and reads > offer.context_tokens:
+            least = longest * offer.context_tokens // reads
+            do = f"Set data.max_length_tokens={least} or less, or serve {offer.model!r} with a longer context."
             expected = f"at most the {offer.context_tokens} that endpoints.{name} reads ({offer.url})"
-            raise Refusal("data.max_length_tokens", f"rows of {longest} tokens", expected, do)
+            raise Refusal("data.max_length_tokens", f"rows of {reads} tokens", expected, do)
     silent = {n: int(read_rows(strategy, n, np.asarray([longest]))[0]) for n, offer in offers.items() if offer.context_tokens is None}
     return [f"the server of endpoint {n!r} does not tell its context; it reads rows of up to {most} tokens." for n, most in silent.items()]
 

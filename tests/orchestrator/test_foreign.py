@@ -145,11 +145,12 @@ def test_half_a_character_is_not_read_and_the_rest_of_its_row_aligns_with_nothin
     student, teacher = kind("bytes"), kind(name)
     smile, texts = ids_of(student, "\U0001f600"), [ids_of(student, t) for t in ("ab", "cd", "e", "fg", "hi")]
     rows = [[*smile[2:], *texts[0]], [*texts[1], *smile[:2]], [*texts[2], smile[1], *texts[3]], texts[4]]
+    rows.append([*texts[2], smile[1], student.eos_token_id])
     reading = read(student, teacher, bundle(rows))
     opening = "<s>" if name == "sentencepiece" else ""
-    assert [t.removeprefix(opening).strip() for t in texts_of(teacher, reading)] == ["ab", "cd", "e", "hi"]
+    assert [t.removeprefix(opening).strip() for t in texts_of(teacher, reading)] == ["ab", "cd", "e", "hi", "e"]
     found = spans(reading.ours, reading.theirs, reading.cuts)
-    aligned = [[False] * 2 + [True] * 2, [True] * 2 + [False] * 2, [True] + [False] * 3, [True] * 2]
+    aligned = [[False] * 2 + [True] * 2, [True] * 2 + [False] * 2, [True] + [False] * 3, [True] * 2, [True] + [False] * 2]
     assert (found.ours != NONE).tolist() == [a for row in aligned for a in row]
 
 

@@ -58,7 +58,7 @@ def aligned(mask: list[int] | None = None, **changed: object) -> Columns:
 
 
 def test_spans_are_the_shortest_pieces_whose_ends_both_have() -> None:
-    found = spans(ends(OURS), ends(THEIRS), np.asarray([7, 12]))
+    found = spans(ends(OURS), ends(THEIRS), np.asarray([0, 7, 12]))
     assert found.ours.tolist() == [0, 0, 1, 2, 2, 3, 3, 4]
     assert found.theirs.tolist() == [0, 0, 1, 2, 2, 3, 3, 4, 4]
     assert found.count == 5
