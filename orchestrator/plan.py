@@ -13,7 +13,7 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import authored, checkpoint, following, stores
+from orchestrator import authored, checkpoint, following, row_losses, stores
 from orchestrator.author import KeepTexts
 from orchestrator.authored import Text
 from orchestrator.capture import KeepSignals
@@ -22,7 +22,7 @@ from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
-from orchestrator.curricula import draws, feedback_lag
+from orchestrator.curricula import feedback_lag, make_order
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.filling import Filling
 from orchestrator.memory import (
@@ -54,7 +54,7 @@ from orchestrator.versions import Freshness
 from strategies.core import Strategy
 from strategies.sources import Taught
 
-__all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
+__all__ = ["BASELINE", "FACTS", "Plan", "make_plan", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,14 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
     frozen, writing = states.frozen_endpoints(job, strategy), authored.writers(job, strategy)
-    people, found = networks.cast(job, {**frozen, **writing, **endpoints}, strategy.follows)
+    people, found = networks.cast(job, {**frozen, **writing, **row_losses.asked(job), **endpoints}, strategy.follows)
     strategy = equipped(job, strategy, people.tokenizer, people.contexts)
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
-    reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
-    found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
-    offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
-    order = make_order(job, data)
+    found_sources = _sources(job, strategy, people, data, endpoints, resume)
+    answering = {name: endpoints.get(name, job.endpoints[name]) for name in found_sources.asked}
+    offers, unsure = served.check_endpoints(answering, asked, strategy, people, data)
+    order = make_order(job.run, data, row_losses.losses_name(found_sources.losses))
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus()))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
@@ -212,6 +212,15 @@ def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, Prep
     return told, rows, warnings + curriculum.check_rows(job, rows)
 
 
+def _sources(
+    job: Job, strategy: Strategy, people: Cast, data: PreparedData, endpoints: Mapping[str, EndpointConfig], resume: Folder | None
+) -> Sources:
+    """Who answers the stages, and whose losses order the rows."""
+    reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
+    found = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
+    return row_losses.with_losses(job, people, data, found)
+
+
 def _work(job: Job, strategy: Strategy, order: Order, found: Sources, added: int) -> Work:
     """The most that processes have in hand at once."""
     become, read = partial(longest_rows, strategy), partial(read_rows, strategy)
@@ -229,23 +238,6 @@ def _data_cache(job: Job) -> Path:
     """Prepared data is mapped into memory, so it lies on a disk even when runs do not."""
     storage = job.cluster.storage
     return Path("runs" if "://" in storage else storage).absolute() / "data"
-
-
-def make_order(job: Job, data: PreparedData) -> Order:
-    """The order in which the run reads its rows."""
-    train, wanted = job.run.train, job.run.curriculum
-    order = Order(
-        folder=data.folder,
-        seed=job.run.seed,
-        steps=train.steps or 1,
-        bundles_per_step=train.workers,
-        batch_rows=0 if train.batch_tokens else train.batch_rows,
-        batch_tokens=train.batch_tokens or 0,
-    )
-    if train.epochs is not None:
-        last = None if train.batch_tokens or wanted else round(train.epochs * data.train.rows)
-        order = replace(order, steps=order.count_steps(train.epochs), last_row=last)
-    return replace(order, draws=draws(wanted, data, order.steps)) if wanted else order
 
 
 def _fits(

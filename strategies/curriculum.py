@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from strategies.control import Controller, State, Value
 from strategies.core import Progress, Settings
 from strategies.schedule import Cosine, Ramp, ScheduleConfig, Steps, values_of
+from strategies.stages.rollout import BASE
 
 PACE, MIXTURE = "pace", "mixture"
 """Names of the controllers of a curriculum."""
@@ -85,13 +86,21 @@ PaceConfig = float | Ramp | Cosine | Steps | Competence | StalledShare
 class Ordered(Settings):
     """Rows in the order of a score: of the easiest, a share may be drawn, and it grows."""
 
-    by: Literal["length", "column"] = "length"
-    """What makes a row easy: few tokens, or a small number in the column `data.score`."""
+    by: Literal["length", "column", "teacher-loss", "student-loss"] = "length"
+    """What makes a row easy: few tokens, a small number in the column `data.score`, or a small mean of -log p of its loss tokens under
+    a teacher, or under the student as it begins. Losses come from a signal store, which is filled before training."""
+    teacher: str = "teacher"
+    """Endpoint whose loss `teacher-loss` is."""
     descending: bool = False
     """The largest first instead."""
     pace: PaceConfig = Competence(competence=0.2)
     """Share c of the rows, of each domain where there is a mixture, from which a step draws alike: a number or schedule above 0 and up
     to 1, `{competence: 0.1}`, or `{patience: 20}`, which grows when the loss has stopped falling."""
+
+    @property
+    def endpoint(self) -> str | None:
+        """Whose losses order the rows, where losses do."""
+        return {"teacher-loss": self.teacher, "student-loss": BASE}.get(self.by)
 
     @model_validator(mode="after")
     def _is_a_share(self) -> Ordered:

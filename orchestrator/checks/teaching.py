@@ -43,7 +43,9 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     check_alarms(job.run, strategy, evaluation_metrics(job, strategy))
     warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
-    unused = sorted(set(job.run.endpoints) - {s.endpoint for s in strategy.stages} - {a.write.endpoint for a in strategy.authors} - frozen)
+    order = job.run.curriculum.order if job.run.curriculum else None
+    used = {s.endpoint for s in strategy.stages} | {a.write.endpoint for a in strategy.authors} | ({order.endpoint} if order else set())
+    unused = sorted(set(job.run.endpoints) - used - frozen)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
     if job.run.baseline and not strategy.signals and not strategy.stages and not frozen:
         warnings.append(_same_again(job, strategy))

@@ -7,8 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from orchestrator.draws import Draws
+from orchestrator.order import Order
+from orchestrator.rows import Rows
 from orchestrator.run import distill, resume
 from strategies.curriculum import ddk_start, ddk_update
 from tests.orchestrator.test_faults import cluster, driver, kill_when, wait_for_step
@@ -115,3 +119,20 @@ def test_a_killed_driver_goes_on_with_two_workers(home: Path, undisturbed: list[
     process.wait()
     resume(home / "runs" / "driver", ["train.workers=2"], cluster=cluster(home))
     assert shown(home, "driver") == [pytest.approx(row, rel=1e-4) for row in undisturbed]
+
+
+def test_rows_come_in_the_order_of_the_students_loss_as_it_begins(home: Path, ray_session: str) -> None:
+    content = recipe(home, "losses", steps=4) | {"curriculum": {"order": {"by": "student-loss", "pace": 0.1}}, "strategy": "cross-entropy"}
+    del content["endpoints"], content["evaluate"]
+    distill(content, cluster=cluster(home))
+    (folder,) = (home / "runs" / "data").glob("data-*/train/loss-*.npy")
+    losses, rows = np.load(folder), Rows(str(folder.parents[1]), "train")
+    assert len(losses) == len(rows) and 5 < losses.mean() < 7, "near the logarithm of the vocabulary"
+    easiest = set(np.argsort(losses)[: int(np.ceil(0.1 * len(rows)))].tolist())
+    order = Order(str(folder.parents[1]), 0, 4, 1, batch_rows=ROWS, draws=Draws(open=np.asarray([0.1]), sort_by=folder.stem))
+    expected, cursor = [], dict[str, float]()
+    for step in range(1, 5):
+        (part,), cursor = order.take(step, {}, cursor)
+        assert set(part.tolist()) <= easiest
+        expected.append(float(part.sum()))
+    assert [values["row_id_sum"] for values in journal(home, "losses", "loss").values()] == expected
