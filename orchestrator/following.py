@@ -50,4 +50,4 @@ def parcel(run: RunConfig) -> Parcel:
     averages = {name: Average(rate) for name, rate in average_rates(strategy).items()}
     if lora is None:
         return Parcel(averages=averages)
-    return Parcel(adapter_scale=lora.alpha / lora.r, adapter_only=lora.publish == "adapter", averages=averages)
+    return Parcel(lora.alpha / lora.r, lora.publish == "adapter", averages)

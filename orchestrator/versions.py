@@ -114,14 +114,14 @@ class FollowingEngine:
 class Parcel:
     """What a version carries."""
 
-    weights: bool = True
-    """Whether somebody follows the student; else nothing but the values of controllers goes out."""
     adapter_scale: float | None = None
     """Of a LoRA student's product; None without LoRA."""
     adapter_only: bool = False
     """Sends the factors with every version and what they adapt once, instead of merged weights."""
     averages: Mapping[str, Average] = field(default_factory=dict)
     """Moving averages of the student, by the name of their set."""
+    weights: bool = True
+    """Whether somebody follows the student; else nothing but the values of controllers goes out."""
 
 
 class Publisher:
