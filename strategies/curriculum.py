@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from strategies.control import Controller, State, Value
 from strategies.core import Progress, Settings
@@ -80,7 +80,26 @@ class StalledShare(Settings):
         return {"share": min(1.0, state["share"] + self.rise), "mean": mean, "lowest": mean, "waited": 0.0}
 
 
-PaceConfig = float | Ramp | Cosine | Steps | Competence | StalledShare
+_PACES: dict[str, type[Settings]] = {"ramp": Ramp, "cosine": Cosine, "steps": Steps, "competence": Competence, "patience": StalledShare}
+"""By the key that only they have."""
+
+
+def _pace_kind(given: object) -> str:
+    """Which of the paces somebody means; what has no key of any is taken for one that listens."""
+    if isinstance(given, Mapping):
+        return next((key for key in _PACES if key in given), "patience")
+    return next((key for key, kind in _PACES.items() if isinstance(given, kind)), "number")
+
+
+PaceConfig = Annotated[
+    Annotated[float, Tag("number")]
+    | Annotated[Ramp, Tag("ramp")]
+    | Annotated[Cosine, Tag("cosine")]
+    | Annotated[Steps, Tag("steps")]
+    | Annotated[Competence, Tag("competence")]
+    | Annotated[StalledShare, Tag("patience")],
+    Discriminator(_pace_kind),
+]
 
 
 class Ordered(Settings):
@@ -234,7 +253,12 @@ def even(domains: Sequence[str]) -> dict[str, float]:
     return dict.fromkeys(domains, 1 / len(domains))
 
 
-MixtureConfig = Annotated[FixedMixture | GapMixture | SkillMixture, Field(discriminator="type")]
+def _with_type(given: object) -> object:
+    """Shares need no type to be known as such."""
+    return {"type": "shares", **given} if isinstance(given, Mapping) and "shares" in given else given
+
+
+MixtureConfig = Annotated[FixedMixture | GapMixture | SkillMixture, Field(discriminator="type"), BeforeValidator(_with_type)]
 
 
 class Curriculum(Settings):

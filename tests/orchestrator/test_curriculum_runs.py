@@ -136,3 +136,26 @@ def test_rows_come_in_the_order_of_the_students_loss_as_it_begins(home: Path, ra
         assert set(part.tolist()) <= easiest
         expected.append(float(part.sum()))
     assert [values["row_id_sum"] for values in journal(home, "losses", "loss").values()] == expected
+
+
+def test_skills_that_the_student_fails_are_drawn_on_policy_as_late_as_it_is_old(home: Path, ray_session: str) -> None:
+    verifier = {"engine": "verifier", "kind": "callable", "function": "tests.orchestrator.verdicts:even"}
+    mixture = {"type": "skills", "domains": ["code", "words"], "smoothing": 0.0, "alpha": 0.9}
+    content = recipe(home, "skills", steps=8) | {
+        "strategy": {"type": "kdrl", "samples": 2, "max_new_tokens": 6, "staleness": 1},
+        "curriculum": {"mixture": mixture},
+        "endpoints": {"teacher": {"engine": "fake", "vocabulary": 512}, "verifier": verifier},
+    }
+    distill(content, cluster=cluster(home))
+    steps, profile = journal(home, "skills", "loss"), dict[str, float]()
+    said: list[float] = []
+    for values in steps.values():
+        said.append(values["control/mixture/code"])
+        share = profile.get("code", 0.0) / sum(profile.values()) if sum(profile.values()) else 0.5
+        assert said[-1] == pytest.approx(0.1 * 0.5 + 0.9 * share)
+        profile |= {d: values[f"rollout/failed/{d}"] for d in ("code", "words") if f"rollout/failed/{d}" in values}
+    assert len(set(said)) > 2
+    target = drawn = 0.0
+    for step, values in steps.items():
+        target, drawn = target + ROWS * said[max(0, step - 2)], drawn + ROWS * values["curriculum/share/code"]
+        assert abs(drawn - target) <= 1 and values["age_steps"] == min(1, step - 1)

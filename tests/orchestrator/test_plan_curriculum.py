@@ -127,6 +127,8 @@ def test_a_domain_without_held_out_rows_cannot_move_a_mixture(bench: Bench) -> N
         ({"order": {}, "lag_steps": 3}, [], "known before the run"),
         ({"order": {"pace": {"patience": 2, "metric": "loss/kl"}}}, [], "Did you mean 'loss/kd'?"),
         ({"order": {"pac": 1}}, [], "Did you mean 'pace'?"),
+        ({"order": {"pace": {"patienc": 3}}}, [], "curriculum.order.pace.patience: got nothing"),
+        ({"mixture": {"domains": ["code", "prose"]}}, [], "curriculum.mixture: got no type; expected a type"),
         ({"mixture": {"type": "dkd", "domains": ["code", "prose"]}}, [], "Did you mean 'ddk'?"),
     ],
 )
