@@ -8,8 +8,9 @@ strategy, because the process that reads rows starts with it; what a recipe says
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Draws:
     open: NDArray[np.float64] | str | None = None
     """Share of rows that may be drawn by step, `(steps,)` or `(1,)`; or the name of a controller. None opens all."""
     sort_by: str = NOT_SORTED
-    """What makes rows easy: `lengths`, a mark such as `score`, or `random`."""
+    """What makes rows easy: the name of a file of theirs such as `lengths` or `score`, or `random`."""
     descending: bool = False
 
     def take(
@@ -85,8 +86,11 @@ class Draws:
         return float(values[self.open] if isinstance(self.open, str) else self.open[min(step, len(self.open)) - 1])
 
     def example(self, folder: str, seed: int, step: int, batch_rows: int) -> NDArray[np.int64]:
-        """Rows such as a step may have whatever controllers say, all of one pool in turn."""
+        """Rows such as a step may have whatever controllers say, all of one pool in turn; the longest first where it is not yet known
+        what sorts them."""
         opened = (1 + step % 5) / 5 if isinstance(self.open, str) else self.open_at(step, {})
+        if self.sort_by not in (NOT_SORTED, BY_CHANCE) and not _file(folder, self.sort_by).exists():
+            return replace(self, sort_by="lengths", descending=True).example(folder, seed, step, batch_rows)
         return self.drawn(folder, seed, step % len(self.pools), step * batch_rows, batch_rows, opened)
 
 
@@ -130,8 +134,12 @@ def _sorted_rows(folder: str, domain: int | None, sort_by: str, descending: bool
     found = found[rows_at(np.arange(len(found)), len(found), seed ^ 0x5EED)]
     if sort_by == BY_CHANCE:
         return found
-    scores = np.asarray(train.marks[sort_by] if sort_by in train.marks else getattr(train, sort_by))[found]
+    scores = np.load(_file(folder, sort_by), mmap_mode="r")[found]
     return found[np.argsort(-scores if descending else scores, kind="stable")]
+
+
+def _file(folder: str, name: str) -> Path:
+    return Path(folder) / "train" / f"{name}.npy"
 
 
 @lru_cache(maxsize=4)

@@ -34,6 +34,7 @@ from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
 from orchestrator.rollout_metrics import fates
 from orchestrator.roundtrip import JOB_TAG
+from orchestrator.row_losses import write_losses
 from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
 from orchestrator.watch import Watch, stopping_words
@@ -103,6 +104,8 @@ def _fill_stores(plan: Plan, display: Display, tracking: Future[Tracker]) -> Non
     try:
         for each in plan.captures():
             fill(each, display)
+        if plan.sources.losses:
+            write_losses(plan.job, plan.sources.losses, plan.data.folder)
     except BaseException as error:
         tracking.result().finish("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise

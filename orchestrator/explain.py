@@ -31,6 +31,9 @@ def refusal(error: ValidationError, model: type[BaseModel], content: Mapping[str
         tag, key = str(first["ctx"]["tag"]), str(first["ctx"]["discriminator"]).strip("'")
         field = key if key.isidentifier() else "engine"  # a function tells engines apart
         return Refusal(f"{place}.{field}", repr(tag), f"one of {', '.join(sorted(known))}", nearest(tag, known) or "Correct the value.")
+    if kind == "union_tag_not_found":
+        key = str(first["ctx"]["discriminator"]).strip("'")
+        return Refusal(place, f"no {key}", f"a {key}, which says what it is", f"Add {'.'.join([*path, key])}.")
     message = first["msg"]
     for prefix in _PREFIXES:
         message = message.removeprefix(prefix)

@@ -12,7 +12,7 @@ from cluster.config import EndpointConfig
 from cluster.offers import Offer, WritingOffer
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
-from orchestrator import alignment, authored, checkpoint, following, stores
+from orchestrator import alignment, authored, checkpoint, following, row_losses, stores
 from orchestrator.alignment import Alignment
 from orchestrator.answers import Answers
 from orchestrator.author import KeepTexts
@@ -24,7 +24,7 @@ from orchestrator.checks.folders import BASELINE, run_folder
 from orchestrator.checks.networks import Cast
 from orchestrator.checks.resumed import FACTS, SIGNALS, Facts
 from orchestrator.config import Job
-from orchestrator.curricula import draws, feedback_lag
+from orchestrator.curricula import feedback_lag, make_order
 from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.filling import Filling
 from orchestrator.memory import Disk, Memory
@@ -42,7 +42,7 @@ from strategies.sources import Taught
 from strategies.stages import align
 from strategies.stages.support import with_vocabulary
 
-__all__ = ["BASELINE", "FACTS", "Plan", "make_order", "make_plan", "plan_text"]
+__all__ = ["BASELINE", "FACTS", "Plan", "make_plan", "plan_text"]
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,15 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     folder = run_folder(job, recipe_name, resume)
     endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
-    stores.check_named_stores(endpoints)
     machine.check_packages(train, job.cluster.resources.worker.gpus)
-    people, strategy, found = _meet(job, strategy, {**(frozen := states.frozen_endpoints(job, strategy)), **endpoints})
+    people, frozen, strategy, found = _meet(job, strategy, endpoints)
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
     strategy, alignments = alignment.measured(job, strategy, people, data, _data_cache(job))
-    reading, order = with_tokenizers(endpoints, people.tokenizer, _data_cache(job)), make_order(job, data)
-    found_sources = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
-    offers, unsure = served.check_endpoints({name: endpoints[name] for name in found_sources.asked}, asked, strategy, people, data)
+    found_sources = _sources(job, strategy, people, data, endpoints, resume)
+    answering = {name: endpoints.get(name, job.endpoints[name]) for name in found_sources.asked}
+    offers, unsure = served.check_endpoints(answering, asked, strategy, people, data)
+    order = make_order(job.run, data, row_losses.losses_name(found_sources.losses))
     strategy = within(strategy, served.scoring_rooms(endpoints, offers, people))
     wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus(), pools(strategy.stages)))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
@@ -196,12 +196,16 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     return plan
 
 
-def _meet(job: Job, strategy: Strategy, endpoints: Mapping[str, EndpointConfig]) -> tuple[Cast, Strategy, list[str]]:
-    """Who takes part, the strategy that knows of their tokens and texts what its stages need, and warnings."""
-    everybody = {**authored.writers(job, strategy), **endpoints}
+def _meet(
+    job: Job, strategy: Strategy, endpoints: Mapping[str, EndpointConfig]
+) -> tuple[Cast, Mapping[str, EndpointConfig], Strategy, list[str]]:
+    """Who takes part, the endpoints of frozen players, the strategy that knows of tokens and texts what its stages need, and warnings."""
+    stores.check_named_stores(endpoints)
+    frozen = states.frozen_endpoints(job, strategy)
+    everybody = {**frozen, **authored.writers(job, strategy), **row_losses.asked(job), **endpoints}
     people, warnings = networks.cast(job, everybody, strategy.follows, align.foreign(strategy.stages))
     known = with_vocabulary(equipped(job, strategy, people.tokenizer), people.vocabulary)
-    return people, alignment.told(job, known, people), warnings
+    return people, frozen, alignment.told(job, known, people), warnings
 
 
 def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, PreparedData, list[str]]:
@@ -214,27 +218,19 @@ def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, Prep
     return told, rows, warnings + curriculum.check_rows(job, rows)
 
 
+def _sources(
+    job: Job, strategy: Strategy, people: Cast, data: PreparedData, endpoints: Mapping[str, EndpointConfig], resume: Folder | None
+) -> Sources:
+    """Who answers the stages, and whose losses order the rows."""
+    reading = with_tokenizers(endpoints, people.tokenizer, _data_cache(job))
+    found = stores.sources(job, strategy, people, data, reading, resumed.signals_before(resume))
+    return row_losses.with_losses(job, people, data, found)
+
+
 def _data_cache(job: Job) -> Path:
     """Prepared data is mapped into memory, so it lies on a disk even when runs do not."""
     storage = job.cluster.storage
     return Path("runs" if "://" in storage else storage).absolute() / "data"
-
-
-def make_order(job: Job, data: PreparedData) -> Order:
-    """The order in which the run reads its rows."""
-    train, wanted = job.run.train, job.run.curriculum
-    order = Order(
-        folder=data.folder,
-        seed=job.run.seed,
-        steps=train.steps or 1,
-        bundles_per_step=train.workers,
-        batch_rows=0 if train.batch_tokens else train.batch_rows,
-        batch_tokens=train.batch_tokens or 0,
-    )
-    if train.epochs is not None:
-        last = None if train.batch_tokens or wanted else round(train.epochs * data.train.rows)
-        order = replace(order, steps=order.count_steps(train.epochs), last_row=last)
-    return replace(order, draws=draws(wanted, data, order.steps)) if wanted else order
 
 
 def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[str, str]:

@@ -70,6 +70,8 @@ class Sources:
     digests: Mapping[str, str]
     """By endpoint: `live`, or the digests of its stores."""
     notes: tuple[str, ...] = ()
+    losses: Wanted | None = None
+    """Of those that are read, the one of the losses that order rows (`orchestrator.row_losses`)."""
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -123,14 +125,15 @@ def _wanted(job: Job, strategy: Strategy, people: Cast, data: PreparedData, name
     stages = [s for s in strategy.stages if s.endpoint == name]
     if isinstance(config, StoreEndpoint) or not all(_is_question(s) for s in stages) or rollouts(strategy.stages):
         return []
-    return [_find(job, people, data, name, config, s) for s in stages if isinstance(s, Score)]
+    return [wanted_store(job, people, data, name, config, s) for s in stages if isinstance(s, Score)]
 
 
 def _is_question(stage: Stage) -> bool:
     return isinstance(stage, Score)
 
 
-def _find(job: Job, people: Cast, data: PreparedData, name: str, config: EndpointConfig, stage: Score) -> Wanted:
+def wanted_store(job: Job, people: Cast, data: PreparedData, name: str, config: EndpointConfig, stage: Score) -> Wanted:
+    """The store of an endpoint's answers to a stage, and how much of it is there."""
     key = store_key(job, people, data, name, config, stage)
     found = find_store(stores_folder(job), name, key, cache_folder(job), lambda: part_starts(data.folder, job.run.signals.part_tokens))
     return Wanted(**vars(found), stage=stage)

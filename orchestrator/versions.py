@@ -116,8 +116,6 @@ class FollowingEngine:
 class Parcel:
     """What a version carries."""
 
-    weights: bool = True
-    """Whether somebody follows the student; else nothing but the values of controllers goes out."""
     adapter_scale: float | None = None
     """Of a LoRA student's product; None without LoRA."""
     adapter_only: bool = False
@@ -126,6 +124,8 @@ class Parcel:
     """Moving averages of the student, by the name of their set."""
     transport: str | None = None
     """See `Freshness.transport`."""
+    weights: bool = True
+    """Whether somebody follows the student; else nothing but the values of controllers goes out."""
 
 
 class Publisher:

@@ -10,11 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from strategies.control import Controller, State, Value
 from strategies.core import Progress, Settings
-from strategies.schedule import Cosine, Ramp, ScheduleConfig, Steps, values_of
+from strategies.paces import Competence, PaceConfig, StalledShare
+from strategies.schedule import ScheduleConfig, values_of
+from strategies.stages.rollout import BASE
 
 PACE, MIXTURE = "pace", "mixture"
 """Names of the controllers of a curriculum."""
@@ -22,76 +24,24 @@ Domains = Annotated[tuple[str, ...], Field(min_length=2)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
-class Competence(Settings):
-    """c(t) = min(1, sqrt(t (1 - c0^2) / T + c0^2)): Competence-based Curriculum Learning (arXiv:1903.09848), the square-root pace of its
-    section 2. Rows are added ever more slowly, so that each new one has about the same time."""
-
-    competence: Annotated[float, Field(gt=0, le=1)]
-    """c0, the share at the first step."""
-    over_steps: PositiveInt | None = None
-    """T, after which all rows may be drawn; the whole run when absent."""
-
-    def __call__(self, progress: Progress) -> float:
-        share = progress.step / (self.over_steps or max(1, progress.steps))
-        return min(1.0, math.sqrt(share * (1 - self.competence**2) + self.competence**2))
-
-
-class StalledShare(Settings):
-    """A share that grows whenever a loss has stopped falling: what was learnt from these rows is learnt.
-
-    The loss is smoothed: m <- s m + (1 - s) loss. Where m has not been below the lowest one since the last rise by `least_fall` for
-    `patience` times, `rise` is added, up to 1, and the lowest one is forgotten."""
-
-    start: Annotated[float, Field(gt=0, le=1)] = 0.2
-    rise: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Added each time."""
-    patience: PositiveInt
-    """How often the loss is heard without falling: steps of `loss` and `loss/<term>`, evaluations of `eval/...`."""
-    least_fall: Annotated[float, Field(ge=0)] = 0.0
-    """In the loss's own unit."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """s; 0 takes each loss as it is."""
-    metric: Annotated[str, Field(pattern="^(eval/|loss$|loss/)")] = "loss"
-
-    @property
-    def hears(self) -> frozenset[str]:
-        return frozenset({self.metric})
-
-    def begin(self) -> State:
-        return {"share": self.start}
-
-    def after_step(self, state: State, metrics: Mapping[str, float], progress: Progress) -> State:
-        return state if self.metric.startswith("eval/") else self._heard(state, metrics[self.metric])
-
-    def after_evaluation(self, state: State, metrics: Mapping[str, float]) -> State:
-        return self._heard(state, metrics[self.metric]) if self.metric.startswith("eval/") else state
-
-    def value(self, state: State) -> Value:
-        return state["share"]
-
-    def _heard(self, state: State, loss: float) -> State:
-        mean = self.smoothing * state.get("mean", loss) + (1 - self.smoothing) * loss
-        if mean < state.get("lowest", math.inf) - self.least_fall:
-            return {"share": state["share"], "mean": mean, "lowest": mean, "waited": 0.0}
-        waited = state["waited"] + 1
-        if waited < self.patience:
-            return {**state, "mean": mean, "waited": waited}
-        return {"share": min(1.0, state["share"] + self.rise), "mean": mean, "lowest": mean, "waited": 0.0}
-
-
-PaceConfig = float | Ramp | Cosine | Steps | Competence | StalledShare
-
-
 class Ordered(Settings):
     """Rows in the order of a score: of the easiest, a share may be drawn, and it grows."""
 
-    by: Literal["length", "column"] = "length"
-    """What makes a row easy: few tokens, or a small number in the column `data.score`."""
+    by: Literal["length", "column", "teacher-loss", "student-loss"] = "length"
+    """What makes a row easy: few tokens, a small number in the column `data.score`, or a small mean of -log p of its loss tokens under
+    a teacher, or under the student as it begins. Losses come from a signal store, which is filled before training."""
+    teacher: str = "teacher"
+    """Endpoint whose loss `teacher-loss` is."""
     descending: bool = False
     """The largest first instead."""
     pace: PaceConfig = Competence(competence=0.2)
     """Share c of the rows, of each domain where there is a mixture, from which a step draws alike: a number or schedule above 0 and up
     to 1, `{competence: 0.1}`, or `{patience: 20}`, which grows when the loss has stopped falling."""
+
+    @property
+    def endpoint(self) -> str | None:
+        """Whose losses order the rows, where losses do."""
+        return {"teacher-loss": self.teacher, "student-loss": BASE}.get(self.by)
 
     @model_validator(mode="after")
     def _is_a_share(self) -> Ordered:
@@ -234,7 +184,12 @@ def even(domains: Sequence[str]) -> dict[str, float]:
     return dict.fromkeys(domains, 1 / len(domains))
 
 
-MixtureConfig = Annotated[FixedMixture | GapMixture | SkillMixture, Field(discriminator="type")]
+def _with_type(given: object) -> object:
+    """Shares need no type to be known as such."""
+    return {"type": "shares", **given} if isinstance(given, Mapping) and "shares" in given else given
+
+
+MixtureConfig = Annotated[FixedMixture | GapMixture | SkillMixture, Field(discriminator="type"), BeforeValidator(_with_type)]
 
 
 class Curriculum(Settings):

@@ -46,7 +46,9 @@ def check_strategy(job: Job, strategy: Strategy, steps: int | None) -> list[str]
     warnings = _check_weights(where, strategy, steps or 1000) + _check_controllers(where, job, strategy)
     frozen = {p.model for p in strategy.players.values() if not p.trained}
     judge = {job.run.evaluate.answers.verifier} if job.run.evaluate.answers else set()
-    asked = {s.endpoint for s in strategy.stages} | {a.write.endpoint for a in strategy.authors} | frozen | judge
+    order = job.run.curriculum.order if job.run.curriculum else None
+    sorter = {order.endpoint} if order else set()
+    asked = {s.endpoint for s in strategy.stages} | {a.write.endpoint for a in strategy.authors} | frozen | judge | sorter
     unused = sorted(set(job.run.endpoints) - asked)
     warnings += [f"endpoint {name!r} of the recipe is used by no stage of the strategy." for name in unused]
     if job.run.baseline and not strategy.signals and not strategy.stages and not frozen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from orchestrator.bundle import from_table
 from orchestrator.controls import Controls
 from orchestrator.order import Order
 from orchestrator.reading import read_bundles
+from orchestrator.versions import Parcel, Publisher
 from strategies.control import AdaptiveShare, told
 from strategies.core import Progress
 from strategies.objectives.taid import TaidController, TaidPace
@@ -90,3 +92,32 @@ def test_a_step_that_was_skipped_or_taught_nothing_is_not_told() -> None:
     controls.after_step({"skipped": 1.0, "loss/kd": float("nan")}, Progress(1, STEPS))
     controls.after_step({"skipped": 0.0, "micro_batches": 0.0, "loss/kd": 0.0}, Progress(2, STEPS))
     assert controls.to_json()["states"] == before
+
+
+class Told:
+    """A board that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[int, Any], dict[int, dict[str, float]]]] = []
+        self.publish = self
+
+    def remote(self, attempt: int, versions: dict[int, Any], values: dict[int, dict[str, float]]) -> None:
+        self.told.append((attempt, versions, values))
+
+
+def test_values_go_out_without_weights_where_nobody_follows_and_those_that_are_due_are_repeated(tmp_path: Path) -> None:
+    board = Told()
+    publisher = Publisher(board, None, 0, 2, Parcel(weights=False))  # type: ignore[arg-type]
+    controls = Controls(LISTENING, {"versions": {"5": {"share": 0.1}, "6": {"share": 0.2}, "7": {"share": 0.3}}}, versions=3)
+    publisher.begin(4, 7, {}, controls.versions)
+    attempt, versions, values = board.told[-1]
+    assert attempt == 4 and {n: v for n, v in values.items() if n >= 0} == {5: {"share": 0.1}, 6: {"share": 0.2}, 7: {"share": 0.3}}
+    assert all(sets == {} for sets in versions.values())
+    controls.send_with(8)
+    publisher.publish(8)
+    publisher.settled()
+    publisher.publish(9)
+    publisher.end()
+    assert sorted(board.told[-1][1]) == [7, 8, 9] and board.told[-1][2][8] == controls.versions[8]
+    publisher.keep(tmp_path)
+    assert not list(tmp_path.iterdir())

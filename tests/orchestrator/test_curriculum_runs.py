@@ -7,8 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from orchestrator.draws import Draws
+from orchestrator.order import Order
+from orchestrator.rows import Rows
 from orchestrator.run import distill, resume
 from strategies.curriculum import ddk_start, ddk_update
 from tests.orchestrator.test_faults import cluster, driver, kill_when, wait_for_step
@@ -115,3 +119,43 @@ def test_a_killed_driver_goes_on_with_two_workers(home: Path, undisturbed: list[
     process.wait()
     resume(home / "runs" / "driver", ["train.workers=2"], cluster=cluster(home))
     assert shown(home, "driver") == [pytest.approx(row, rel=1e-4) for row in undisturbed]
+
+
+def test_rows_come_in_the_order_of_the_students_loss_as_it_begins(home: Path, ray_session: str) -> None:
+    content = recipe(home, "losses", steps=4) | {"curriculum": {"order": {"by": "student-loss", "pace": 0.1}}, "strategy": "cross-entropy"}
+    del content["endpoints"], content["evaluate"]
+    distill(content, cluster=cluster(home))
+    (folder,) = (home / "runs" / "data").glob("data-*/train/loss-*.npy")
+    losses, rows = np.load(folder), Rows(str(folder.parents[1]), "train")
+    assert len(losses) == len(rows) and 5 < losses.mean() < 7, "near the logarithm of the vocabulary"
+    easiest = set(np.argsort(losses)[: int(np.ceil(0.1 * len(rows)))].tolist())
+    order = Order(str(folder.parents[1]), 0, 4, 1, batch_rows=ROWS, draws=Draws(open=np.asarray([0.1]), sort_by=folder.stem))
+    expected, cursor = [], dict[str, float]()
+    for step in range(1, 5):
+        (part,), cursor = order.take(step, {}, cursor)
+        assert set(part.tolist()) <= easiest
+        expected.append(float(part.sum()))
+    assert [values["row_id_sum"] for values in journal(home, "losses", "loss").values()] == expected
+
+
+def test_skills_that_the_student_fails_are_drawn_on_policy_as_late_as_it_is_old(home: Path, ray_session: str) -> None:
+    verifier = {"engine": "verifier", "kind": "callable", "function": "tests.orchestrator.verdicts:even"}
+    mixture = {"type": "skills", "domains": ["code", "words"], "smoothing": 0.0, "alpha": 0.9}
+    content = recipe(home, "skills", steps=8) | {
+        "strategy": {"type": "kdrl", "samples": 2, "max_new_tokens": 6, "staleness": 1},
+        "curriculum": {"mixture": mixture},
+        "endpoints": {"teacher": {"engine": "fake", "vocabulary": 512}, "verifier": verifier},
+    }
+    distill(content, cluster=cluster(home))
+    steps, profile = journal(home, "skills", "loss"), dict[str, float]()
+    said: list[float] = []
+    for values in steps.values():
+        said.append(values["control/mixture/code"])
+        share = profile.get("code", 0.0) / sum(profile.values()) if sum(profile.values()) else 0.5
+        assert said[-1] == pytest.approx(0.1 * 0.5 + 0.9 * share)
+        profile |= {d: values[f"rollout/failed/{d}"] for d in ("code", "words") if f"rollout/failed/{d}" in values}
+    assert len(set(said)) > 2
+    target = drawn = 0.0
+    for step, values in steps.items():
+        target, drawn = target + ROWS * said[max(0, step - 2)], drawn + ROWS * values["curriculum/share/code"]
+        assert abs(drawn - target) <= 1 and values["age_steps"] == min(1, step - 1)

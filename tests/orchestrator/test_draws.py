@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from orchestrator.bundle import from_table, scalar
 from orchestrator.draws import BY_CHANCE, Draws, _whole, cursor_columns, cursor_of, drawn_metrics
 from orchestrator.order import Order
 from orchestrator.reading import read_bundles
+from orchestrator.row_losses import row_means
 from strategies.core import Columns
 from strategies.domains import domain_id
 from tests.prepared import write_split
@@ -178,6 +180,22 @@ def test_shares_that_say_nothing_are_an_error(folder: str) -> None:
     for shares in ([0.0, 0.0, 0.0], [0.5, 0.6, -0.1], [float("nan")] * 3):
         with pytest.raises(ValueError, match="expected none below 0 and one above"):
             drawn(folder, Draws(NAMES, DOMAINS, np.asarray([shares], np.float32)), 1)
+
+
+def test_losses_of_rows_are_means_over_their_loss_tokens() -> None:
+    means = row_means(np.asarray([1.0, 2.0, 6.0, 4.0]), np.asarray([0, 1, 1, 0, 1, 0, 1, 0]), np.asarray([3, 2, 3], np.int32))
+    assert means.tolist() == [1.5, 6.0, 4.0]
+
+
+def test_rows_are_sorted_by_any_file_of_theirs_and_examples_come_before_it_is_there(folder: str, tmp_path: Path) -> None:
+    home = str(shutil.copytree(folder, tmp_path / "copy"))
+    lengths = np.load(Path(home) / "train" / "lengths.npy")
+    by_loss = Draws(open=np.asarray([0.2]), sort_by="loss-1234")
+    assert lengths[by_loss.example(home, 3, 1, 8)].min() >= np.sort(lengths)[-21], "the longest, while nobody knows what is easy"
+    losses = np.random.default_rng(2).normal(size=101).astype(np.float32)
+    np.save(Path(home) / "train" / "loss-1234.npy", losses)
+    found = np.unique(np.concatenate(drawn(home, by_loss, 6)))
+    assert found.tolist() == np.sort(np.argsort(losses)[:21]).tolist()
 
 
 def test_examples_are_of_every_domain_and_of_what_may_be_open(folder: str) -> None:

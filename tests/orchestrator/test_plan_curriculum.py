@@ -127,6 +127,8 @@ def test_a_domain_without_held_out_rows_cannot_move_a_mixture(bench: Bench) -> N
         ({"order": {}, "lag_steps": 3}, [], "known before the run"),
         ({"order": {"pace": {"patience": 2, "metric": "loss/kl"}}}, [], "Did you mean 'loss/kd'?"),
         ({"order": {"pac": 1}}, [], "Did you mean 'pace'?"),
+        ({"order": {"pace": {"patienc": 3}}}, [], "curriculum.order.pace.patience: got nothing"),
+        ({"mixture": {"domains": ["code", "prose"]}}, [], "curriculum.mixture: got no type; expected a type"),
         ({"mixture": {"type": "dkd", "domains": ["code", "prose"]}}, [], "Did you mean 'ddk'?"),
     ],
 )
@@ -160,3 +162,27 @@ def test_sources_by_name_need_no_column(bench: Bench) -> None:
     bench.recipe["curriculum"] = {"mixture": DDK}
     text = plain(bench.plan("evaluate.every_steps=2"))
     assert "domains by source, rows to train on + held out: code" in text and f"{rows}, {bench.folder}/rows.jsonl: " in text
+
+
+@pytest.mark.parametrize(("by", "endpoint"), [("teacher-loss", "teacher"), ("student-loss", "base")])
+def test_losses_that_order_rows_are_a_store_of_their_own(bench: Bench, by: str, endpoint: str) -> None:
+    bench.recipe["curriculum"] = {"order": {"by": by}}
+    plan = bench.plan("strategy=cross-entropy")
+    (filling,) = plan.captures()
+    assert (filling.spec.name, filling.stage.endpoint) == (endpoint, endpoint) and set(plan.shares) == {"worker", "reader"}
+    assert plan.order.draws is not None and plan.order.draws.sort_by == f"loss-{filling.spec.key.digest}"
+    text = plain(plan)
+    assert f"the smallest loss of {endpoint} first" in text and ("is used by no stage" in text) == (by == "student-loss")
+    assert not bench.plan("strategy=cross-entropy", "curriculum.control=random").captures()
+
+
+@pytest.mark.parametrize(
+    ("order", "overrides", "said"),
+    [
+        ({"by": "teacher-loss", "teacher": "techer"}, [], "Did you mean 'teacher'?"),
+        ({"by": "student-loss"}, ["student.init=random"], "a student of fresh weights"),
+        ({"by": "teacher-loss", "teacher": "far"}, ["endpoints.far={engine: fake, vocabulary: 512}"], "the loss of endpoints.far ('fake')"),
+    ],
+)
+def test_losses_that_nobody_can_tell_are_refused(bench: Bench, order: dict[str, str], overrides: list[str], said: str) -> None:
+    assert said in refused(bench, {"order": order}, *overrides)

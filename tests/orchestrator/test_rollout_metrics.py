@@ -9,6 +9,7 @@ from orchestrator.display import step_words
 from orchestrator.rollout_metrics import fates, oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.step_metrics import stream_metrics
 from strategies.core import Columns, Strategy
+from strategies.domains import domain_id
 from strategies.personalised import Personalised
 from strategies.self_distillation import OPSD
 
@@ -53,6 +54,21 @@ def test_bundles_add_up_and_one_without_texts_has_none() -> None:
     silent = bundle() | {"written": np.zeros(3, np.uint8)}
     found = rollout_metrics(rollout_sums(silent), oldest_steps(silent))
     assert found["rollout/share"] == 0 and "rollout/length" not in found and "rollout/surprise" not in found  # a mean over nothing is none
+
+
+def test_each_domain_has_the_share_of_its_judged_texts_that_failed() -> None:
+    verdicts = {
+        "written": np.ones(3, np.uint8),
+        "reward": np.asarray([1, 0, 0], np.float32),
+        "judged": np.asarray([1, 1, 1], np.uint8),
+        "row_id": np.arange(3),
+        "domain": np.asarray([domain_id(d) for d in ("code", "code", "prose")], np.int64),
+        **{f"judge/{name}": np.zeros(1, np.float32) for name in ("failed", "unjudgeable", "seconds")},
+    }
+    found = rollout_metrics(rollout_sums(bundle() | verdicts, domains=("code", "prose", "maths")), 0.0)
+    told = {name: value for name, value in found.items() if name.startswith("rollout/failed/")}
+    assert told == {"rollout/failed/code": 0.5, "rollout/failed/prose": 1.0}
+    assert "rollout/failed/code" not in rollout_metrics(rollout_sums(bundle() | verdicts), 0.0)
 
 
 def test_the_distance_to_a_base_is_that_of_written_tokens() -> None:

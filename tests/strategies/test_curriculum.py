@@ -13,16 +13,15 @@ from pydantic import ValidationError
 from strategies.control import AdaptiveShare, begun, values_by_name
 from strategies.core import Progress
 from strategies.curriculum import (
-    Competence,
     Curriculum,
     FixedMixture,
     GapMixture,
     Ordered,
     SkillMixture,
-    StalledShare,
     ddk_start,
     ddk_update,
 )
+from strategies.paces import Competence, StalledShare
 
 NOW = Progress(0, 10)
 
@@ -150,6 +149,8 @@ def test_what_listens_is_told_by_name_and_a_control_listens_to_less() -> None:
         ({"order": {"pace": 0.0}}, "above 0"),
         ({"order": {"pace": {"ramp": [0.2, 1.2]}}}, "up to 1"),
         ({"order": {"pace": {"competence": 0.0}}}, "greater than 0"),
+        ({"order": {"pace": {"patience": 0}}}, "greater than 0"),
+        ({"order": {"pace": "fast"}}, "valid number"),
         ({"mixture": {"type": "ddk", "domains": ["a"]}}, "at least 2 items"),
         ({"mixture": {"type": "shares", "shares": {"a": 1, "b": -1}}}, "0 or more"),
         ({"mixture": {"type": "shares", "shares": {"a": 1}}}, "at least 2 items"),
