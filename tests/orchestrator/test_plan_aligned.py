@@ -160,15 +160,28 @@ def test_conversations_are_shown_in_the_teachers_own_template(bench: Bench, form
     assert np.count_nonzero(learnt == ends) == (6 if form == "turns" else 3), "the end of a turn is learnt from the end of a turn"
 
 
-def test_conversations_of_held_out_rows_are_found_too(bench: Bench) -> None:
-    rows = [
-        {"prompt": [{"role": "user", "content": f"f{i}?"}], "completion": [{"role": "assistant", "content": f"g{i}"}]} for i in range(40)
-    ]
+@pytest.mark.parametrize("apart", [False, True])
+def test_conversations_of_held_out_rows_are_found_too(bench: Bench, apart: bool) -> None:
+    users, answers = ([[{"role": who, "content": f"f{i}"}] for i in range(40)] for who in ("user", "assistant"))
+    rows = [{"prompt": user, "completion": answer} for user, answer in zip(users, answers, strict=True)]
     put("data.train", bench.rows(*rows))(bench)
+    if apart:
+        other = bench.storage.parent / "held_out.jsonl"
+        other.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+        put("data.held_out", str(other))(bench)
     plan = planned(bench, "alm", str(talking(bench, "talking")))
     (stage,) = alignments(plan.strategy.stages)
     columns = Rows(plan.data.folder, "held_out").read(np.arange(8)) | {"step": np.zeros(1, np.int64)}
-    assert (stage(columns, None)["teacher/span"] != NONE).all()
+    out = stage(columns, None)
+    assert (out["teacher/span"] != NONE).all()
+    ours, theirs = plan.cast.tokenizer, plan.cast.tokenizers["teacher"]
+    for own, read in zip(_rows(columns["tokens"], columns["lengths"]), _rows(out["teacher/tokens"], out["teacher/lengths"]), strict=True):
+        number = str(ours.decode(own)).partition("\nf")[2].partition("<")[0]
+        assert str(theirs.decode(read)) == f"[user]\nf{number}<|eot|>\n[assistant]\nf{number}<|eot|>"
+
+
+def _rows(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    return [r.tolist() for r in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
 def test_conversations_need_a_teacher_with_a_template(bench: Bench) -> None:
