@@ -18,6 +18,10 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster import loopback
 
+START_SECONDS = 120.0
+"""Until the agent of a head that has just begun takes jobs, at most."""
+NO_AGENT = "No available agent"
+"""What Ray says until then."""
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 60.0
 """A cluster that does not answer for so long is given up."""
@@ -91,10 +95,19 @@ class Jobs:
         self.address = self._client.get_address()
 
     def submit(self, job_id: str, command: str, archive: Path, environment: Mapping[str, str], metadata: Mapping[str, str]) -> None:
-        """Sends an archive and has `command` run in it, by a shell, on the head node."""
+        """Sends an archive and has `command` run in it, by a shell, on the head node. A cluster that has just begun is waited for."""
         env = {"working_dir": str(archive), "env_vars": dict(environment)}
-        with _asking(self.address):
-            self._client.submit_job(entrypoint=command, submission_id=job_id, runtime_env=env, metadata=dict(metadata))
+        last = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                with _asking(self.address):
+                    self._client.submit_job(entrypoint=command, submission_id=job_id, runtime_env=env, metadata=dict(metadata))
+            except Unreachable as error:
+                if NO_AGENT not in str(error) or time.monotonic() > last:
+                    raise
+                time.sleep(POLL_SECONDS)
+            else:
+                return
 
     def job(self, job_id: str) -> Job:
         with _asking(self.address, job_id):

@@ -96,6 +96,23 @@ def test_what_is_followed_is_told_once_when_the_connection_breaks(monkeypatch: p
     assert "".join(told) == "one\ntwo\nthree\n"
 
 
+def test_a_cluster_that_has_just_begun_is_waited_for(monkeypatch: pytest.MonkeyPatch, archive: Path) -> None:
+    class Beginning(Breaking):
+        def submit_job(self, **job: object) -> None:
+            self.asked += 1
+            if self.asked < 3:
+                raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later.")
+            if self.asked > 3:
+                raise RuntimeError("Request failed with status code 500: no such file")
+
+    monkeypatch.setattr(jobs_client, "JobSubmissionClient", Beginning)
+    monkeypatch.setattr(jobs_client, "POLL_SECONDS", 0.0)
+    jobs = Jobs("http://head:8265")
+    jobs.submit("a", "true", archive, {}, {})
+    with pytest.raises(Unreachable, match="no such file"):
+        jobs.submit("b", "true", archive, {}, {})
+
+
 def test_outcomes() -> None:
     def outcome(status: str, code: int | None) -> int:
         return Job("a", status, "", "", {}, None, None, code).outcome
