@@ -18,7 +18,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster import loopback
 
-START_SECONDS = 120.0
+START_SECONDS = 60.0
 """Until the agent of a head that has just begun takes jobs, at most."""
 NO_AGENT = "No available agent"
 """What Ray says until then."""
