@@ -15,7 +15,7 @@ import pytest
 from orchestrator.search.book import TRIALS
 from orchestrator.search.drive import resume_search
 from tests.orchestrator.test_search_run import cluster, recipe, runs
-from tests.tiny import tiny_pair
+from tests.tiny import tiny_model, tiny_pair, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -23,7 +23,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pair(tmp_path_factory.mktemp("search-faults"), rows=64)
+    """A pair, and a student whose weights are no numbers."""
+    folder = tiny_pair(tmp_path_factory.mktemp("search-faults"), rows=64)
+    tokenizer = tiny_tokenizer(folder / "broken")
+    model = tiny_model(folder / "broken", vocab_size=len(tokenizer))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    model.save_pretrained(str(folder / "broken"))
+    return folder
 
 
 def events(home: Path) -> list[dict[str, Any]]:
@@ -52,7 +59,8 @@ def wait_for_end(home: Path, name: str, seconds: float = 90.0) -> None:
 
 def test_a_killed_search_goes_on_repeats_nothing_and_a_nan_stops_only_itself(home: Path, ray_session: str) -> None:
     given = {**recipe(home), "baseline": False}
-    given["search"] = {"space": {"train.lr": {"choice": [1e-3, 1e-2, 1e30]}}, "sampler": "grid", "trials": 3, "baseline": False}
+    students = [str(home / name) for name in ("student", "student", "broken")]
+    given["search"] = {"space": {"student.model": {"choice": students}}, "sampler": "grid", "trials": 3, "baseline": False}
     (home / "search.yaml").write_text(json.dumps(given))
     (home / "cluster.yaml").write_text(json.dumps(cluster(home)))
     command = [sys.executable, "-m", "jobs.cli", "search", str(home / "search.yaml"), "--cluster", str(home / "cluster.yaml")]
