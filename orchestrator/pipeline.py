@@ -88,7 +88,7 @@ def stage_groups(stages: Sequence[Stage]) -> list[tuple[Stage, ...]]:
 
 def pools(stages: Sequence[Stage]) -> dict[str, int]:
     """Actor pools of the stream by role: one for every group of an endpoint's stages. The role of who reads rows has their reader, and
-    a pool for stages that need nobody and stand before all others."""
+    a pool for stages where all of them need nobody."""
     return dict(Counter([READER, *(_endpoint(group) or READER for group in stage_groups(stages))]))
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import plan
-from orchestrator.checks import machine
+from orchestrator.checks import machine, room
 from orchestrator.config import Job, load_job
 from orchestrator.errors import Refusal
 from orchestrator.plan import Plan, make_plan
@@ -176,7 +175,7 @@ def storage_of_another(bench: Bench) -> None:
 
 
 def bundles_of_a_tebibyte(bench: Bench) -> None:
-    bench.patch.setattr(plan, "stream_bytes", lambda *given: 1 << 40)
+    bench.patch.setattr(room, "stream_bytes", lambda *given: 1 << 40)
 
 
 def full_disk(bench: Bench) -> None:

@@ -83,4 +83,5 @@ def test_stages_share_a_process_with_the_endpoint_before_them() -> None:
 def test_an_endpoint_has_a_pool_for_every_group_of_its_stages() -> None:
     first, second, plain = Score("a", "a", ScoreRequest("topk", top_k=4)), Score("b", "b", ScoreRequest("topk", top_k=4)), Dawdle()
     assert pools((first, second, plain, first, first)) == {"reader": 1, "a": 2, "b": 1}
-    assert pools((plain, first)) == {"reader": 2, "a": 1}
+    assert pools((plain, first)) == {"reader": 1, "a": 1}
+    assert pools((plain,)) == {"reader": 2}
