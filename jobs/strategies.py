@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.config import strategy_settings
 from orchestrator.errors import Refusal
@@ -39,18 +40,20 @@ def _list(what: str, known: Mapping[str, type[Settings]], more: str) -> None:
     console = Console()
     table = Table(what, "what it does", box=None, pad_edge=False)
     for type_name, config in sorted(known.items()):
-        table.add_row(f"[bold]{type_name}[/]", _first_sentence(config))
+        table.add_row(Text(type_name, style="bold"), Text(_first_sentence(config)))
     console.print(table)
     console.print(f"\nSettings of one: {more}", highlight=False)
 
 
 def _show(name: str, config: type[Settings], prefix: str) -> None:
     console = Console()
-    console.print(f"[bold]{name}[/]\n{inspect.getdoc(config)}\n", highlight=False, markup=False)
+    console.print(Text(name, style="bold"))
+    for paragraph in (inspect.getdoc(config) or "").split("\n\n"):
+        console.print(Text(f"{' '.join(paragraph.split())}\n"))
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for field, info in config.model_fields.items():
         default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-        table.add_row(f"{prefix}{field}", default, info.description or "")
+        table.add_row(*(Text(cell) for cell in (f"{prefix}{field}", default, info.description or "")))
     console.print(table)
 
 

@@ -39,6 +39,9 @@ def test_the_list_of_strategies_names_each_and_one_shows_its_settings(
     shown = capsys.readouterr().out
     assert "strategy.temperature" in shown
     assert "arXiv:1606.07947" in shown
+    assert run(monkeypatch, "strategies", "multi-teacher") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("multi-teacher\n") and "a list of" in shown and "{type: seq-kd," in " ".join(shown.split())
 
 
 def test_a_refusal_exits_with_2_and_says_what_to_do(
