@@ -109,6 +109,7 @@ def endpoints(home: Path, url: str) -> dict[str, Any]:
     return {"near": {"model": str(home / "teacher")}, "far": served}
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_without_a_teacher_that_died(home: Path, ray_session: str) -> None:
     with killed_at(home, "without", 4) as server:
         steps = run(home, "without", ["near", "far"], endpoints(home, server.url), on_failure="reweight")
