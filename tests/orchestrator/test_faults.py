@@ -71,7 +71,7 @@ def prepared(home: Path) -> str:
     return str(folder)
 
 
-def wait_for_step(home: Path, name: str, step: int, seconds: float = 120.0) -> None:
+def wait_for_step(home: Path, name: str, step: int, seconds: float = 300.0) -> None:
     journal, end = home / "runs" / name / "metrics.jsonl", time.monotonic() + seconds
     while time.monotonic() < end:
         if journal.exists() and f'"step": {step},' in journal.read_text():
