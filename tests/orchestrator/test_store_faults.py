@@ -142,6 +142,7 @@ def test_two_jobs_that_want_one_store_share_the_work(home: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_run_from_a_store_learns_as_one_from_the_teacher(home: Path) -> None:
     """Filled by the run itself with exact numbers; its neighbours in a forward differ, and so does the last digit."""
     quick = {"endpoints": {"teacher": {"engine": "fake", "vocabulary": 512}}}
