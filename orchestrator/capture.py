@@ -22,6 +22,8 @@ class KeepSignals:
     """Encodes the answers to one signal's question (`orchestrator.filling.Keep`)."""
 
     signal: str
+    answers: tuple[str, ...]
+    """Columns of the answers (`ScoreRequest.answers`); what else a stage says of a bundle is not kept."""
     codec: Codec
     noun: ClassVar[str] = "signals"
     verb: ClassVar[str] = "scored"
@@ -29,8 +31,8 @@ class KeepSignals:
     def __call__(self, columns: Columns) -> tuple[PartInfo, pa.Buffer]:
         """The part of a block that went through `Score`, and its file."""
         before = f"{self.signal}/"
-        answers = {name.removeprefix(before): values for name, values in columns.items() if name.startswith(before)}
-        dropped, seconds, cost = (float(answers.pop(name, NOTHING)[0]) for name in ("dropped_mass", "seconds", "cost"))
+        answers = {name: columns[before + name] for name in self.answers}
+        dropped, seconds, cost = (float(columns.get(before + name, NOTHING)[0]) for name in ("dropped_mass", "seconds", "cost"))
         loss_tokens = int(np.count_nonzero(columns["loss_mask"]))
         content = part_content(columns, self.codec.encode(answers, loss_tokens))
         info = PartInfo(

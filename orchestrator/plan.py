@@ -128,7 +128,8 @@ class Plan:
     def captures(self) -> list[Filling]:
         """What fills the stores that the run reads and that are not there whole."""
         codec = self.job.run.signals.codec
-        keeps = [KeepSignals(w.stage.signal, codec_for(codec, w.stage.request, w.spec.key.vocabulary)) for w in self.sources.captures]
+        asked = [(w.stage, codec_for(codec, w.stage.request, w.spec.key.vocabulary)) for w in self.sources.captures]
+        keeps = [KeepSignals(stage.signal, stage.request.answers, codec) for stage, codec in asked]
         wanted = zip(self.sources.captures, keeps, strict=True)
         return [Filling.by(self.job, w.files, w.spec, w.stage, keep, self.data.folder) for w, keep in wanted]
 
