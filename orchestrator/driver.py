@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from orchestrator.display import Display
 from orchestrator.errors import Alarmed, Interrupted, RunFailed
 from orchestrator.filling import fill
 from orchestrator.fit import Fit, start_fit
+from orchestrator.interrupts import interruptible
 from orchestrator.journal import RunRecord
 from orchestrator.ledger import Ledger
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
@@ -117,7 +116,7 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: List
     if plan.done_steps == plan.steps:
         return tracking.result(), ledger
     fit, watch = start_fit(plan), Watch.of(plan.job.run.alarms, plan.local)
-    with display.training(plan.steps, fates(plan.strategy)), _interruptible(fit, display):
+    with display.training(plan.steps, fates(plan.strategy)), interruptible(display, fit.ask_to_stop):
         for entries in fit.entries():
             fresh = _take(entries, ledger, watch, fit, display)
             if listen is not None and listen(fresh):
@@ -230,22 +229,3 @@ def control_plan(plan: Plan) -> Plan:
         sources=NOBODY,
         demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),
     )
-
-
-@contextmanager
-def _interruptible(fit: Fit, display: Display) -> Iterator[None]:
-    """First Ctrl-C: a checkpoint at the next step, then the end. Second: at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        display.stopping()
-        threading.Thread(target=fit.ask_to_stop, daemon=True).start()
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

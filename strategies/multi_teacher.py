@@ -114,8 +114,8 @@ class MultiTeacher(StudentWrites):
     gate: Annotated[GateSetting, BeforeValidator(lambda v: {"by": v} if isinstance(v, str) else v)] = GateSetting()
     """What a teacher's share of a token depends on besides."""
     on_failure: OnFailure = "stop"
-    """What becomes of rows for which a teacher's server does not answer, after all repetitions: the run stops, waits until it does, or goes
-    on with the others."""
+    """What becomes of rows for which a server of `teachers` does not answer, after all repetitions: the run stops, waits until it does, or
+    goes on with the others. A foreign one stops the run."""
     text: Annotated[SeqKD | VerifiedCoT, Field(discriminator="type")] | None = None
     """A teacher that writes before training instead of scoring: `{type: seq-kd, teacher: writer}`. The rows are then its texts, and the
     other teachers score them."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from orchestrator.config import load_cluster, read_content, to_yaml
 from orchestrator.display import Display
 from orchestrator.errors import Interrupted, Refusal, RunFailed
 from orchestrator.filling import Filled, fill
+from orchestrator.interrupts import interruptible
 from orchestrator.journal import MetricRow, RunRecord
 from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, with_texts
@@ -132,7 +131,7 @@ def _search(plan: SearchPlan, tracker: Tracker, display: Display) -> SearchResul
         _log(tracker, plan, book, trial)
 
     court = Court(plan.config, plan.spec, book, tell, plan.has_control, plan.first_evaluation)
-    with board.shown(), _interruptible(court, display):
+    with board.shown(), interruptible(display, court.interrupt):
         _tune(plan, court)
     _settle(court)
     tracker.log_text((plan.folder / TRIALS).read_text(encoding="utf-8"), TRIALS)
@@ -258,22 +257,3 @@ def _conclude(plan: SearchPlan, court: Court, tracker: Tracker, spent: Spent) ->
         page=tracker.page,
         spent=spent,
     )
-
-
-@contextmanager
-def _interruptible(court: Court, display: Display) -> Iterator[None]:
-    """First Ctrl-C: checkpoints, then the end. Second: at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        display.stopping()
-        court.interrupted = True
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
