@@ -12,8 +12,8 @@ from orchestrator.display import Display
 
 @contextmanager
 def interruptible(display: Display, ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    """Inside, the first SIGINT calls `ask_to_stop` in a thread of its own. Does nothing outside of the main thread, the only one that signals
-    reach."""
+    """Inside, the first SIGINT calls `ask_to_stop` in a thread of its own. Does nothing in a thread other than the main one, which alone is
+    signalled."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -153,3 +153,14 @@ def test_one_teacher_at_a_time_teaches_and_which_is_learnt_from_evaluations(home
     assert all(sum(who.values()) == 1 for who in taught)
     told = [s["control/choice/near"] for s in steps]  # of the step after; rows are two steps behind
     assert [float(who["near"]) for who in taught[2:]] == told[:-2] and {0.0, 1.0} == set(told)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_writes_stands_beside_those_that_score(home: Path, ray_session: str) -> None:
+    """Rows are the writer's texts, which the other teacher scores; what it says of them is kept in a store, as of any rows."""
+    teachers = {"near": {"model": str(home / "teacher")}, "writer": {"model": str(home / "student")}}
+    text = {"type": "seq-kd", "teacher": "writer", "max_new_tokens": 8}
+    live = run(home, "texts", ["near"], teachers, text=text)
+    kept = run(home, "texts-kept", ["near"], teachers, text=text, more={"signals": {"mode": "store", "codec": "exact"}})
+    assert [s["loss"] for s in kept] == pytest.approx([s["loss"] for s in live], rel=1e-5)
+    assert all(s["taught_tokens/near"] > 0 and s["loss/ce"] > 0 for s in live)
