@@ -36,6 +36,19 @@ def test_the_teacher_under_whom_the_student_gains_more_is_preferred_whatever_the
     assert taught[-40:].count("good") > 30 and 5 < taught[:20].count("good") < 20
 
 
+def test_a_surprise_moves_preferences_by_reinforce() -> None:
+    """With three teachers, of one interval: rate times the clipped advantage times (chosen - policy), for all of them."""
+    names = ("a", "b", "c")
+    controller = Chosen("a", names, ProgressSetting(rate=0.5, memory=0.75))
+    before = {"preference/a": 0.2, "preference/b": -0.1, "preference/c": 0.0, "chosen": 1.0, "round": 7.0, "loss": 3.0}
+    after = controller.after_evaluation({**before, "gain": 0.1, "size": 0.4}, {"eval/cross_entropy": 2.4})
+    size = 0.75 * 0.4 + 0.25 * 0.5  # the gain was 0.6, 0.5 more than expected
+    policy = np.exp([0.2, -0.1, 0.0]) / np.exp([0.2, -0.1, 0.0]).sum()
+    wanted = np.asarray([0.2, -0.1, 0.0]) + 0.5 * (0.5 / size) * (np.asarray([0.0, 1.0, 0.0]) - policy)
+    np.testing.assert_allclose([after[f"preference/{n}"] for n in names], wanted, rtol=1e-12)
+    assert (after["gain"], after["size"], after["loss"]) == pytest.approx((0.75 * 0.1 + 0.25 * 0.6, size, 2.4))
+
+
 def test_equal_gains_move_no_preference() -> None:
     state, _ = lived({"good": 0.25, "poor": 0.25}, 40)
     assert state["preference/good"] == state["preference/poor"] == 0.0
