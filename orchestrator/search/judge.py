@@ -117,7 +117,7 @@ def _asha(court: Court) -> TrialScheduler:
     return ASHAScheduler(
         time_attr=TIME,
         metric=objective.metric,
-        mode=objective.mode,
+        mode=objective.direction,
         max_t=NO_LAST_STEP,
         grace_period=told.first_steps or court.first_evaluation,
         reduction_factor=told.reduction,
@@ -130,7 +130,7 @@ def _median(court: Court) -> TrialScheduler:
     return MedianStoppingRule(
         time_attr=TIME,
         metric=objective.metric,
-        mode=objective.mode,
+        mode=objective.direction,
         grace_period=told.first_steps or court.first_evaluation,
         min_samples_required=told.min_trials,
         min_time_slice=math.inf,  # never pauses: a paused trial would hold what the next one needs

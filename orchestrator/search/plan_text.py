@@ -19,7 +19,7 @@ SHOWN = 60
 def search_text(plan: SearchPlan) -> str:
     """Name, space, judging, budget, what is shared, a trial's cost, the whole's."""
     config = plan.config
-    aims = " and ".join(f"{o.metric} ({o.mode})" for o in config.objective)
+    aims = " and ".join(f"{o.metric} ({o.direction})" for o in config.objective)
     return sections_text(
         (
             ("Search", [plan.name, f"in {plan.folder}"]),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from orchestrator.history import smaller_is_better
 from orchestrator.settings import Model
 
 KINDS = ("choice", "uniform", "log_uniform", "integer")
@@ -62,12 +63,18 @@ class Objective(Model):
     metric: str = "eval/cross_entropy"
     """A held-out metric, or what a trial costs: `tokens`, `seconds` or `parameters`. It must mean the same in every trial: held-out
     metrics are measured at temperature 1 on the same rows, whatever is trained on."""
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = None
+    """Whether smaller or larger is better. Absent: as the metric means it, smaller of losses, divergences and costs, larger of all else."""
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """`mode`, or what the metric means."""
+        return self.mode or ("min" if self.metric in COSTS or smaller_is_better(self.metric) else "max")
 
     @property
     def sign(self) -> float:
         """Makes smaller better."""
-        return 1.0 if self.mode == "min" else -1.0
+        return 1.0 if self.direction == "min" else -1.0
 
 
 class SchedulerConfig(Model):

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.config import load_job
 from orchestrator.dotted import ABSENT, get, put
 from orchestrator.errors import Refusal
-from orchestrator.search.settings import Domain
+from orchestrator.search.settings import Domain, Objective
 from orchestrator.search.space import applied, grid, ordered, probes, walk
 
 LOGITS = {"type": "logits", "top_k": 8}
@@ -19,6 +19,21 @@ RECIPE = {"student": "some/model", "strategy": "logits", "data": "rows.jsonl"}
 
 def space(**domains: Any) -> dict[str, Domain]:
     return {path.replace("__", "."): Domain.model_validate(given) for path, given in domains.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "direction"),
+    [
+        ({"metric": "eval/cross_entropy"}, "min"),
+        ({"metric": "seconds"}, "min"),
+        ({"metric": "eval/accuracy"}, "max"),
+        ({"metric": "eval/top1_agreement"}, "max"),
+        ({"metric": "eval/accuracy", "mode": "min"}, "min"),
+    ],
+)
+def test_what_is_better_is_as_the_metric_means_it_unless_it_is_said(given: dict[str, Any], direction: str) -> None:
+    objective = Objective.model_validate(given)
+    assert (objective.direction, objective.sign) == (direction, 1.0 if direction == "min" else -1.0)
 
 
 def test_what_lies_above_is_set_before_what_lies_in_it() -> None:
