@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.bundle import HELD_OUT_STEP
 from orchestrator.data import PreparedData
 from orchestrator.rows import Rows, Split
 from strategies.core import Columns
@@ -32,9 +31,14 @@ class Turns:
 
     def between(self, columns: Columns) -> list[list[Ints]]:
         """Of every row of the bundle the teacher's ids before each run of learnt tokens; nothing of a record that it has no row of."""
-        split: Split = "held_out" if "step" in columns and int(columns["step"][0]) == HELD_OUT_STEP else "train"
-        records = Rows(self.ours, split).source_row[columns["row_id"]]
-        return [self._row(split, int(record)) for record in records]
+        return [self._row(*self._record(row_id)) for row_id in columns["row_id"].tolist()]
+
+    def _record(self, row_id: int) -> tuple[Split, int]:
+        """Where a row comes from: held-out rows are numbered on from those to train on."""
+        train, held_out = self._own
+        if row_id < len(train):
+            return "train", int(train.source_row[row_id])
+        return "held_out", int(held_out.source_row[row_id - len(train)])
 
     def _row(self, split: Split, record: int) -> list[Ints]:
         for name in ("train", "held_out") if self.one_source else (split,):
@@ -44,6 +48,11 @@ class Turns:
                 found = rows.read(order[at : at + 1])
                 return _before_learnt(found["tokens"].astype(np.int64), found["loss_mask"])
         return []
+
+    @cached_property
+    def _own(self) -> tuple[Rows, Rows]:
+        """The student's rows to train on, and held-out ones."""
+        return Rows(self.ours, "train"), Rows(self.ours, "held_out")
 
     @cached_property
     def _index(self) -> dict[str, tuple[Rows, Ints, Ints]]:

@@ -17,6 +17,7 @@ from orchestrator.errors import Refusal
 from orchestrator.foreign import ForeignReader
 from orchestrator.pipeline import StageGroup, stage_groups
 from orchestrator.plan import Plan, plan_text
+from orchestrator.reading import prepared_rows
 from orchestrator.rows import Rows
 from strategies.stages.align import NONE, Align, ScoreAligned, alignments
 from tests.orchestrator.bench import Bench, put
@@ -171,7 +172,7 @@ def test_conversations_of_held_out_rows_are_found_too(bench: Bench, apart: bool)
         put("data.held_out", str(other))(bench)
     plan = planned(bench, "alm", str(talking(bench, "talking")))
     (stage,) = alignments(plan.strategy.stages)
-    columns = Rows(plan.data.folder, "held_out").read(np.arange(8)) | {"step": np.zeros(1, np.int64)}
+    columns = prepared_rows(plan.data.folder, np.arange(8) + plan.data.train.rows) | {"step": np.zeros(1, np.int64)}
     out = stage(columns, None)
     assert (out["teacher/span"] != NONE).all()
     ours, theirs = plan.cast.tokenizer, plan.cast.tokenizers["teacher"]
