@@ -26,7 +26,7 @@ STUDENT = {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 288, 
 
 MODELS = {"teacher": "teacher", "start": "student"}
 """Models that are trained by the recipe `arithmetic_NAME.yaml`, and their shapes."""
-METHODS = ("cross_entropy", "logits", "gkd", "opd", "kdrl")
+METHODS = ("cross_entropy", "logits", "gkd", "opd", "kdrl", "paced")
 """Recipes `arithmetic_METHOD.yaml` go on from `start`."""
 
 

@@ -13,7 +13,7 @@ from strategies.on_policy import OnPolicy
 from strategies.schedule import ScheduleConfig, schedule
 from strategies.sources import TakeConfig, TakeTopK, Taught
 from strategies.stages.judge import Reward
-from strategies.stages.pacing import PassRateWeight
+from strategies.stages.pacing import Control, PassRateWeight
 from strategies.stages.rollout import RowsOf
 from strategies.stages.score import Score
 
@@ -39,6 +39,9 @@ class Paced(OnPolicy):
     """a: how much prompts that the student fails are held back."""
     solved_exponent: PositiveFloat = 1.0
     """b: how much prompts that it solves are."""
+    control: Control = "none"
+    """`random` and `uniform` are the controls of weighing by pass rates: the same weights of a step dealt among its prompts by lot, or
+    their mean for every prompt."""
     temperature: PositiveFloat = 1.0
     """Divides both sides' logits in the divergences."""
     forward_weight: ScheduleConfig = 1.0
@@ -56,7 +59,7 @@ class Paced(OnPolicy):
         ]
         divergences = tuple(Term(name, objective, schedule(w), signal=self.teacher) for name, objective, w in wanted if w != 0)
         ce: tuple[AnyTerm, ...] = () if self.ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(self.ce_weight)),)
-        pace = PassRateWeight(tuple(t.name for t in divergences), self.failing_exponent, self.solved_exponent)
+        pace = PassRateWeight(tuple(t.name for t in divergences), self.failing_exponent, self.solved_exponent, self.control)
         on_given = tuple(RowsOf(term.name, "given") for term in ce)
         scores, base = self.watched(Score(self.teacher, self.teacher, self.take.request))
         return Strategy(

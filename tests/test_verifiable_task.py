@@ -1,4 +1,4 @@
-"""The benchmark of five methods: what it sums up, and that nothing finished is done again. What it measures is asserted nowhere."""
+"""The benchmark of the methods: what it sums up, and that nothing finished is done again. What it measures is asserted nowhere."""
 
 from __future__ import annotations
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.core import Columns, Endpoint
 from strategies.stages.judge import PASSING, groups, loss_counts
+
+Control = Literal["none", "random", "uniform"]
+"""What pass rates are compared with: `random` deals a bundle's weights among its prompts by lot, `uniform` gives each their mean."""
 
 
 def paced_weight(
@@ -28,7 +32,7 @@ class PassRateWeight:
     largest value, which lies in (0, 1], on the rows whose `written` is 1.
 
     Groups are those of `GroupAdvantage`, and so are passes and samples; a group without verdicts has a rate of 1/2. Rows that
-    nobody wrote keep their weights.
+    nobody wrote keep their weights. A `control` leaves the sum of the groups' weights as it is; lots depend on the row ids alone.
     """
 
     terms: tuple[str, ...]
@@ -36,6 +40,7 @@ class PassRateWeight:
     """How much failing prompts are held back; above 0."""
     b: float = 1.0
     """How much solved prompts are held back; above 0."""
+    control: Control = "none"
 
     def __post_init__(self) -> None:
         if not (self.a > 0 and self.b > 0):
@@ -60,9 +65,21 @@ class PassRateWeight:
     def _row_weights(self, columns: Columns) -> NDArray[np.float64]:
         """`(R,)`."""
         rewards = columns["reward"].astype(np.float64)
-        weights, share = np.ones(len(columns["row_id"])), self.a / (self.a + self.b)
+        found = list(groups(columns))
+        passes = np.asarray([np.count_nonzero(rewards[judged] >= PASSING) for _, judged in found])
+        share = self.a / (self.a + self.b)
         largest = share**self.a * (1 - share) ** self.b
-        for group, judged in groups(columns):
-            passes = int(np.count_nonzero(rewards[judged] >= PASSING))
-            weights[group] = np.minimum(paced_weight(passes, len(judged), self.a, self.b) / largest, 1.0)  # rounding may exceed it
-        return np.where(columns["written"].astype(bool), weights, 1.0)
+        samples = np.asarray([len(judged) for _, judged in found])
+        weights = np.minimum(paced_weight(passes, samples, self.a, self.b) / largest, 1.0)  # rounding may exceed it
+        spread = np.repeat(self._controlled(weights, columns["row_id"]), [len(group) for group, _ in found])
+        return np.where(columns["written"].astype(bool), spread, 1.0)
+
+    def _controlled(self, weights: NDArray[np.float64], row_id: NDArray[np.generic]) -> NDArray[np.float64]:
+        """`(G,)` weights of the groups under the control."""
+        match self.control:
+            case "none":
+                return weights
+            case "uniform":
+                return np.full_like(weights, weights.mean())
+            case "random":
+                return np.random.default_rng(row_id.astype(np.uint64)).permutation(weights)

@@ -97,7 +97,12 @@ BENCHMARKS: dict[str, Entry] = {
     ),
     "verifiable-task": Entry(
         "tests.benchmarks.verifiable_task",
-        "a student's KL to its teacher on its own text after on-policy methods over after off-policy logits; accuracies of five methods",
+        "a student's KL to its teacher on its own text after on-policy methods over after off-policy logits; accuracies of all methods",
+        "ratio < 1.0",
+    ),
+    "pass-rate": Entry(
+        "tests.benchmarks.pass_rate",
+        "wrong answers of a student whose prompts weigh by how often it solves them, over equal weights; and weights dealt by lot",
         "ratio < 1.0",
     ),
     "specialists": Entry(

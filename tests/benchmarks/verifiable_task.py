@@ -1,4 +1,4 @@
-"""Five methods on a task whose answers can be judged: how often a student is right, and how far it is from its teacher on its own text.
+"""Methods on a task whose answers can be judged: how often a student is right, and how far it is from its teacher on its own text.
 
 The teacher is trained once, and a student is begun for every seed; from there each method goes on for the same number of steps of as
 many texts. Everything runs in one process, one Ray and one machine. What is finished stays in the scratch folder (`--folder`) and is
@@ -84,15 +84,16 @@ class Bench:
         """The student of a seed from which all methods go on."""
         return task.train(self.folder, "start", self.display, seed, self.small)
 
-    def run(self, method: str, seed: int, begun: Path) -> dict[str, float]:
-        """One run and its measures, unless they are there."""
-        if (kept := self._kept(method, seed)) is not None:
+    def run(self, method: str, seed: int, begun: Path, name: str | None = None, more: Sequence[str] = ()) -> dict[str, float]:
+        """One run of the method's recipe and its measures, unless they are there; kept under `name` where `more` overrides it."""
+        name = name or method
+        if (kept := self._kept(name, seed)) is not None:
             return kept
-        overrides = [*task.overrides(self.folder, method, begun), f"seed={seed}", *self.small]
+        overrides = [*task.overrides(self.folder, method, begun), f"seed={seed}", *more, *self.small]
         began = time.perf_counter()
         made = runs.distill(task.recipe(method), overrides, task.cluster(self.folder), display=self.display)
         whole = time.perf_counter() - began
-        return self.measured(method, seed, Path(made.student), {**compute(Path(made.folder)), "whole_seconds": whole})
+        return self.measured(name, seed, Path(made.student), {**compute(Path(made.folder)), "whole_seconds": whole})
 
     def measured(self, name: str, seed: int, student: Path, more: Mapping[str, float]) -> dict[str, float]:
         """Measures of a student, beside `more`; kept, and read again where they are."""

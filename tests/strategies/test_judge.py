@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from strategies.core import Columns, Stage, Verifier
 from strategies.stages.judge import GroupAdvantage, Reward
-from strategies.stages.pacing import PassRateWeight, paced_weight
+from strategies.stages.pacing import Control, PassRateWeight, paced_weight
 
+CONTROLS: tuple[Control, ...] = ("none", "uniform", "random", "random")
 STAGES: list[Stage] = [GroupAdvantage(), PassRateWeight(("policy",))]
 
 
@@ -200,6 +201,23 @@ def test_a_pace_lies_above_0_and_at_most_at_1(right: list[bool], a: float, b: fl
 def test_exponents_that_hold_nothing_back_are_refused(a: float, b: float) -> None:
     with pytest.raises(ValueError, match="expected both above 0"):
         PassRateWeight(("policy",), a, b)
+
+
+def test_controls_keep_the_sum_of_weights_and_take_its_meaning() -> None:
+    right = [0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    columns = rows([(2, 1)] * 8, row_id=[3, 3, 1, 1, 4, 4, 2, 2], reward=right, written=[1] * 8, judged=[1] * 8)
+    paced, uniform, random, again = (
+        PassRateWeight(("policy",), control=control)(columns, None)["weights/policy"].reshape(4, 2) for control in CONTROLS
+    )
+    assert len(set(paced[:, 0].tolist())) == 2
+    np.testing.assert_allclose(uniform, paced.mean(), rtol=1e-6)
+    np.testing.assert_allclose(np.sort(random[:, 0]), np.sort(paced[:, 0]), rtol=1e-6)
+    np.testing.assert_array_equal(random, again)
+    lots = {
+        tuple(PassRateWeight(("policy",), control="random")({**columns, "row_id": columns["row_id"] + n}, None)["weights/policy"].tolist())
+        for n in range(20)
+    }
+    assert len(lots) > 2
 
 
 def test_texts_of_one_prompt_that_were_recalled_side_by_side_are_two_groups() -> None:
