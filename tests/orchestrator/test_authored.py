@@ -249,6 +249,7 @@ def test_ray_writes_what_this_process_would_and_only_what_is_missing(asking: Ben
     assert fill(job, Display()).tokens == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_student_learns_what_its_teacher_wrote_and_goes_on_with_it(asking: Bench) -> None:
     from orchestrator.comparison_rows import rows_of_recipe

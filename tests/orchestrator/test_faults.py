@@ -118,6 +118,7 @@ def start(home: Path, name: str, **train: Any) -> subprocess.Popen[str]:
     return driver(home, [str(home / f"{name}.yaml")])
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed_and_a_finished_run_is_not(home: Path, undisturbed: dict[int, float]) -> None:
     process = start(home, "driver")
     wait_for_step(home, "driver", EVERY + 4)

@@ -95,7 +95,8 @@ def test_without_staleness_every_row_is_written_by_the_student_before_its_step(a
     assert [(step, version) for step, version, _ in alone] == [(s, s - 1) for s in range(1, STEPS + 1)]
 
 
-@pytest.mark.parametrize(("staleness", "workers", "writers"), [(1, 2, 2), pytest.param(3, 2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("staleness", "workers", "writers"), [(1, 2, 2), (3, 2, 1)])
 def test_staleness_is_exact_for_any_number_of_workers_and_writers(
     folder: str, ray_session: str, alone: list[tuple[int, int, list[int]]], staleness: int, workers: int, writers: int
 ) -> None:
