@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,19 +34,33 @@ def run_quickstart(folder: Path, verbose: bool) -> None:
     display = Display(verbose)
     display.say(f"Text: the standard library's sources, in {folder / 'data'}")
     prepare(folder)
-    places = [f"data.train={folder}/data/train.jsonl", f"data.held_out={folder}/data/held_out.jsonl"]
-    fast = has_bfloat16()
-    cluster = {"storage": str(folder / "runs"), "mlflow": {"experiment": "quickstart"}}
+    teacher = train_teacher(folder, display)
+    display.say("Student: the teacher's distributions and the text, against the text alone")
+    overrides = [*places(folder), f"student={folder}/shapes/student", f"endpoints.teacher.model={teacher}"]
+    overrides += ["endpoints.teacher.dtype=bfloat16"] if has_bfloat16() else []
+    display.result(runs.distill(RECIPES / "quickstart.yaml", overrides, cluster(folder), display=display))
+
+
+def train_teacher(folder: Path, display: Display, more: Sequence[str] = ()) -> Path:
+    """Trains the teacher by its recipe and overrides unless it is there; where it is."""
     teacher = folder / "teacher"
     if not (teacher / "config.json").exists():
         display.say("Teacher: cross-entropy on that text")
-        overrides = [*places, f"student={folder}/shapes/teacher", *(["train.precision=bfloat16"] if fast else [])]
-        made = runs.distill(RECIPES / "quickstart_teacher.yaml", overrides, cluster, display=display)
+        fast = ["train.precision=bfloat16"] if has_bfloat16() else []
+        overrides = [*places(folder), f"student={folder}/shapes/teacher", *fast, *more]
+        made = runs.distill(RECIPES / "quickstart_teacher.yaml", overrides, cluster(folder), display=display)
         Path(made.student).rename(teacher)
-    display.say("Student: the teacher's distributions and the text, against the text alone")
-    overrides = [*places, f"student={folder}/shapes/student", f"endpoints.teacher.model={teacher}"]
-    overrides += ["endpoints.teacher.dtype=bfloat16"] if fast else []
-    display.result(runs.distill(RECIPES / "quickstart.yaml", overrides, cluster, display=display))
+    return teacher
+
+
+def places(folder: Path) -> list[str]:
+    """Where the text lies."""
+    return [f"data.train={folder}/data/train.jsonl", f"data.held_out={folder}/data/held_out.jsonl"]
+
+
+def cluster(folder: Path) -> dict[str, object]:
+    """Runs of the quickstart lie in its folder."""
+    return {"storage": str(folder / "runs"), "mlflow": {"experiment": "quickstart"}}
 
 
 def has_bfloat16() -> bool:

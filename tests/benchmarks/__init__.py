@@ -115,6 +115,11 @@ BENCHMARKS: dict[str, Entry] = {
         "gap to the teacher that is left, over two domains, when the mixture follows it, over the data's own proportions, at equal tokens",
         "ratio < 1.0",
     ),
+    "together": Entry(
+        "tests.benchmarks.together",
+        "held-out cross-entropy of two teachers, a mixture that follows the gap and own rows in one run, over no teacher; and of its parts",
+        "ratio < 1.0",
+    ),
     "align-throughput": Entry(
         "tests.benchmarks.align_throughput",
         "tokens/s of the Align stage over training tokens/s of the quickstart's student on cross-entropy alone, one thread each",

@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ class Bench:
     def __init__(self, settings: Settings):
         self.folder, self.display, self.smoke = settings.folder / "languages", Display(), settings.smoke
         quickstart.prepare(self.folder)
-        self._train_teacher()
+        quickstart.train_teacher(self.folder, self.display, SMOKE_TEACHER if self.smoke else ())
         self.tokenizers = {"bpe": self._other(), "bytes": quickstart.byte_tokenizer()}
         for name, tokenizer in self.tokenizers.items():
             quickstart.write_shape(self.folder / "students" / name, tokenizer, quickstart.STUDENT, len(tokenizer))
@@ -131,15 +130,6 @@ class Bench:
         measured = held_out.read(np.arange(len(held_out)))
         learnt = measured["tokens"][measured["loss_mask"] != 0]
         return float(table.sizes(sample["tokens"]).sum() / len(sample["lengths"])), len(learnt) / float(table.sizes(learnt).sum())
-
-    def _train_teacher(self) -> None:
-        target = self.folder / "teacher"
-        if (target / "config.json").exists():
-            return
-        places = [f"data.train={self.folder}/data/train.jsonl", f"data.held_out={self.folder}/data/held_out.jsonl"]
-        given = [*places, f"student={self.folder}/shapes/teacher", *(SMOKE_TEACHER if self.smoke else [])]
-        made = runs.distill(quickstart.RECIPES / "quickstart_teacher.yaml", given, self._cluster(), display=self.display)
-        Path(made.student).rename(target)
 
     def _other(self) -> PreTrainedTokenizerBase:
         texts = [text for name, text in quickstart.sources() if not quickstart.held_out(name)]
