@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pyarrow as pa
 import ray.data
@@ -21,6 +22,7 @@ from orchestrator.bundle import from_table, to_table
 from orchestrator.draws import BEGINNING
 from orchestrator.order import Order
 from orchestrator.reading import OPEN, OrderSource
+from orchestrator.stage_actor import StageActor, packed
 from orchestrator.versions import STUDENT_WEIGHTS, FollowingEngine, Freshness
 from strategies.core import Stage
 from strategies.stages.rollout import STUDENT
@@ -107,8 +109,8 @@ def add_group(
 ) -> ray.data.Dataset:
     """The stream through stages of one endpoint, whose engine lives in an actor pool of its own."""
     return stream.map_batches(
-        StageGroup,
-        fn_constructor_args=(group, config, share.threads, vocabulary, freshness),
+        StageActor,
+        fn_constructor_args=(packed(partial(StageGroup, group, config, share.threads, vocabulary, freshness)),),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.actors if config else 1, max_tasks_in_flight_per_actor=2),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,18 @@ def test_worker_r_gets_bundles_r_modulo_workers_in_order(folder: str, ray_sessio
     for step in range(1, STEPS + 1):
         rows = np.concatenate([b["rows"] for bundles in seen for b in bundles if b["step"] == step])
         assert sorted(rows) == sorted(order.step_rows(step))
+
+
+def test_who_manages_a_stream_imports_nothing_that_its_stages_need(folder: str, ray_session: str) -> None:
+    shares = {"reader": Share(0.1, 0, 1), "teacher": Share(0.5, 0, 1)}
+    endpoints = {"teacher": FakeEndpoint(engine="fake", vocabulary=512)}
+    order = Order(folder, seed=3, steps=STEPS, bundles_per_step=1, batch_rows=6)
+    stages = (Score("teacher", "teacher", ScoreRequest("topk", top_k=4)),)
+    stream = open_stream(StreamSpec(order, stages, endpoints, shares, 512), start_step=0, attempt=1, with_held_out=False)
+    plan = ray.cloudpickle.dumps(stream._logical_plan)
+    look = "import pickle, sys; pickle.load(sys.stdin.buffer); print([m for m in ('torch', 'strategies') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", look], input=plan, capture_output=True, check=True)
+    assert found.stdout.decode().strip() == "[]"
 
 
 @ray.remote(num_cpus=0.1)
