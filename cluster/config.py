@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativ
 
 from cluster.inside import inside_job
 from cluster.node_settings import Jobs, Nodes
+from cluster.patience import Patience
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 from cluster.vllm_settings import VllmEndpoint
@@ -254,6 +255,7 @@ class ClusterConfig(ClusterModel):
     """Folder (or a pyarrow filesystem URI reached by every node) that holds one folder per run."""
     mlflow: Mlflow = Mlflow()
     resources: Roles = Roles()
+    patience: Patience = Patience()
     jobs: Jobs = Jobs()
     nodes: Nodes = Nodes()
     """Machines of the cluster that `distill cluster render` writes files for."""

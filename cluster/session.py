@@ -17,6 +17,7 @@ def start(config: ClusterConfig, verbose: bool = False) -> bool:
 
     Ray's own chatter is off unless `verbose`. The dashboard stays on: Train V2 and Tune ask its State API.
     """
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.patience.worker_seconds)  # Ray Train hands it on
     if ray.is_initialized():
         return False
     quiet = {} if verbose else {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -16,9 +16,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import session
 from orchestrator.attempt import StreamFactory
-from orchestrator.board import Entry, open_board
+from orchestrator.board import Entry, Place, open_board
 from orchestrator.errors import origin
 from orchestrator.history import smaller_is_better
+from orchestrator.mishaps import Witness
 from orchestrator.plan import Plan
 from orchestrator.worker import WorkerJob, run_worker
 
@@ -32,17 +33,27 @@ class Fit:
     thread: threading.Thread
     board: Any
     error: BaseException | None = None
-    next_entry: int = 0
+    place: Place = field(default_factory=Place)
+    stopping: bool = False
 
     def entries(self) -> Iterator[list[Entry]]:
         """Journal entries as they come, until the run has ended and all are drained."""
         while True:
             alive = self.thread.is_alive()
-            entries, self.next_entry = ray.get(self.board.drain.remote(self.next_entry))
-            yield entries
+            entries, place = ray.get(self.board.drain.remote(self.place))
+            yield [*self._of_another_life(place), *entries]
             if not alive:
                 return
             self.thread.join(POLL_SECONDS)
+
+    def _of_another_life(self, place: Place) -> list[Entry]:
+        """A note when the board was started anew, which is told again what it has to know."""
+        before, self.place = self.place, place
+        if before.life in ("", place.life):
+            return []
+        if self.stopping:
+            self.ask_to_stop()
+        return [Entry("note", 0, 0, {"text": "The run's board was lost and has been started anew; it is told again what it held."})]
 
     @property
     def reason(self) -> str:
@@ -58,6 +69,7 @@ class Fit:
 
     def ask_to_stop(self) -> None:
         """All ranks write a checkpoint at the same next step, and end."""
+        self.stopping = True
         ray.get(self.board.ask_to_stop.remote())
 
 
@@ -79,12 +91,13 @@ def start_fit(plan: Plan) -> Fit:
         measured=plan.measured,
         domains=plan.data.domains,
         answers=plan.answers,
+        rows_seconds=plan.job.cluster.patience.rows_seconds,
     )
     fit = Fit(threading.Thread(target=lambda: None), board)
 
     def run() -> None:
         try:
-            _trainer(plan, job, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
+            _trainer(plan, job, board, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
         except TrainingFailedError as error:
             fit.error = error
 
@@ -93,7 +106,7 @@ def start_fit(plan: Plan) -> Fit:
     return fit
 
 
-def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
+def _trainer(plan: Plan, job: WorkerJob, board: Any, stream: StreamFactory) -> TorchTrainer:
     share, run = plan.shares["worker"], plan.job.run
     resources: dict[str, float] = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     environment = {"RAY_ADDRESS": session.address(), "DS_ACCELERATOR": "cuda" if share.gpus else "cpu"}
@@ -118,5 +131,6 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
                 checkpoint_score_order="min" if smaller_is_better(run.checkpoint.best_metric) else "max",
             ),
             worker_runtime_env={"env_vars": environment},
+            callbacks=[Witness(board)],
         ),
     )

@@ -15,11 +15,12 @@ from strategies.core import Columns
 class Stream:
     """Bundles of one rank in order. Creating it starts the reader and the teachers, before anything is loaded here."""
 
-    def __init__(self, shard: Any, rank: int, world: int, read_ahead_bundles: int):
+    def __init__(self, shard: Any, rank: int, world: int, read_ahead_bundles: int, rows_seconds: float | None = None):
         blocks = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=read_ahead_bundles)
         self._blocks = iter(blocks)
         self._world = world
         self._due = rank
+        self._patience = rows_seconds
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._next: Future[Columns | None] = self._pool.submit(self._take)
         self._attempt: int | None = None
@@ -51,7 +52,10 @@ class Stream:
             yield bundle
 
     def _peek(self) -> Columns | None:
-        return self._next.result()
+        try:
+            return self._next.result(self._patience)
+        except TimeoutError:
+            raise RunFailed(f"no rows came for {self._patience:g} seconds: somebody before the training workers hangs") from None
 
     def _pop(self) -> Columns | None:
         began = time.perf_counter()

@@ -37,6 +37,7 @@ from orchestrator.step_metrics import gradient_shares, loss_metrics, stream_metr
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers, read_signals
 from orchestrator.versions import Publisher, kept_versions
+from orchestrator.wishes import Notice, Wish
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
 from strategies.sources import read_sources
@@ -86,13 +87,13 @@ def _train(job: WorkerJob, stream: Stream, trainer: Trainer, journal: RankJourna
     first = step + 1
     for bundle in stream.after(step):
         step = scalar(bundle, "step")
-        stop = trainer.step(step, bundle, stream.waited_seconds)
+        wish = trainer.step(step, bundle, stream.waited_seconds)
         if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(trainer.held_bytes())
             trainer.measure(evaluate.held_out_rows(job, stream, journal.rank))
-        if trainer.due(step) or stop:
-            trainer.report(step, stream.attempt, stop)
-        if stop:
+        if trainer.due(step) or wish:
+            trainer.report(step, stream.attempt, wish)
+        if wish == Wish.STOP:
             return
     if step != job.steps:
         raise RunFailed(f"the stream ended after step {step} of {job.steps}")
@@ -142,14 +143,15 @@ class Trainer:
         self.cursor: Mapping[str, float] = {}
         """What the curriculum has drawn so far."""
         self._terms, self._answering = evaluate.evaluation_terms(job.measured, job.domains), Answering(job.answers)
-        self._skipped = 0
+        self._skipped, self._notice = 0, Notice()
 
-    def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
-        """One optimizer step on this rank's bundle; returns whether all ranks stop after it."""
+    def step(self, step: int, bundle: Columns, waited_seconds: float) -> Wish:
+        """One optimizer step on this rank's bundle; returns what all ranks are to do after it."""
         began = time.perf_counter()
         progress = Progress(step - 1, self._job.steps, self._controls.values)
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
-        stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
+        wish = Wish.STOP if self._journal.stop else Wish.SAVE if self._notice.fresh else Wish.NOTHING
+        wish, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, wish)
         self._count_skipped(metrics)
         metrics |= stream_metrics(bundle, self._strategy, began, waited_seconds, self._job.domains)
         metrics |= self._controls.metrics | self._drew(bundle)
@@ -157,7 +159,7 @@ class Trainer:
         self._controls.after_step(metrics, progress)
         if self._publisher and step < self._job.steps:
             self._send(self._publisher, step, bundle)
-        return stop
+        return wish
 
     def _drew(self, bundle: Columns) -> dict[str, float]:
         """What is logged of the rows that the step drew, and remembered of them."""
@@ -191,10 +193,13 @@ class Trainer:
         periods = (self._job.run.evaluate.every_steps, self._job.run.checkpoint.every_steps)
         return step == self._job.steps or any(p and step % p == 0 for p in periods)
 
-    def report(self, step: int, attempt: int, stop: bool) -> None:
-        """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
+    def report(self, step: int, attempt: int, wish: Wish) -> None:
+        """Held-out metrics, and a checkpoint unless this step is only for evaluation. A checkpoint in haste goes without metrics."""
         metrics: dict[str, float] = {}
-        if self.held_out.rounds:
+        if wish == Wish.SAVE:
+            self._notice.hear()
+            self._journal.note(f"A node is about to be taken back: a checkpoint is written after step {step}.")
+        if self.held_out.rounds and (wish == Wish.STOP or self.due(step)):
             student = next(iter(self._networks.players.values()))
             micros, rounds = self.held_out.micros, self.held_out.rounds
             metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
@@ -203,7 +208,7 @@ class Trainer:
             self._journal.evaluated(attempt, step, metrics)
             if self.due(step):  # and not where a person stopped the run, so that one that goes on is as one that never stopped
                 self._controls.after_evaluation(metrics)
-        if not (stop or step == self._job.steps or self._checkpoint_due(step)):
+        if not (wish or step == self._job.steps or self._checkpoint_due(step)):
             return
         more = self._publisher.keep if self._publisher else None
         journal = tuple(dataclasses.asdict(e) for e in self._journal.recent)
@@ -228,22 +233,22 @@ def train_step(
     bundle: Columns,
     progress: Progress,
     run: RunConfig,
-    stop: bool,
-) -> tuple[bool, dict[str, float]]:
+    wish: Wish,
+) -> tuple[Wish, dict[str, float]]:
     """Every due update of one step: count, agree, forward with scales, backward, step.
 
     Counts of every term are summed over all ranks before the first forward, because gradients are made in the forward. An update for
     which nothing counts is left out whole, so that momentum and weight decay do not move a student that had nothing to learn.
-    Returns whether any rank asked to stop, and the step's metrics over all ranks.
+    Returns the largest wish of any rank, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
     read = read_sources(strategy.signals, read_signals(t for u in strategy.updates for t in u.terms))
     micros = cut_bundle(run, bundle, read, strategy.rows_together)
-    asked = False
+    asked = Wish.NOTHING
     for update in strategy.updates:
         if progress.step % update.every:
             continue
-        counts, rounds, asked = _agree(update, bundle, len(micros), stop)
+        counts, rounds, asked = _agree(update, bundle, len(micros), wish)
         lr = run.train.lr * run.train.learning_rate()(progress)
         if not any(counts.values()):
             metrics |= _idle(update, counts, progress) | {"lr": lr}
@@ -270,12 +275,12 @@ def _idle(update: Update, counts: Mapping[str, float], progress: Progress) -> di
     return loss_metrics(update, nothing, counts, progress) | gradient_shares(update, nothing) | {"grad_norm": 0.0, "micro_batches": 0.0}
 
 
-def _agree(update: Update, bundle: Columns, micros: int, stop: bool) -> tuple[dict[str, float], int, bool]:
-    """Global mask count of each term, the largest number of micro-batches of any rank, and whether to stop."""
+def _agree(update: Update, bundle: Columns, micros: int, wish: Wish) -> tuple[dict[str, float], int, Wish]:
+    """Global mask count of each term, the largest number of micro-batches of any rank, and the largest wish."""
     mine = [float(count_tokens(bundle, t.name)) for t in update.terms]
-    ranks = gather([*mine, float(micros), float(stop)])
+    ranks = gather([*mine, float(micros), float(wish)])
     counts = {t.name: float(ranks[:, i].sum()) for i, t in enumerate(update.terms)}
-    return counts, max(1, int(ranks[:, -2].max())), bool(ranks[:, -1].any())
+    return counts, max(1, int(ranks[:, -2].max())), Wish(int(ranks[:, -1].max()))
 
 
 def _rounds(micros: list[MicroBatch], rounds: int) -> Iterator[tuple[MicroBatch, bool]]:

@@ -43,6 +43,8 @@ class WorkerJob:
     """Domains of the rows, whose losses are told apart."""
     answers: Answers | None = None
     """How the student answers held-out prompts; None where it does not."""
+    rows_seconds: float | None = None
+    """Longest wait for rows before the stream is taken for lost; None waits for ever."""
 
     @property
     def read_ahead_bundles(self) -> int:
@@ -57,7 +59,7 @@ def run_worker(config: dict[str, WorkerJob]) -> None:
     job = config["job"]
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
-    stream = Stream(shard, context.get_world_rank(), context.get_world_size(), job.read_ahead_bundles)
+    stream = Stream(shard, context.get_world_rank(), context.get_world_size(), job.read_ahead_bundles, job.rows_seconds)
     from orchestrator.train import train_worker
 
     train_worker(job, stream)
