@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativ
 from cluster.inside import inside_job
 from cluster.node_settings import Jobs, Nodes
 from cluster.patience import Patience
+from cluster.seal import SealSettings
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 from cluster.vllm_settings import VllmEndpoint
@@ -256,6 +257,7 @@ class ClusterConfig(ClusterModel):
     mlflow: Mlflow = Mlflow()
     resources: Roles = Roles()
     patience: Patience = Patience()
+    seal: SealSettings = SealSettings()
     jobs: Jobs = Jobs()
     nodes: Nodes = Nodes()
     """Machines of the cluster that `distill cluster render` writes files for."""

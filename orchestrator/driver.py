@@ -234,5 +234,5 @@ def control_plan(plan: Plan) -> Plan:
         strategy=run.build(),
         endpoints={},
         sources=NOBODY,
-        demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),
+        demands=tuple(demands(job.cluster, {}, run.train.fewest_workers, sum(d.processes * d.share.cpus for d in plan.demands))),
     )

@@ -21,6 +21,8 @@ from orchestrator.errors import origin
 from orchestrator.history import smaller_is_better
 from orchestrator.mishaps import Witness
 from orchestrator.plan import Plan
+from orchestrator.sealing import sealing_key
+from orchestrator.settings import Elastic
 from orchestrator.worker import WorkerJob, run_worker
 
 POLL_SECONDS = 0.25
@@ -91,6 +93,7 @@ def start_fit(plan: Plan) -> Fit:
         measured=plan.measured,
         domains=plan.data.domains,
         answers=plan.answers,
+        key=sealing_key(plan.job.cluster),
         rows_seconds=plan.job.cluster.patience.rows_seconds,
     )
     fit = Fit(threading.Thread(target=lambda: None), board)
@@ -108,6 +111,7 @@ def start_fit(plan: Plan) -> Fit:
 
 def _trainer(plan: Plan, job: WorkerJob, board: Any, stream: StreamFactory) -> TorchTrainer:
     share, run = plan.shares["worker"], plan.job.run
+    elastic = run.train.workers if isinstance(run.train.workers, Elastic) else None
     resources: dict[str, float] = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     environment = {"RAY_ADDRESS": session.address(), "DS_ACCELERATOR": "cuda" if share.gpus else "cpu"}
     return TorchTrainer(
@@ -116,7 +120,8 @@ def _trainer(plan: Plan, job: WorkerJob, board: Any, stream: StreamFactory) -> T
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
         scaling_config=ScalingConfig(
-            num_workers=run.train.workers,
+            num_workers=(run.train.fewest_workers, run.train.most_workers) if elastic else run.train.most_workers,
+            elastic_resize_monitor_interval_s=elastic.look_seconds if elastic else 60.0,
             use_gpu=share.gpus > 0,
             resources_per_worker=resources,
             placement_strategy=plan.job.cluster.resources.placement.upper(),
