@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.bundle import HELD_OUT_STEP, from_table, scalar
 from orchestrator.errors import RunFailed
-from strategies.core import Columns
+
+if TYPE_CHECKING:
+    from strategies.core import Columns
 
 
 @dataclass(frozen=True)
