@@ -64,12 +64,11 @@ def _watched(running: Future[Run], storage: Path) -> Samples:
     """Unix seconds and MiB of each role's process, as long as the run goes on."""
     found: Samples = {role: [] for role in ROLES}
     while not running.done():
-        if list(storage.glob("flat-*/metrics.jsonl")):
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    words = " ".join(process.cmdline())
-                    for role in (role for role, title in ROLES.items() if title in words):
-                        found[role].append((time.time(), process.memory_info().rss / MIB))
+        for process in psutil.Process().children(recursive=True) if list(storage.glob("flat-*/metrics.jsonl")) else ():
+            with suppress(psutil.NoSuchProcess):
+                words, mib = " ".join(process.cmdline()), process.memory_info().rss / MIB
+                roles = [role for role, title in ROLES.items() if title in words]
+                found.update({role: [*found[role], (time.time(), mib)] for role in roles})
         time.sleep(PAUSE_SECONDS)
     return found
 

@@ -16,14 +16,24 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from cluster import loopback
 from cluster.loopback import Loopback, NodeSize
+from orchestrator.bundle import from_table
 from orchestrator.config import load_job
 from orchestrator.delivery import connect
 from orchestrator.journal import RunRecord
 from orchestrator.order import Order
+from orchestrator.pipeline import StageGroup
+from orchestrator.plan import make_plan
+from orchestrator.players import load_players
+from orchestrator.reading import read_bundles
+from orchestrator.teachers import Teachers
+from orchestrator.train import Networks, train_step
+from orchestrator.wishes import Wish
+from strategies.core import Progress
 from tests.tiny import source_text, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +92,20 @@ class Arena:
         """Workers on nodes of their own, with room beside each for a teacher."""
         worker = {"cpus": self.cpus, "threads": 1}
         return {"storage": str(self.home / "runs"), "resources": {"worker": worker, "placement": "spread"}}
+
+    def undisturbed(self) -> dict[int, float]:
+        """Loss of each step, by one worker's train step in this process: no Ray, nothing that could be disturbed."""
+        given = {**self.recipe("plain", seconds=0.0, layout="single", workers=1)}
+        plan = make_plan(load_job(given, cluster=self.settings), "plain")
+        run, strategy, device = plan.job.run, plan.strategy, torch.device("cpu")
+        players = load_players(run, strategy.players, device, strategy.updates)
+        networks = Networks(players, Teachers(strategy.signals), device)
+        stages = StageGroup(strategy.stages, plan.endpoints["teacher"], 1, plan.vocabulary)
+        losses = {}
+        for step, table in enumerate(read_bundles(plan.order, 0, 1, False), start=1):
+            bundles, progress = [from_table(stages(table))], Progress(step - 1, plan.steps)
+            losses[step] = train_step(strategy, networks, bundles, progress, run, Wish.NOTHING)[1]["loss"]
+        return losses
 
     def start(self, recipe: Mapping[str, Any], settings: Mapping[str, Any] | None = None, command: Sequence[str] = ()) -> Run:
         """A driver, in a process of its own."""

@@ -19,7 +19,7 @@ import pytest
 from tests.orchestrator.arena import Arena, Run, arena
 
 pytestmark = pytest.mark.cluster
-NODES, STEPS = 3, 18
+NODES, STEPS = 3, 14
 EVERY = 5
 FAULT_STEP = EVERY + 3
 """After the first checkpoint, and some steps before the next."""
@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
 
 @pytest.fixture(scope="module")
 def undisturbed(home: Arena) -> dict[int, float]:
-    return home.start(home.recipe("undisturbed", seconds=0.0)).finish().curve
+    return home.undisturbed()
 
 
 def check(run: Run, undisturbed: dict[int, float], *said: str) -> None:

@@ -108,7 +108,6 @@ def workers(run: Any) -> list[int]:
 @pytest.mark.cluster
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_group_grows_with_a_node_and_shrinks_without_it(lonely: Arena, layout: str) -> None:
-    undisturbed = lonely.start(lonely.recipe(f"{layout}-alone", seconds=0.0, layout=layout, workers=1)).finish().curve
     changing = {"min": 1, "max": 2, "look_seconds": 3.0}
     run = lonely.start(lonely.recipe(layout, seconds=0.5, layout=layout, workers=changing))
     run.wait_for_step(3)
@@ -118,7 +117,7 @@ def test_a_group_grows_with_a_node_and_shrinks_without_it(lonely: Arena, layout:
     run.wait_for_step(min(60, here + lonely.every + 2))
     lonely.kill_node(len(lonely.cluster.nodes) - 1)
     run.finish()
-    assert run.curve == pytest.approx(undisturbed, rel=1e-5)
+    assert run.curve == pytest.approx(lonely.undisturbed(), rel=1e-5)
     assert workers(run)[0] == 1 and 2 in workers(run) and workers(run)[-1] == 1
     assert "2 of at most 2 workers train" in run.said and "1 of at most 2 workers train" in run.said
     assert run.status == "FINISHED"
