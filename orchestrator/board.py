@@ -59,9 +59,10 @@ class Board:
         self._versions = {}
         self._entries.append(Entry("attempt", attempt, step, time=time))
 
-    def post(self, attempt: int, entries: list[Entry]) -> tuple[bool, str]:
-        """Adds to the journal unless an older attempt writes; returns whether a person asked to stop, and which life heard it."""
-        if attempt >= self._attempt:
+    def post(self, attempt: int, life: str, entries: list[Entry]) -> tuple[bool, str]:
+        """Adds to the journal what comes from the newest attempt and is meant for this `life`: whoever knows another has to begin again,
+        so that entries stay in order. Returns whether a person asked to stop, and the life."""
+        if attempt >= self._attempt and life == self._life:
             self._attempt = attempt
             self._entries += entries
         return self._stop, self._life
@@ -130,7 +131,8 @@ def tell_if_restarted(board: Any, what: str) -> None:
 
 
 class RankJournal:
-    """A training worker's side of the board. Rank 0 writes; every rank may be asked to stop. Never waits for the board."""
+    """A training worker's side of the board. Rank 0 writes; every rank may be asked to stop. Waits for the board as it
+    begins, and never again."""
 
     def __init__(self, board: Any, rank: int, start: Position | None):
         self.rank = rank
@@ -151,12 +153,12 @@ class RankJournal:
         """Speaks for `attempt` from now on, and repeats the checkpoint's entries."""
         self._attempt = attempt
         if self.rank == 0:
+            self.stopping, self._life = ray.get(self._board.post.remote(attempt, "", []))
             self._send(list(self.recent))
 
     def held(self, held_bytes: Mapping[str, int]) -> None:
         """What this rank holds in memory, for the plan's estimate to be compared with."""
-        if self.rank == 0:
-            self._send([Entry("held", self._attempt, 0, dict(held_bytes), time.time())])
+        self._write(Entry("held", self._attempt, 0, dict(held_bytes), time.time()))
 
     def step(self, attempt: int, step: int, metrics: Mapping[str, float]) -> None:
         self._write(Entry("step", attempt, step, dict(metrics), time.time()))
@@ -178,7 +180,7 @@ class RankJournal:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             stop, life = ray.get(self._answer)
             self.stopping |= stop
-            entries = list(self.recent) if self._life not in ("", life) else entries
+            entries = entries if life == self._life else list(self.recent)
             self._life, self._answer = life, None
-        answer = self._board.post.remote(self._attempt, entries)
+        answer = self._board.post.remote(self._attempt, self._life, entries)
         self._answer = self._answer or answer
