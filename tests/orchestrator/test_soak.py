@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -36,10 +37,8 @@ def killer(title: str, number: int = signal.SIGKILL) -> Callable[[Arena, Run, ra
     def strike(home: Arena, run: Run, chance: random.Random) -> Run:
         if found := home.processes(title):
             with_luck = chance.choice(found)
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 with_luck.send_signal(number)
-            except psutil.NoSuchProcess:
-                pass
         return run
 
     return strike
