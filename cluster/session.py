@@ -10,6 +10,7 @@ import ray
 from cluster.config import ClusterConfig
 
 NAMESPACE = "distill"
+NO_ROOM_SECONDS = 15
 
 
 def start(config: ClusterConfig, verbose: bool = False) -> bool:
@@ -35,6 +36,12 @@ def start(config: ClusterConfig, verbose: bool = False) -> bool:
         **local,
     )
     return True
+
+
+def try_fewer_soon() -> None:
+    """For worker groups that may be smaller: Ray Train counts a lost node's room for some seconds more, and then waits for workers that
+    cannot start. Call it before a trainer is made."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NO_ROOM_SECONDS))
 
 
 def cpus() -> float:

@@ -112,6 +112,8 @@ def start_fit(plan: Plan) -> Fit:
 def _trainer(plan: Plan, job: WorkerJob, board: Any, stream: StreamFactory) -> TorchTrainer:
     share, run = plan.shares["worker"], plan.job.run
     elastic = run.train.workers if isinstance(run.train.workers, Elastic) else None
+    if elastic:
+        session.try_fewer_soon()
     resources: dict[str, float] = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     environment = {"RAY_ADDRESS": session.address(), "DS_ACCELERATOR": "cuda" if share.gpus else "cpu"}
     return TorchTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,24 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from orchestrator.errors import origin
 
+SAME_SECONDS = 5.0
+"""Failures heard within so long of each other are one; polls are more frequent, and a new worker group takes longer."""
 NODE_DIED = "its node has died"
 """Part of what Ray says of an actor that went with its node."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Witness(UserCallback):
     """Lives in Ray Train's controller, and tells the board which worker failed and how."""
 
     board: Any
+    _heard: float = float("-inf")
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        self.board.note.remote(lost_worker(worker_exceptions))
+        """Called at every poll that finds the same failures, until something is done about them: told at the first."""
+        fresh, self._heard = time.monotonic() - self._heard > SAME_SECONDS, time.monotonic()
+        if fresh:
+            self.board.note.remote(lost_worker(worker_exceptions))
 
 
 def lost_worker(failures: Mapping[int, Exception]) -> str:

@@ -27,7 +27,7 @@ from orchestrator.board import Board, Entry, Place, RankJournal
 from orchestrator.errors import RunFailed
 from orchestrator.fit import Fit
 from orchestrator.ledger import Ledger
-from orchestrator.mishaps import lost_worker
+from orchestrator.mishaps import Witness, lost_worker
 from orchestrator.models import load_student
 from orchestrator.players import load_players
 from orchestrator.stream import Part, Stream
@@ -136,6 +136,14 @@ def died(words: str) -> WorkerHealthCheckFailedError:
 )
 def test_the_worker_that_failed_first_is_named(failures: dict[int, Exception], said: str) -> None:
     assert lost_worker(failures) == said
+
+
+def test_a_failure_that_stays_is_told_once() -> None:
+    told: list[str] = []
+    witness = Witness(SimpleNamespace(note=SimpleNamespace(remote=told.append)))
+    for _ in range(3):
+        witness.after_exception(None, {1: died("it was killed")})
+    assert told == ["Training worker 1 died."]
 
 
 # Streams
