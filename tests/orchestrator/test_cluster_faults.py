@@ -53,11 +53,27 @@ def struck(home: Arena, name: str, strike: Callable[[], object]) -> Run:
     return run.finish()
 
 
+def test_one_run_outlives_its_board_a_worker_and_a_node(home: Arena, undisturbed: dict[int, float]) -> None:
+    """Three of the faults below in one run, because starting one takes longest."""
+    run = home.start(home.recipe("thrice"))
+    run.wait_for_step(2)
+    home.processes("ray::Board")[-1].kill()
+    run.wait_for_step(EVERY + 1)
+    home.far("RayTrainWorker")[0].kill()
+    run.wait_for(lambda: any(r["attempt"] == 2 for r in run.steps), "second attempt")
+    home.kill_node(home.far("RayTrainWorker")[1])
+    run.finish()
+    check(run, undisturbed, "board was lost and has been started anew", "died.", "Attempt 2 goes on", "Attempt 3 goes on after step 5.")
+    home.mend(NODES)
+
+
+@pytest.mark.slow
 def test_a_killed_worker(home: Arena, undisturbed: dict[int, float]) -> None:
     run = struck(home, "worker", lambda: home.far("RayTrainWorker")[0].kill())
     check(run, undisturbed, "died.", "Attempt 2 goes on after step 5.")
 
 
+@pytest.mark.slow
 def test_a_killed_board(home: Arena, undisturbed: dict[int, float]) -> None:
     """Nobody starts again: what the board forgot, it is told again."""
     run = struck(home, "board", lambda: home.processes("ray::Board")[-1].kill())
@@ -65,6 +81,7 @@ def test_a_killed_board(home: Arena, undisturbed: dict[int, float]) -> None:
     assert {r["attempt"] for r in run.steps} == {1}
 
 
+@pytest.mark.slow
 def test_a_killed_node(home: Arena, undisturbed: dict[int, float]) -> None:
     run = struck(home, "node", lambda: home.kill_node(home.far("RayTrainWorker")[1]))
     check(run, undisturbed, "Training worker", "Attempt 2 goes on after step 5.")
