@@ -223,7 +223,8 @@ class Run:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """Journal rows of optimizer steps, as they lie in the run's folder."""
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # another process may be writing the last
         return [r for r in rows if "loss" in r["values"]]
 
     @property
