@@ -44,6 +44,11 @@ def try_fewer_soon() -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NO_ROOM_SECONDS))
 
 
+def nodes() -> dict[str, str]:
+    """Addresses of the living nodes of the cluster this process has joined, by id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
 def cpus() -> float:
     """Logical CPUs of the cluster this process has joined."""
     return float(ray.cluster_resources().get("CPU", 0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.data import ExecutionOptions
+from ray.exceptions import RayError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -19,7 +21,7 @@ from orchestrator.attempt import StreamFactory
 from orchestrator.board import Entry, Place, open_board
 from orchestrator.errors import origin
 from orchestrator.history import smaller_is_better
-from orchestrator.mishaps import Witness
+from orchestrator.mishaps import Nodes, Witness
 from orchestrator.plan import Plan
 from orchestrator.sealing import sealing_key
 from orchestrator.settings import Elastic
@@ -36,6 +38,7 @@ class Fit:
     board: Any
     error: BaseException | None = None
     place: Place = field(default_factory=Place)
+    nodes: Nodes | None = None
     stopping: bool = False
 
     def entries(self) -> Iterator[list[Entry]]:
@@ -43,19 +46,20 @@ class Fit:
         while True:
             alive = self.thread.is_alive()
             entries, place = ray.get(self.board.drain.remote(self.place))
-            yield [*self._of_another_life(place), *entries]
+            yield [*(_note(text) for text in self._seen(place)), *entries]
             if not alive:
                 return
             self.thread.join(POLL_SECONDS)
 
-    def _of_another_life(self, place: Place) -> list[Entry]:
-        """A note when the board was started anew, which is told again what it has to know."""
+    def _seen(self, place: Place) -> list[str]:
+        """What the driver itself notices. A board that was started anew is told again of a wish to stop."""
+        seen = self.nodes.changes() if self.nodes else []
         before, self.place = self.place, place
         if before.life in ("", place.life):
-            return []
+            return seen
         if self.stopping:
             self.ask_to_stop()
-        return [Entry("note", 0, 0, {"text": "The run's board was lost and has been started anew; it is told again what it held."})]
+        return [*seen, "The run's board was lost and has been started anew; it is told again what it held."]
 
     @property
     def reason(self) -> str:
@@ -73,6 +77,10 @@ class Fit:
         """All ranks write a checkpoint at the same next step, and end."""
         self.stopping = True
         ray.get(self.board.ask_to_stop.remote())
+
+
+def _note(text: str) -> Entry:
+    return Entry("note", 0, 0, {"text": text}, time.time())
 
 
 def start_fit(plan: Plan) -> Fit:
@@ -96,12 +104,12 @@ def start_fit(plan: Plan) -> Fit:
         key=sealing_key(plan.job.cluster),
         rows_seconds=plan.job.cluster.patience.rows_seconds,
     )
-    fit = Fit(threading.Thread(target=lambda: None), board)
+    fit = Fit(threading.Thread(target=lambda: None), board, nodes=Nodes())
 
     def run() -> None:
         try:
             _trainer(plan, job, board, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:  # the latter when Ray Train's controller itself is lost
             fit.error = error
 
     fit.thread = threading.Thread(target=run, name="fit", daemon=True)

@@ -63,14 +63,14 @@ def test_one_run_outlives_its_board_a_worker_and_a_node(home: Arena, undisturbed
     run.wait_for(lambda: any(r["attempt"] == 2 for r in run.steps), "second attempt")
     home.kill_node(home.far("RayTrainWorker")[1])
     run.finish()
-    check(run, undisturbed, "board was lost and has been started anew", "died.", "Attempt 2 goes on", "Attempt 3 goes on after step 5.")
+    check(run, undisturbed, "board was lost and has been started anew", "is gone", "Attempt 2 goes on", "Attempt 3 goes on after step 5.")
     home.mend(NODES)
 
 
 @pytest.mark.slow
 def test_a_killed_worker(home: Arena, undisturbed: dict[int, float]) -> None:
     run = struck(home, "worker", lambda: home.far("RayTrainWorker")[0].kill())
-    check(run, undisturbed, "died.", "Attempt 2 goes on after step 5.")
+    check(run, undisturbed, "Training worker", "Attempt 2 goes on after step 5.")
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_killed_board(home: Arena, undisturbed: dict[int, float]) -> None:
 @pytest.mark.slow
 def test_a_killed_node(home: Arena, undisturbed: dict[int, float]) -> None:
     run = struck(home, "node", lambda: home.kill_node(home.far("RayTrainWorker")[1]))
-    check(run, undisturbed, "Training worker", "Attempt 2 goes on after step 5.")
+    check(run, undisturbed, "Training worker", "is gone; what ran there is done again", "Attempt 2 goes on after step 5.")
     home.mend(NODES)
 
 

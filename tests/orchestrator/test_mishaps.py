@@ -27,7 +27,7 @@ from orchestrator.board import Board, Entry, Place, RankJournal
 from orchestrator.errors import RunFailed
 from orchestrator.fit import Fit
 from orchestrator.ledger import Ledger
-from orchestrator.mishaps import Witness, lost_worker
+from orchestrator.mishaps import Nodes, Witness, lost_worker
 from orchestrator.models import load_student
 from orchestrator.players import load_players
 from orchestrator.stream import Part, Stream
@@ -131,6 +131,7 @@ def died(words: str) -> WorkerHealthCheckFailedError:
         ({0: RuntimeError("connection reset by peer"), 1: died("it was killed")}, "Training worker 1 died."),
         ({0: died("The actor died because its node has died.")}, "Training worker 0 died with its node."),
         ({2: WorkerHealthCheckTimeoutError("long")}, "Training worker 2 does not answer any more and is taken for dead."),
+        ({0: RuntimeError("gloo: Connection closed by peer")}, "Training worker 0 lost touch with another."),
         ({0: OSError(27, "File too large")}, "Training worker 0 failed: [Errno 27] File too large."),
     ],
 )
@@ -144,6 +145,18 @@ def test_a_failure_that_stays_is_told_once() -> None:
     for _ in range(3):
         witness.after_exception(None, {1: died("it was killed")})
     assert told == ["Training worker 1 died."]
+
+
+def test_nodes_that_come_and_go_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([{"a": "1.1.1.1", "b": "2.2.2.2"}, {"a": "1.1.1.1", "b": "2.2.2.2"}, {"a": "1.1.1.1", "c": "3.3.3.3"}])
+    monkeypatch.setattr("cluster.session.nodes", lambda: next(seen))
+    monkeypatch.setattr("orchestrator.mishaps.LOOK_SECONDS", 0.0)
+    nodes = Nodes()
+    assert nodes.changes() == []
+    assert nodes.changes() == [
+        "The node at 2.2.2.2 is gone; what ran there is done again elsewhere.",
+        "There is a new node at 3.3.3.3.",
+    ]
 
 
 # Streams
