@@ -12,6 +12,8 @@ from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativ
 
 from cluster.inside import inside_job
 from cluster.node_settings import Jobs, Nodes
+from cluster.patience import Patience
+from cluster.seal import SealSettings
 from cluster.settings import ClusterModel, Dtype, EndpointModel, ModelName, Resources, SavedModel
 from cluster.verifiers.config import VerifierEndpoint
 from cluster.vllm_settings import VllmEndpoint
@@ -254,6 +256,8 @@ class ClusterConfig(ClusterModel):
     """Folder (or a pyarrow filesystem URI reached by every node) that holds one folder per run."""
     mlflow: Mlflow = Mlflow()
     resources: Roles = Roles()
+    patience: Patience = Patience()
+    seal: SealSettings = SealSettings()
     jobs: Jobs = Jobs()
     nodes: Nodes = Nodes()
     """Machines of the cluster that `distill cluster render` writes files for."""

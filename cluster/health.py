@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 from packaging.requirements import Requirement
 
+from cluster import seal
 from cluster.config import ClusterConfig
 from cluster.inside import inside_job
 from cluster.storage import Folder
@@ -52,6 +53,7 @@ def checks(config: ClusterConfig) -> Sequence[Callable[[], Finding]]:
         lambda: gpus(config),
         lambda: storage(config.storage),
         lambda: token(Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()),
+        lambda: sealing(config.seal),
         lambda: secrets(config.secrets, inside_job() or config.ray_address == "local"),
         lambda: ray_address(config.ray_address),
     )
@@ -173,6 +175,16 @@ def token(file: Path) -> Finding:
     if file.exists() and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         return Finding("token", "warning", f"others can read {file}", f"chmod 600 {file}")
     return Finding("token", "ok", f"{file} is private" if file.exists() else "Ray makes one when it starts")
+
+
+def sealing(settings: seal.SealSettings) -> Finding:
+    """The key of checkpoints; makes none."""
+    if settings.key_env is None and not seal.key_file().exists():
+        return Finding("seal", "ok", f"the first run makes {seal.key_file()}")
+    try:
+        return Finding("seal", "ok", f"checkpoints are sealed with the key {seal.key_of(settings).name}")
+    except seal.NoKey as error:
+        return Finding("seal", "failed", str(error), "Correct that, or name a variable with a key as seal.key_env.")
 
 
 def secrets(names: Sequence[str], here: bool) -> Finding:

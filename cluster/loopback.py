@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +31,6 @@ RECORD = "cluster.json"
 TOKEN = "token"
 MARK = "DISTILL_LOOPBACK"
 """Variable that all processes of a cluster carry; its value is the cluster's folder."""
-HEAD = "127.0.0.2"
 START_SECONDS = 180.0
 END_SECONDS = 15.0
 POLL_SECONDS = 0.25
@@ -150,21 +149,30 @@ def up(folder: Path, sizes: Sequence[NodeSize]) -> Loopback:
     gcs, dashboard, client = _free_ports(3)
     head = ["--head", "--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
     head += ["--ray-client-server-port", str(client), "--include-dashboard", "true"]
-    address = f"{HEAD}:{gcs}"
+    address = f"{_address(0)}:{gcs}"
     arguments = [head, *(["--address", address] for _ in sizes[1:])]
     started: list[Process] = []
     cluster = Loopback(str(folder), address, f"http://127.0.0.1:{dashboard}", ())
     try:
         for number, (words, size) in enumerate(zip(arguments, sizes, strict=True)):
             started.append(_start(folder, number, words, size))
-            cluster = Loopback(cluster.folder, address, cluster.dashboard, tuple(started))
-            _write_private(folder / RECORD, json.dumps(asdict(cluster)))
-            _await_nodes(cluster, 1 if number == 0 else 0)
-        _await_nodes(cluster, len(sizes))
+            cluster = _recorded(replace(cluster, nodes=tuple(started)))
+            if number == 0:
+                _await_nodes(cluster, [0])
+        _await_nodes(cluster, range(len(sizes)))
     except BaseException:
         down(cluster)
         raise
     return cluster
+
+
+def join(cluster: Loopback, size: NodeSize) -> Loopback:
+    """Starts one more node of a running cluster; the cluster with it, once it is alive. `LoopbackError` when it does not come up."""
+    number = len(cluster.nodes)
+    node = _start(Path(cluster.folder), number, ["--address", cluster.address], size)
+    larger = _recorded(replace(cluster, nodes=(*cluster.nodes, node)))
+    _await_nodes(larger, [number])
+    return larger
 
 
 def down(cluster: Loopback) -> list[int]:
@@ -205,9 +213,18 @@ def _marked(folder: str) -> list[psutil.Process]:
     return found
 
 
+def _recorded(cluster: Loopback) -> Loopback:
+    _write_private(Path(cluster.folder) / RECORD, json.dumps(asdict(cluster)))
+    return cluster
+
+
+def _address(number: int) -> str:
+    return f"127.0.0.{number + 2}"
+
+
 def _start(folder: Path, number: int, words: Sequence[str], size: NodeSize) -> Process:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
-    command += ["--node-ip-address", f"127.0.0.{number + 2}", "--num-cpus", str(size.cpus), "--num-gpus", str(size.gpus)]
+    command += ["--node-ip-address", _address(number), "--num-cpus", str(size.cpus), "--num-gpus", str(size.gpus)]
     command += ["--object-store-memory", str((size.memory_mib or 256) << 20), "--dashboard-agent-listen-port", "0"]
     command += ["--temp-dir", str(folder / str(number))]  # nodes that share one take each other's working_dir away
     command += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any free one: nodes share the machine's
@@ -226,17 +243,18 @@ def _environment(folder: Path) -> Mapping[str, str]:
     return {**end, **kept, **token, MARK: str(folder), "PATH": f"{here}{os.pathsep}{kept.get('PATH', os.defpath)}"}
 
 
-def _await_nodes(cluster: Loopback, nodes: int) -> None:
+def _await_nodes(cluster: Loopback, numbers: Sequence[int]) -> None:
+    """Returns once these nodes are alive."""
     deadline = time.monotonic() + START_SECONDS
-    while nodes:
-        for number, process in enumerate(cluster.nodes):
-            if process.found() is None:
+    while True:
+        for number in numbers:
+            if cluster.nodes[number].found() is None:
                 raise LoopbackError(f"node {number} ended as it started: {_last_words(Path(cluster.folder) / f'node-{number}.log')}")
         with suppress(OSError, ValueError):
-            if len(cluster.alive()) >= nodes:
+            if {_address(number) for number in numbers} <= set(cluster.alive()):
                 return
         if time.monotonic() > deadline:
-            raise LoopbackError(f"{nodes} nodes were not up within {START_SECONDS:g} seconds; logs are in {cluster.folder}")
+            raise LoopbackError(f"{len(numbers)} nodes were not up within {START_SECONDS:g} seconds; logs are in {cluster.folder}")
         time.sleep(POLL_SECONDS)
 
 

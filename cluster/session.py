@@ -10,6 +10,7 @@ import ray
 from cluster.config import ClusterConfig
 
 NAMESPACE = "distill"
+NO_ROOM_SECONDS = 15
 
 
 def start(config: ClusterConfig, verbose: bool = False) -> bool:
@@ -17,6 +18,7 @@ def start(config: ClusterConfig, verbose: bool = False) -> bool:
 
     Ray's own chatter is off unless `verbose`. The dashboard stays on: Train V2 and Tune ask its State API.
     """
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.patience.worker_seconds)  # Ray Train hands it on
     if ray.is_initialized():
         return False
     quiet = {} if verbose else {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
@@ -34,6 +36,17 @@ def start(config: ClusterConfig, verbose: bool = False) -> bool:
         **local,
     )
     return True
+
+
+def try_fewer_soon() -> None:
+    """For worker groups that may be smaller: Ray Train counts a lost node's room for some seconds more, and then waits for workers that
+    cannot start. Call it before a trainer is made."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NO_ROOM_SECONDS))
+
+
+def nodes() -> dict[str, str]:
+    """Addresses of the living nodes of the cluster this process has joined, by id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
 def cpus() -> float:

@@ -36,4 +36,4 @@ class StreamFactory:
         last = checkpoint.committed(self.folder)
         start = checkpoint.read_position(last) if last else checkpoint.Position(0, attempt, {})
         ray.get(self.board.begin.remote(attempt, start.step, time.time()))
-        return open_stream(self.spec, start.step, attempt, not self.held_out.exists(COMPLETE), start.cursor)
+        return open_stream(self.spec, start.step, attempt, not self.held_out.exists(COMPLETE), start.cursor, self.board)

@@ -1,17 +1,19 @@
 """The board: one named actor per run, the only state shared between its processes.
 
-It holds nothing that rank 0 cannot push again from a checkpoint: the journal of metrics since the last drain, the
-attempt in charge, a person's wish to stop, and where the newest versions of the student lie.
+It holds nothing that others cannot push again: the journal of metrics since the last drain, the attempt in charge, a person's wish
+to stop, and where the newest versions of the student lie. Each start of the actor is a life of its own: whoever hears of another one
+than before says again what it has to say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -22,7 +24,7 @@ RECENT_ENTRIES = 1000
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the journal. `kind` is `step`, `eval`, `held` (bytes a rank holds), `attempt` or `note`."""
+    """One line of the journal. `kind` is `step`, `eval`, `held` (bytes a rank holds), `attempt` or `note` (words on what went wrong)."""
 
     kind: str
     attempt: int
@@ -31,10 +33,18 @@ class Entry:
     time: float = 0.0
 
 
+class Place(NamedTuple):
+    """How far the journal was read."""
+
+    life: str = ""
+    number: int = 0
+
+
 class Board:
     """Methods of the named actor `<run>/board`. Only waiting for a version takes time, and others are served meanwhile."""
 
     def __init__(self) -> None:
+        self._life = uuid.uuid4().hex
         self._attempt = 0
         self._entries: list[Entry] = []
         self._first = 0
@@ -49,17 +59,24 @@ class Board:
         self._versions = {}
         self._entries.append(Entry("attempt", attempt, step, time=time))
 
-    def post(self, attempt: int, entries: list[Entry]) -> bool:
-        """Adds to the journal unless an older attempt writes; returns whether a person asked to stop."""
-        if attempt >= self._attempt:
+    def post(self, attempt: int, life: str, entries: list[Entry]) -> tuple[bool, str]:
+        """Adds to the journal what comes from the newest attempt and is meant for this `life`: whoever knows another has to begin again,
+        so that entries stay in order. Returns whether a person asked to stop, and the life."""
+        if attempt >= self._attempt and life == self._life:
+            self._attempt = attempt
             self._entries += entries
-        return self._stop
+        return self._stop, self._life
 
-    def drain(self, first: int) -> tuple[list[Entry], int]:
-        """Entries from number `first` on and the next number; older ones are forgotten."""
+    def note(self, text: str) -> None:
+        """Adds words for whoever watches the run: what happened, and what is done about it."""
+        self._entries.append(Entry("note", self._attempt, 0, {"text": text}, time.time()))
+
+    def drain(self, place: Place) -> tuple[list[Entry], Place]:
+        """Entries from `place` on and the place behind them; older ones are forgotten. A place of another life is this one's beginning."""
+        first = place.number if place.life == self._life else 0
         self._entries = self._entries[max(0, first - self._first) :]
         self._first = max(self._first, first)
-        return self._entries, self._first + len(self._entries)
+        return self._entries, Place(self._life, self._first + len(self._entries))
 
     def ask_to_stop(self) -> None:
         self._stop = True
@@ -107,8 +124,15 @@ def open_board(run: str) -> Any:
     return actor.options(name=f"{run}/board").remote()
 
 
+def tell_if_restarted(board: Any, what: str) -> None:
+    """Tells the board when this actor is not the first of its kind: Ray starts one anew that was lost."""
+    if board is not None and ray.get_runtime_context().was_current_actor_reconstructed:
+        board.note.remote(f"{what} was lost and has been started anew; what it had not finished is done again.")
+
+
 class RankJournal:
-    """A training worker's side of the board. Rank 0 writes; every rank may be asked to stop. Never waits for the board."""
+    """A training worker's side of the board. Rank 0 writes; every rank may be asked to stop. Waits for the board as it
+    begins, and never again."""
 
     def __init__(self, board: Any, rank: int, start: Position | None):
         self.rank = rank
@@ -117,6 +141,7 @@ class RankJournal:
         self.stopping = False
         self._board = board
         self._attempt = 0
+        self._life = ""
         self._answer: Any = None
 
     @property
@@ -128,18 +153,23 @@ class RankJournal:
         """Speaks for `attempt` from now on, and repeats the checkpoint's entries."""
         self._attempt = attempt
         if self.rank == 0:
+            self.stopping, self._life = ray.get(self._board.post.remote(attempt, "", []))
             self._send(list(self.recent))
 
     def held(self, held_bytes: Mapping[str, int]) -> None:
         """What this rank holds in memory, for the plan's estimate to be compared with."""
-        if self.rank == 0:
-            self._send([Entry("held", self._attempt, 0, dict(held_bytes), time.time())])
+        self._write(Entry("held", self._attempt, 0, dict(held_bytes), time.time()))
 
     def step(self, attempt: int, step: int, metrics: Mapping[str, float]) -> None:
         self._write(Entry("step", attempt, step, dict(metrics), time.time()))
 
     def evaluated(self, attempt: int, step: int, metrics: Mapping[str, float]) -> None:
         self._write(Entry("eval", attempt, step, dict(metrics), time.time()))
+
+    def note(self, text: str) -> None:
+        """Words for whoever watches the run."""
+        if self.rank == 0:
+            self._board.note.remote(text)
 
     def _write(self, entry: Entry) -> None:
         if self.rank == 0:
@@ -148,7 +178,9 @@ class RankJournal:
 
     def _send(self, entries: list[Entry]) -> None:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self.stopping |= ray.get(self._answer)
-            self._answer = None
-        answer = self._board.post.remote(self._attempt, entries)
+            stop, life = ray.get(self._answer)
+            self.stopping |= stop
+            entries = entries if life == self._life else list(self.recent)
+            self._life, self._answer = life, None
+        answer = self._board.post.remote(self._attempt, self._life, entries)
         self._answer = self._answer or answer

@@ -1,7 +1,8 @@
 """Checkpoints: what a run goes on from. Only this file saves and loads training state.
 
 Each rank writes its part with torch.distributed.checkpoint into its own temporary folder; Ray Train merges and commits
-them. `progress.json` beside the parts says where the run stood; nothing trusts a directory listing.
+them. `progress.json` beside the parts says where the run stood; nothing trusts a directory listing. What a rank writes it seals
+(`cluster.seal`), and no rank unpickles anything before all have compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster import seal
 from cluster.storage import Folder
+from orchestrator.errors import RunFailed
 from orchestrator.history import smaller_is_better
 
 if TYPE_CHECKING:
@@ -42,8 +45,20 @@ class Position:
     """What a curriculum has drawn (`orchestrator.draws`)."""
 
 
-def save(players: Mapping[str, Layout], position: Position, rank: int, more: Callable[[Path], None] | None = None) -> Checkpoint:
-    """This rank's part of a checkpoint in a temporary folder, into which rank 0 also writes `more`. Collective: every rank calls it."""
+def name_of(attempt: int, step: int) -> str:
+    """Of a checkpoint's folder; no attempt takes up another's."""
+    return f"checkpoint_{attempt:03d}_{step:08d}"
+
+
+def save(
+    players: Mapping[str, Layout],
+    position: Position,
+    rank: int,
+    more: Callable[[Path], None] | None = None,
+    key: seal.Key | None = None,
+) -> Checkpoint:
+    """This rank's part of a checkpoint in a temporary folder, into which rank 0 also writes `more`, sealed with `key` if there is one.
+    Collective: every rank calls it."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp  # takes a second, and the first step must not wait for it
     from ray.train import Checkpoint
@@ -54,20 +69,40 @@ def save(players: Mapping[str, Layout], position: Position, rank: int, more: Cal
         Path(folder, PROGRESS).write_text(json.dumps(asdict(position)), encoding="utf-8")
         if more is not None:
             more(Path(folder))
+    if key is not None:
+        seal.seal(Path(folder), name_of(position.attempt, position.step), rank, key)
     return Checkpoint.from_directory(folder)
 
 
-def restore(players: Mapping[str, Layout], checkpoint: Checkpoint) -> Position:
-    """Fills the players from a committed checkpoint, at any world size. Collective."""
+def restore(players: Mapping[str, Layout], checkpoint: Checkpoint, key: seal.Key | None = None) -> Position:
+    """Fills the players from a committed checkpoint, at any world size, once its seal is compared where a key is given. Collective.
+    `RunFailed` names the file that is not what was written."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     with checkpoint.as_directory() as folder:
+        if key is not None:
+            _check_together(Path(folder), Path(checkpoint.path).name, key)
         states = _states(players)
         dcp.load(states, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
         for name, layout in players.items():
             layout.load(states[name])
         return read_position(Folder(str(folder)))
+
+
+def _check_together(folder: Path, place: str, key: seal.Key) -> None:
+    """Every rank compares its share of the files; if one finds something, none goes on."""
+    import torch.distributed as dist
+
+    from orchestrator.collective import gather, world_size
+
+    problem = ""
+    try:
+        seal.check(folder, place, key, dist.get_rank() if dist.is_initialized() else 0, world_size())
+    except seal.Broken as error:
+        problem = f"{error}; nothing of this checkpoint is loaded"
+    if gather([float(bool(problem))]).any():
+        raise RunFailed(problem or f"{place} is not what was written, as another worker tells")
 
 
 def read_position(folder: Folder) -> Position:

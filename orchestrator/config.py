@@ -27,7 +27,7 @@ from orchestrator.dotted import put
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.search.settings import SearchConfig
-from orchestrator.settings import CheckpointConfig, DataConfig, EvaluateConfig, Model, SignalsConfig, TextConfig
+from orchestrator.settings import CheckpointConfig, DataConfig, Elastic, EvaluateConfig, Model, SignalsConfig, TextConfig, Workers
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from orchestrator.truncate import Truncate
 from strategies import StrategyConfig, known_strategies
@@ -100,7 +100,8 @@ class TrainConfig(Model):
     """Padded tokens of one forward and backward; a step has as many micro-batches as it needs."""
     batching: Literal["bucketed", "packed"] = "bucketed"
     """`bucketed` pads rows of similar length together; `packed` lays several rows in one sequence, blind to each other."""
-    workers: PositiveInt = 1
+    workers: Workers = 1
+    """A number, or `{min: 1, max: 4}`, where a layout can be taken up by another number of workers."""
     layout: Annotated[LayoutConfig, _short("type")] = LayoutConfig()
     lr: PositiveFloat = 2e-5
     """Peak learning rate of AdamW."""
@@ -120,6 +121,16 @@ class TrainConfig(Model):
     """Bundles that may be scored before the student asks for them."""
     max_failures: NonNegativeInt = 2
     """Times the worker group is restarted from the last committed checkpoint."""
+
+    @property
+    def most_workers(self) -> int:
+        """As many as there ever are: the bundles of a step."""
+        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
+
+    @property
+    def fewest_workers(self) -> int:
+        """As many as there always are: what must fit."""
+        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
 
     def learning_rate(self) -> LearningRate:
         return LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)

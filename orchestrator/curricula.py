@@ -35,7 +35,8 @@ def make_order(run: RunConfig, data: PreparedData, losses: str = "") -> Order:
         folder=data.folder,
         seed=run.seed,
         steps=train.steps or 1,
-        bundles_per_step=train.workers,
+        bundles_per_step=train.most_workers,
+        elastic=train.most_workers > train.fewest_workers,
         batch_rows=0 if train.batch_tokens else train.batch_rows,
         batch_tokens=train.batch_tokens or 0,
     )

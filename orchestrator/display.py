@@ -97,6 +97,8 @@ class Display:
         for entry in entries:
             if entry.kind == "attempt" and entry.attempt > 1:
                 self.say(f"Attempt {entry.attempt} goes on after step {entry.step}.")
+            elif entry.kind == "note":
+                self.alarm(entry.values["text"])
             elif entry.kind == "eval":
                 self.say(f"Held-out at step {entry.step}: {_evaluation(entry)}")
             elif entry.kind == "step":

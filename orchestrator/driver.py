@@ -122,6 +122,7 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: List
             if listen is not None and listen(fresh):
                 fit.ask_to_stop()
             _tell(ledger, watch, tracking.result() if tracking.done() else None)
+        _take(_kept_entries(plan), ledger, watch, fit, display)
     fit.close()
     tracker = tracking.result()
     _tell(ledger, watch, tracker)
@@ -137,6 +138,12 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: List
         tracker.finish("KILLED")
         raise Interrupted(f"stopped after step {ledger.step} of {plan.steps}. To go on: distill run --resume {plan.folder.root}")
     return tracker, ledger
+
+
+def _kept_entries(plan: Plan) -> list[Entry]:
+    """Journal entries of the newest checkpoint: a board that was lost with the last of them is not told again."""
+    last = checkpoint.committed(plan.folder)
+    return [Entry(**entry) for entry in checkpoint.read_position(last).journal] if last else []
 
 
 def _take(entries: list[Entry], ledger: Ledger, watch: Watch, fit: Fit, display: Display) -> list[Entry]:
@@ -227,5 +234,5 @@ def control_plan(plan: Plan) -> Plan:
         strategy=run.build(),
         endpoints={},
         sources=NOBODY,
-        demands=tuple(demands(job.cluster, {}, run.train.workers, sum(d.processes * d.share.cpus for d in plan.demands))),
+        demands=tuple(demands(job.cluster, {}, run.train.fewest_workers, sum(d.processes * d.share.cpus for d in plan.demands))),
     )

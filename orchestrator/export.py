@@ -20,9 +20,10 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.causal_lm import probing
+from cluster.seal import Key
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.config import RunConfig, load_job
+from orchestrator.config import Job, RunConfig, load_job
 from orchestrator.errors import Refusal, RunFailed
 from orchestrator.lineage import LINEAGE, lineage_of, lineage_of_recipe
 from orchestrator.model_card import Manifest, card, versions
@@ -30,6 +31,7 @@ from orchestrator.models import load_student, load_tokenizer
 from orchestrator.plan import Plan
 from orchestrator.reload import ADAPTER, PROOF, Reloaded, quiet_libraries, write_proof
 from orchestrator.result import RECIPE
+from orchestrator.sealing import sealing_key
 from orchestrator.truncate import begins_as_saved
 from orchestrator.weights import load_weights
 
@@ -50,7 +52,7 @@ class _Written:
     has_template: bool
 
 
-def export_student(
+def export_student(  # noqa: PLR0913 - each is named where it is called
     run: RunConfig,
     source: Folder,
     to: Path,
@@ -59,19 +61,20 @@ def export_student(
     merge_lora: bool = True,
     lineage: Mapping[str, str | float],
     dtype: ExportDtype = "trained",
+    key: Key | None = None,
 ) -> Path:
     """Writes the student of the checkpoint `source` as the new folder `to`, proves that it reloads, and returns `to`.
 
     Safetensors, tokenizer with chat template, generation settings, model card, `export.json` (`Manifest`) and the proof.
     A LoRA student is merged, or kept as an adapter over its base with `merge_lora=False`; `dtype` is that of the written
-    weights. Needs no process group. `Refusal` for what cannot be asked for; `RunFailed` for a damaged checkpoint or a failed
-    proof. Whatever fails, `to` does not exist afterwards.
+    weights; `key` that of the checkpoint's seal, which is not compared without one. Needs no process group. `Refusal` for what cannot
+    be asked for; `RunFailed` for a damaged checkpoint or a failed proof. Whatever fails, `to` does not exist afterwards.
     """
     adapter = not merge_lora and run.student.lora is not None
     _check_request(run, to, adapter, dtype)
     position = _position(source)
     with _made_whole(to) as part, quiet_libraries():
-        written = _write(run, source, part, player, adapter, dtype)
+        written = _write(run, source, part, player, adapter, dtype, key)
         manifest = Manifest(
             checkpoint=source.root.rstrip("/").rpartition("/")[2],
             step=position.step,
@@ -95,7 +98,7 @@ def export_checkpoint(plan: Plan, source: Folder, to: Path) -> Path:
     """Exports a checkpoint of a planned run, with LoRA merged, and keeps the run's lineage in its folder."""
     lineage = lineage_of(plan)
     plan.folder.write(LINEAGE, json.dumps(lineage, indent=1).encode())
-    return export_student(plan.job.run, source, to, lineage=lineage)
+    return export_student(plan.job.run, source, to, lineage=lineage, key=sealing_key(plan.job.cluster))
 
 
 def export_from_run(home: Folder, to: Path | None, wanted: str, adapter: bool, dtype: ExportDtype) -> Path:
@@ -103,13 +106,14 @@ def export_from_run(home: Folder, to: Path | None, wanted: str, adapter: bool, d
     if to is None and home.local is None:
         raise Refusal("--to", "nothing, for a run in remote storage", "a new local folder", "Add --to FOLDER.")
     target = to or Path(home.root) / "export"
-    run = _recipe(home)
+    job = _recipe(home)
+    run = job.run
     if adapter and run.student.lora is None:
         raise Refusal("--adapter", "a student without LoRA", "a recipe with student.lora", "Leave --adapter out.")
     source = _chosen(home, run, wanted)
     content = home.read(LINEAGE)
     lineage = json.loads(content) if content else lineage_of_recipe(home, run)
-    return export_student(run, source, target, merge_lora=not adapter, lineage=lineage, dtype=dtype)
+    return export_student(run, source, target, merge_lora=not adapter, lineage=lineage, dtype=dtype, key=sealing_key(job.cluster))
 
 
 def prove_export(folder: Path, adapter: bool, trust_remote_code: bool = False) -> float:
@@ -164,14 +168,14 @@ def _position(source: Folder) -> checkpoint.Position:
         raise RunFailed(f"checkpoint {source.root}: {error}. Expected a committed checkpoint of a run.") from error
 
 
-def _recipe(home: Folder) -> RunConfig:
+def _recipe(home: Folder) -> Job:
     content = home.read(RECIPE)
     if content is None:
         raise Refusal(f"run folder {home.root!r}", f"no {RECIPE}", "the folder of a run", "Look in the storage folder, runs/ by default.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / RECIPE
         path.write_bytes(content)
-        return load_job(path).run
+        return load_job(path)
 
 
 def _chosen(home: Folder, run: RunConfig, wanted: str) -> Folder:
@@ -202,11 +206,11 @@ def _made_whole(to: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(run: RunConfig, source: Folder, part: Path, player: str, adapter: bool, dtype: ExportDtype) -> _Written:
+def _write(run: RunConfig, source: Folder, part: Path, player: str, adapter: bool, dtype: ExportDtype, key: Key | None) -> _Written:
     """Everything but the manifest and the card. The network is gone when this returns."""
     tokenizer = load_tokenizer(run.student)
     model: Any = load_student(run.student, gradient_checkpointing=False, seed=run.seed)
-    load_weights(source, player, model)
+    load_weights(source, player, model, key)
     if isinstance(model, PeftModel) and not adapter:
         model = model.merge_and_unload()
     if dtype != "trained":

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.train
 from ray.data import ExecutionOptions
+from ray.exceptions import RayError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import session
 from orchestrator.attempt import StreamFactory
-from orchestrator.board import Entry, open_board
+from orchestrator.board import Entry, Place, open_board
 from orchestrator.errors import origin
 from orchestrator.history import smaller_is_better
+from orchestrator.mishaps import Nodes, Witness
 from orchestrator.plan import Plan
+from orchestrator.sealing import sealing_key
+from orchestrator.settings import Elastic
 from orchestrator.worker import WorkerJob, run_worker
 
 POLL_SECONDS = 0.25
@@ -32,17 +37,29 @@ class Fit:
     thread: threading.Thread
     board: Any
     error: BaseException | None = None
-    next_entry: int = 0
+    place: Place = field(default_factory=Place)
+    nodes: Nodes | None = None
+    stopping: bool = False
 
     def entries(self) -> Iterator[list[Entry]]:
         """Journal entries as they come, until the run has ended and all are drained."""
         while True:
             alive = self.thread.is_alive()
-            entries, self.next_entry = ray.get(self.board.drain.remote(self.next_entry))
-            yield entries
+            entries, place = ray.get(self.board.drain.remote(self.place))
+            yield [*(_note(text) for text in self._seen(place)), *entries]
             if not alive:
                 return
             self.thread.join(POLL_SECONDS)
+
+    def _seen(self, place: Place) -> list[str]:
+        """What the driver itself notices. A board that was started anew is told again of a wish to stop."""
+        seen = self.nodes.changes() if self.nodes else []
+        before, self.place = self.place, place
+        if before.life in ("", place.life):
+            return seen
+        if self.stopping:
+            self.ask_to_stop()
+        return [*seen, "The run's board was lost and has been started anew; it is told again what it held."]
 
     @property
     def reason(self) -> str:
@@ -58,7 +75,12 @@ class Fit:
 
     def ask_to_stop(self) -> None:
         """All ranks write a checkpoint at the same next step, and end."""
+        self.stopping = True
         ray.get(self.board.ask_to_stop.remote())
+
+
+def _note(text: str) -> Entry:
+    return Entry("note", 0, 0, {"text": text}, time.time())
 
 
 def start_fit(plan: Plan) -> Fit:
@@ -79,13 +101,15 @@ def start_fit(plan: Plan) -> Fit:
         measured=plan.measured,
         domains=plan.data.domains,
         answers=plan.answers,
+        key=sealing_key(plan.job.cluster),
+        rows_seconds=plan.job.cluster.patience.rows_seconds,
     )
-    fit = Fit(threading.Thread(target=lambda: None), board)
+    fit = Fit(threading.Thread(target=lambda: None), board, nodes=Nodes())
 
     def run() -> None:
         try:
-            _trainer(plan, job, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
-        except TrainingFailedError as error:
+            _trainer(plan, job, board, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
+        except (TrainingFailedError, RayError) as error:  # the latter when Ray Train's controller itself is lost
             fit.error = error
 
     fit.thread = threading.Thread(target=run, name="fit", daemon=True)
@@ -93,8 +117,11 @@ def start_fit(plan: Plan) -> Fit:
     return fit
 
 
-def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
+def _trainer(plan: Plan, job: WorkerJob, board: Any, stream: StreamFactory) -> TorchTrainer:
     share, run = plan.shares["worker"], plan.job.run
+    elastic = run.train.workers if isinstance(run.train.workers, Elastic) else None
+    if elastic:
+        session.try_fewer_soon()
     resources: dict[str, float] = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     environment = {"RAY_ADDRESS": session.address(), "DS_ACCELERATOR": "cuda" if share.gpus else "cpu"}
     return TorchTrainer(
@@ -103,7 +130,8 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
         scaling_config=ScalingConfig(
-            num_workers=run.train.workers,
+            num_workers=(run.train.fewest_workers, run.train.most_workers) if elastic else run.train.most_workers,
+            elastic_resize_monitor_interval_s=elastic.look_seconds if elastic else 60.0,
             use_gpu=share.gpus > 0,
             resources_per_worker=resources,
             placement_strategy=plan.job.cluster.resources.placement.upper(),
@@ -118,5 +146,6 @@ def _trainer(plan: Plan, job: WorkerJob, stream: StreamFactory) -> TorchTrainer:
                 checkpoint_score_order="min" if smaller_is_better(run.checkpoint.best_metric) else "max",
             ),
             worker_runtime_env={"env_vars": environment},
+            callbacks=[Witness(board)],
         ),
     )

@@ -29,6 +29,7 @@ class Ledger:
     """Seconds that each teacher worked for those steps."""
     _newest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGGED, 0))
     _unlogged: list[Entry] = field(default_factory=list)
+    _told_notes: int = 0
 
     @classmethod
     def of(cls, folder: Path) -> Ledger:
@@ -42,7 +43,7 @@ class Ledger:
     def take(self, entries: Iterable[Entry]) -> list[Entry]:
         """The entries not seen before; a new attempt takes back what came after its start."""
         fresh = [e for e in entries if self._is_fresh(e)]
-        self._unlogged += [e for e in fresh if e.kind in LOGGED or e.kind == "attempt"]
+        self._unlogged += [e for e in fresh if e.kind in (*LOGGED, "attempt", "note")]
         return fresh
 
     def _is_fresh(self, entry: Entry) -> bool:
@@ -51,6 +52,8 @@ class Ledger:
             self._newest = {kind: min(step, entry.step) for kind, step in self._newest.items()}
         elif entry.kind == "held":
             self.held = entry.values
+        elif entry.kind not in self._newest:
+            return True
         elif entry.step <= self._newest[entry.kind]:
             return False
         else:
@@ -75,6 +78,9 @@ class Ledger:
         for entry in self._unlogged:
             if entry.kind == "attempt":
                 tracker.truncate(entry.step, entry.attempt)
+            elif entry.kind == "note":
+                self._told_notes += 1
+                tracker.log_tags({f"mishap.{entry.attempt}.{self._told_notes}": entry.values["text"]})
             else:
                 tracker.log([MetricRow(entry.step, entry.attempt, entry.values, entry.time)])
         self._unlogged = []

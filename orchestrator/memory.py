@@ -252,8 +252,8 @@ def surroundings(versions: int = 0) -> Memory:
 def stream_bytes(run: RunConfig, work: Work, demands: tuple[Demand, ...]) -> int:
     """Bundles under way at once over the whole stream: what Ray's object store must have room for."""
     actors = sum(d.processes for d in demands if d.role in work.forward_tokens)
-    most = run.train.workers * (run.train.read_ahead_bundles + 1) + TASKS_IN_FLIGHT * (actors + 1)
-    return work.bundle_bytes * min(most, work.steps * run.train.workers)
+    most = run.train.most_workers * (run.train.read_ahead_bundles + 1) + TASKS_IN_FLIGHT * (actors + 1)
+    return work.bundle_bytes * min(most, work.steps * run.train.most_workers)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Order:
     batch_tokens: int = 0
     last_row: int | None = None
     """Position in the stream of all epochs at which the run ends; the last step may be smaller."""
+    elastic: bool = False
+    """Whether fewer workers may share the bundles of a step."""
     draws: Draws | None = None
     """A curriculum, which decides what each step draws; `batch_rows` is positive then."""
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -18,6 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from cluster.config import EndpointConfig
 from cluster.endpoints import make_engine
 from cluster.resources import READER, Share
+from orchestrator.board import tell_if_restarted
 from orchestrator.bundle import from_table, to_table
 from orchestrator.draws import BEGINNING
 from orchestrator.order import Order
@@ -58,10 +60,15 @@ class StreamSpec:
 
 
 def open_stream(
-    spec: StreamSpec, start_step: int, attempt: int, with_held_out: bool, cursor: Mapping[str, float] = BEGINNING
+    spec: StreamSpec,
+    start_step: int,
+    attempt: int,
+    with_held_out: bool,
+    cursor: Mapping[str, float] = BEGINNING,
+    board: Any = None,
 ) -> ray.data.Dataset:
     """The bundles after `start_step`, where a curriculum stood at `cursor`, with held-out rows if wanted. Call it in Ray Train's
-    controller."""
+    controller. The `board` is told of stages that were lost."""
     context = DataContext.get_current()
     context.target_max_block_size = 1  # else map_batches merges bundles into one block
     context.enable_progress_bars = False
@@ -72,7 +79,7 @@ def open_stream(
     for group in stage_groups(spec.stages):
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None
-        stream = add_group(stream, group, config, spec.shares[name or READER], spec.usable(name), spec.followers(name))
+        stream = add_group(stream, group, config, spec.shares[name or READER], spec.usable(name), spec.followers(name), board)
     return stream
 
 
@@ -106,11 +113,12 @@ def add_group(
     share: Share,
     vocabulary: int,
     freshness: Freshness | None = None,
+    board: Any = None,
 ) -> ray.data.Dataset:
     """The stream through stages of one endpoint, whose engine lives in an actor pool of its own."""
     return stream.map_batches(
         StageActor,
-        fn_constructor_args=(packed(partial(StageGroup, group, config, share.threads, vocabulary, freshness)),),
+        fn_constructor_args=(packed(partial(StageGroup, group, config, share.threads, vocabulary, freshness, board)),),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.actors if config else 1, max_tasks_in_flight_per_actor=2),
@@ -123,8 +131,15 @@ class StageGroup:
     """Consecutive stages inside one actor, with the engine of their endpoint loaded once."""
 
     def __init__(
-        self, stages: tuple[Stage, ...], config: EndpointConfig | None, threads: int, vocabulary: int, freshness: Freshness | None = None
+        self,
+        stages: tuple[Stage, ...],
+        config: EndpointConfig | None,
+        threads: int,
+        vocabulary: int,
+        freshness: Freshness | None = None,
+        board: Any = None,
     ):
+        tell_if_restarted(board, f"An actor of {_endpoint(stages) or 'the stages between'!r}")
         self._stages = stages
         self._engine = make_engine(config, vocabulary=vocabulary, threads=threads) if config else None
         self._following = FollowingEngine(self._engine, freshness) if self._engine and freshness else None

@@ -111,7 +111,7 @@ class Plan:
     @property
     def facts(self) -> Facts:
         """What a resumed run must find again; the driver keeps it as `FACTS`."""
-        return Facts(self.fingerprints, self.steps, self.vocabulary, self.job.run.train.workers)
+        return Facts(self.fingerprints, self.steps, self.vocabulary, self.job.run.train.most_workers)
 
     def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
@@ -155,7 +155,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     warnings = recipe.check_recipe(job) + teaching.check_strategy(job, strategy, train.steps)
     folder = run_folder(job, recipe_name, resume)
     endpoints = with_log(teaching.used_endpoints(job, strategy), strategy, folder)
-    machine.check_packages(train, job.cluster.resources.worker.gpus)
+    machine.check_packages(train, job.cluster)
     people, frozen, strategy, found = _meet(job, strategy, endpoints)
     inner, (added, asked) = states.check_states(job, strategy, people, frozen), rehearsal.rehearse(job, strategy, endpoints, people)
     text, data, silent = _rows(job, strategy, people)
@@ -165,7 +165,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
     offers, unsure = served.check_endpoints(answering, asked, strategy, people, data)
     order = make_order(job.run, data, row_losses.losses_name(found_sources.losses))
     strategy = within(strategy, served.scoring_rooms(endpoints, offers, people))
-    wanted = tuple(demands(job.cluster, found_sources.answering, train.workers, machine_cpus(), pools(strategy.stages)))
+    wanted = tuple(demands(job.cluster, found_sources.answering, train.fewest_workers, machine_cpus(), pools(strategy.stages)))
     warnings += found + silent + unsure + networks.check_rows(run, people, data) + served.check_lengths(offers, data, strategy)
     warnings += recipe.check_order(train, order, data.train.longest_tokens, data.train.tokens / data.train.rows)
     memory, heavy = room.fits(job, people, room.work(job, strategy, order, found_sources, added), found_sources, wanted, inner, added)

@@ -242,8 +242,9 @@ def _steps(plan: Plan) -> Iterator[str]:
 def _layout(plan: Plan) -> list[str]:
     train, share = plan.job.run.train, plan.shares["worker"]
     device = f"{share.gpus:g} GPU each" if share.gpus else "on CPUs"
-    workers = "worker" if train.workers == 1 else "workers"
-    return [f"{train.layout.type}, {train.workers} {workers} of {share.threads} threads {device}, up to {train.max_failures} restarts"]
+    few, most = train.fewest_workers, train.most_workers
+    workers = "1 worker" if most == 1 else f"{most} workers" if few == most else f"{few} to {most} workers"
+    return [f"{train.layout.type}, {workers} of {share.threads} threads {device}, up to {train.max_failures} restarts"]
 
 
 def _processors(plan: Plan) -> str:

@@ -76,7 +76,8 @@ def read_bundles(
     first = list(islice(bundles, order.bundles_per_step))
     values = {name: value for name, value in first[0][1].items() if name.startswith((CONTROL, CURRICULUM))} if first else {}
     held_out = _held_out_bundles(order, values) if with_held_out else iter(())
-    for number, (step, rows, total) in enumerate(chain(first, held_out, bundles)):
+    spare = _spare_bundles(order, values) if first else iter(())
+    for number, (step, rows, total) in enumerate(chain(first, held_out, bundles, spare)):
         yield to_table(_stamped(rows, step, number, attempt, total, order.steps))
 
 
@@ -98,6 +99,13 @@ def _held_out_bundles(order: Order, values: Columns) -> Iterator[tuple[int, Colu
     first = len(Rows(order.folder, "train"))
     for part in held_out_parts(Rows(order.folder, "held_out"), order):
         yield HELD_OUT_STEP, {**prepared_rows(order.folder, part + first), **values}, len(part)
+
+
+def _spare_bundles(order: Order, values: Columns) -> Iterator[tuple[int, Columns, int]]:
+    """Empty ones after the last step, which nobody takes: Ray Data gives every worker as many bundles, and drops what is over. Of an
+    elastic group that would be bundles of the last step."""
+    nothing = Rows(order.folder, "train").read(np.zeros(0, dtype=np.int64))
+    yield from ((order.steps, {**nothing, **values}, 0) for _ in range(order.bundles_per_step - 1 if order.elastic else 0))
 
 
 def prepared_rows(folder: str, row_ids: NDArray[np.int64]) -> Columns:

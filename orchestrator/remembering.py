@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.config import EndpointConfig, ReplayEndpoint
 from cluster.rollout_log import RolloutLog
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.collective import gather
+from orchestrator.collective import gather, world_size
 from orchestrator.errors import Refusal
 from strategies.core import Columns, Strategy
 from strategies.stages.replay import Replay, fresh_rows, replays
@@ -35,11 +35,12 @@ class Remembering:
         if self._rank == 0:
             self._log.forget_after(step)
 
-    def write(self, step: int, bundle: Columns) -> None:
-        """The texts of a step's bundle that are new. Collective: returns once every rank has written."""
-        texts = fresh_rows(bundle)
-        self._log.write(step, self._rank, texts)
-        self._texts[step] = int(gather([float(len(texts["row_id"]))]).sum())
+    def write(self, step: int, bundles: Sequence[Columns]) -> None:
+        """The texts of a step's bundles that are new. Collective: returns once every rank has written."""
+        texts = [fresh_rows(bundle) for bundle in bundles]
+        for i, part in enumerate(texts):
+            self._log.write(step, self._rank + i * world_size(), part)
+        self._texts[step] = int(gather([float(sum(len(part["row_id"]) for part in texts))]).sum())
 
     def forget(self, run: Folder) -> None:
         """Removes what no step recalls that follows the newest committed checkpoint of `run`, to which the run may have to go back."""

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from cluster.codecs import CodecConfig, Packed
 
@@ -88,6 +99,30 @@ class AnswersConfig(Model):
     """Held-out rows whose prompts are answered, the first ones."""
     max_new_tokens: PositiveInt = 256
     """Longest answer."""
+
+
+class Elastic(Model):
+    """A number of training workers that follows the cluster: a lost node shrinks the group and a new one lets it grow, from the last
+    checkpoint each time. The batch, and with it the result, stays."""
+
+    min: PositiveInt = 1
+    """With fewer the run waits."""
+    max: PositiveInt
+    look_seconds: PositiveFloat = 60.0
+    """How often a healthy group looks for room to grow."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"at most `max` ({self.max}) workers as `min`, got {self.min}")
+        return self
+
+
+def _kind_of_workers(value: object) -> str:
+    return "elastic" if isinstance(value, dict | Elastic) else "number"
+
+
+Workers = Annotated[Annotated[PositiveInt, Tag("number")] | Annotated[Elastic, Tag("elastic")], Discriminator(_kind_of_workers)]
 
 
 class EvaluateConfig(Model):

@@ -20,42 +20,52 @@ FREE = np.zeros(1, dtype=np.float32)
 
 
 def stream_metrics(
-    bundle: Columns, strategy: Strategy, began: float, waited_seconds: float, domains: Sequence[str] = ()
+    bundles: Sequence[Columns], strategy: Strategy, began: float, waited_seconds: float, domains: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Tokens and seconds of a step over all ranks. `stream_wait_seconds` is what teachers and reader made
+    """Tokens and seconds of a step over the bundles of all ranks. `stream_wait_seconds` is what teachers and reader made
     a rank wait; `row_id_sum` shows which rows the step had, `cost` what a teacher's answers were priced at, `left_out` how many
     rows that the student wrote could not be shown to one, `dropped_mass` the most that a token of one lost. What stages count
     (`strategies.core.COUNT`) is summed under its own name."""
     scored = _scored(strategy)
     teachers = sorted({endpoint for endpoint, _ in scored})
-    worked = [sum(float(bundle[f"{name}/seconds"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    paid = [sum(float(bundle.get(f"{name}/cost", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    unseen = [sum(float(bundle.get(f"{name}/left_out", FREE)[0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    lost = [max(float(bundle[f"{name}/dropped_mass"][0]) for e, name in scored if e == endpoint) for endpoint in teachers]
-    written = as_written(bundle)
-    texts = rollout_sums(written, strategy.base, domains)
-    counts = {n.removeprefix(COUNT): float(v[0]) for n, v in sorted(bundle.items()) if n.startswith(COUNT)}
-    first, largest = [*texts.values(), *counts.values()], [*lost, oldest_steps(written)]
-    ranks = gather([*first, len(bundle["tokens"]), float(bundle["row_id"].sum()), waited_seconds, *worked, *paid, *unseen, *largest])
+
+    def told(endpoint: str, column: str) -> list[float]:
+        return [float(b.get(f"{name}/{column}", FREE)[0]) for b in bundles for e, name in scored if e == endpoint]
+
+    worked, paid, unseen = ([sum(told(t, column)) for t in teachers] for column in ("seconds", "cost", "left_out"))
+    lost = [max(told(t, "dropped_mass")) for t in teachers]
+    written = [as_written(b) for b in bundles]
+    texts = _added([rollout_sums(w, strategy.base, domains) for w in written])
+    counts = _added([{n.removeprefix(COUNT): float(v[0]) for n, v in sorted(b.items()) if n.startswith(COUNT)} for b in bundles])
+    first, largest = [*texts.values(), *counts.values()], [*lost, max(oldest_steps(w) for w in written)]
+    read = [float(sum(len(b["tokens"]) for b in bundles)), float(sum(b["row_id"].sum() for b in bundles))]
+    ranks = gather([*first, *read, waited_seconds, *worked, *paid, *unseen, *largest])
     tokens, row_ids, waited, *summed = ranks.sum(0).tolist()[len(first) :]
     *dropped, oldest = ranks[:, len(ranks[0]) - len(largest) :].amax(0).tolist()
     seconds = time.perf_counter() - began + waited_seconds
+    bundle = bundles[0]
     age = float(scalar(bundle, "step") - 1 - scalar(bundle, VERSION)) if VERSION in bundle else 0.0
     timing = {
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "rows": float(scalar(bundle, "rows_total")),
+        "workers": float(world_size()),
         "row_id_sum": row_ids,
         "stream_wait_seconds": waited / world_size(),
         "step_seconds": seconds,
         "age_steps": age,
     }
-    told = ranks.sum(0).tolist()[: len(first)]
-    timing |= rollout_metrics(dict(zip(texts, told, strict=False)), oldest) | dict(zip(counts, told[len(texts) :], strict=True))
+    sums = ranks.sum(0).tolist()[: len(first)]
+    timing |= rollout_metrics(dict(zip(texts, sums, strict=False)), oldest) | dict(zip(counts, sums[len(texts) :], strict=True))
     timing |= {f"score_seconds/{t}": s for t, s in zip(teachers, summed, strict=False)}
     timing |= {f"cost/{t}": c for t, c in zip(teachers, summed[len(teachers) :], strict=False) if c}
     timing |= {f"left_out/{t}": n for t, n in zip(teachers, summed[2 * len(teachers) :], strict=False) if n}
     return timing | {f"dropped_mass/{t}": d for t, d in zip(teachers, dropped, strict=True) if d}
+
+
+def _added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of the bundles' own sums; of the same names in each."""
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 def _scored(strategy: Strategy) -> Sequence[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from orchestrator.step_metrics import gradient_shares, loss_metrics, stream_metr
 from orchestrator.stream import Stream
 from orchestrator.teachers import Teachers, read_signals
 from orchestrator.versions import Publisher, kept_versions
+from orchestrator.wishes import Notice, Wish
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress, Strategy, Update
 from strategies.sources import read_sources
@@ -58,7 +59,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
     players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
     resumed = ray.train.get_checkpoint()
-    start = checkpoint.restore(players, resumed) if resumed else None
+    start = checkpoint.restore(players, resumed, job.key) if resumed else None
     journal = RankJournal(job.board, rank, start)
     step = start.step if start else 0
     if step >= job.steps:
@@ -72,6 +73,8 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
         controls.send_with(step)
         publisher.begin(ray.get(job.board.attempt.remote()), step, _kept_versions(resumed), controls.versions)
     journal.begin(stream.attempt)
+    if job.run.train.fewest_workers < job.run.train.most_workers:
+        journal.note(f"{world_size()} of at most {job.run.train.most_workers} workers train after step {step}.")
     trainer = Trainer(job, strategy, Networks(players, teachers, device), journal, controls, publisher, memory)
     trainer.cursor = start.cursor if start else {}
     try:
@@ -84,15 +87,15 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
 def _train(job: WorkerJob, stream: Stream, trainer: Trainer, journal: RankJournal, step: int) -> None:
     """Steps, versions and reports after `step`, to the last step or until a person asks to stop."""
     first = step + 1
-    for bundle in stream.after(step):
-        step = scalar(bundle, "step")
-        stop = trainer.step(step, bundle, stream.waited_seconds)
+    for bundles in stream.after(step, job.steps):
+        step = scalar(bundles[0], "step")
+        wish = trainer.step(step, bundles, stream.waited_seconds)
         if step == first:  # optimizer states exist from the first step on, and held-out rows follow it in the stream
             journal.held(trainer.held_bytes())
             trainer.measure(evaluate.held_out_rows(job, stream, journal.rank))
-        if trainer.due(step) or stop:
-            trainer.report(step, stream.attempt, stop)
-        if stop:
+        if trainer.due(step) or wish:
+            trainer.report(step, stream.attempt, wish)
+        if wish == Wish.STOP:
             return
     if step != job.steps:
         raise RunFailed(f"the stream ended after step {step} of {job.steps}")
@@ -142,32 +145,33 @@ class Trainer:
         self.cursor: Mapping[str, float] = {}
         """What the curriculum has drawn so far."""
         self._terms, self._answering = evaluate.evaluation_terms(job.measured, job.domains), Answering(job.answers)
-        self._skipped = 0
+        self._skipped, self._notice = 0, Notice()
 
-    def step(self, step: int, bundle: Columns, waited_seconds: float) -> bool:
-        """One optimizer step on this rank's bundle; returns whether all ranks stop after it."""
+    def step(self, step: int, bundles: Sequence[Columns], waited_seconds: float) -> Wish:
+        """One optimizer step on this rank's bundles; returns what all ranks are to do after it."""
         began = time.perf_counter()
         progress = Progress(step - 1, self._job.steps, self._controls.values)
         torch.manual_seed(hash((self._job.run.seed, step, self._journal.rank)) & 0x7FFFFFFF)
-        stop, metrics = train_step(self._strategy, self._networks, bundle, progress, self._job.run, self._journal.stop)
+        wish = Wish.STOP if self._journal.stop else Wish.SAVE if self._notice.fresh else Wish.NOTHING
+        wish, metrics = train_step(self._strategy, self._networks, bundles, progress, self._job.run, wish)
         self._count_skipped(metrics)
-        metrics |= stream_metrics(bundle, self._strategy, began, waited_seconds, self._job.domains)
-        metrics |= self._controls.metrics | self._drew(bundle)
-        self._journal.step(scalar(bundle, "attempt"), step, metrics)
+        metrics |= stream_metrics(bundles, self._strategy, began, waited_seconds, self._job.domains)
+        metrics |= self._controls.metrics | self._drew(bundles[-1])
+        self._journal.step(scalar(bundles[0], "attempt"), step, metrics)
         self._controls.after_step(metrics, progress)
         if self._publisher and step < self._job.steps:
-            self._send(self._publisher, step, bundle)
-        return stop
+            self._send(self._publisher, step, bundles)
+        return wish
 
     def _drew(self, bundle: Columns) -> dict[str, float]:
         """What is logged of the rows that the step drew, and remembered of them."""
         before, self.cursor = self.cursor, cursor_of(bundle)
         return {CURRICULUM + name: value for name, value in drawn_metrics(before, self.cursor).items()}
 
-    def _send(self, publisher: Publisher, step: int, bundle: Columns) -> None:
+    def _send(self, publisher: Publisher, step: int, bundles: Sequence[Columns]) -> None:
         """The student after `step` steps, once what it is to be read with is there: the step's own texts, and controllers' values."""
         if self._memory:
-            self._memory.write(step, bundle)
+            self._memory.write(step, bundles)
         self._controls.send_with(step)
         publisher.publish(step)
 
@@ -191,10 +195,13 @@ class Trainer:
         periods = (self._job.run.evaluate.every_steps, self._job.run.checkpoint.every_steps)
         return step == self._job.steps or any(p and step % p == 0 for p in periods)
 
-    def report(self, step: int, attempt: int, stop: bool) -> None:
-        """Held-out metrics, and a checkpoint unless this step is only for evaluation."""
+    def report(self, step: int, attempt: int, wish: Wish) -> None:
+        """Held-out metrics, and a checkpoint unless this step is only for evaluation. A checkpoint in haste goes without metrics."""
         metrics: dict[str, float] = {}
-        if self.held_out.rounds:
+        if wish == Wish.SAVE:
+            self._notice.hear()
+            self._journal.note(f"A node is about to be taken back: a checkpoint is written after step {step}.")
+        if self.held_out.rounds and (wish == Wish.STOP or self.due(step)):
             student = next(iter(self._networks.players.values()))
             micros, rounds = self.held_out.micros, self.held_out.rounds
             metrics = evaluate.evaluate(student, micros, self._terms, rounds, self._networks.teachers, self._networks.device)
@@ -203,15 +210,15 @@ class Trainer:
             self._journal.evaluated(attempt, step, metrics)
             if self.due(step):  # and not where a person stopped the run, so that one that goes on is as one that never stopped
                 self._controls.after_evaluation(metrics)
-        if not (stop or step == self._job.steps or self._checkpoint_due(step)):
+        if not (wish or step == self._job.steps or self._checkpoint_due(step)):
             return
         more = self._publisher.keep if self._publisher else None
         journal = tuple(dataclasses.asdict(e) for e in self._journal.recent)
         position = checkpoint.Position(step, attempt, metrics, journal, self._controls.to_json(), self.cursor)
         ray.train.report(
             metrics,
-            checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more),
-            checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
+            checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more, self._job.key),
+            checkpoint_dir_name=checkpoint.name_of(attempt, step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
         if self._memory:
@@ -225,25 +232,25 @@ class Trainer:
 def train_step(
     strategy: Strategy,
     networks: Networks,
-    bundle: Columns,
+    bundles: Sequence[Columns],
     progress: Progress,
     run: RunConfig,
-    stop: bool,
-) -> tuple[bool, dict[str, float]]:
+    wish: Wish,
+) -> tuple[Wish, dict[str, float]]:
     """Every due update of one step: count, agree, forward with scales, backward, step.
 
     Counts of every term are summed over all ranks before the first forward, because gradients are made in the forward. An update for
     which nothing counts is left out whole, so that momentum and weight decay do not move a student that had nothing to learn.
-    Returns whether any rank asked to stop, and the step's metrics over all ranks.
+    Returns the largest wish of any rank, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
     read = read_sources(strategy.signals, read_signals(t for u in strategy.updates for t in u.terms))
-    micros = cut_bundle(run, bundle, read, strategy.rows_together)
-    asked = False
+    micros = [micro for bundle in bundles for micro in cut_bundle(run, bundle, read, strategy.rows_together)]
+    asked = Wish.NOTHING
     for update in strategy.updates:
         if progress.step % update.every:
             continue
-        counts, rounds, asked = _agree(update, bundle, len(micros), stop)
+        counts, rounds, asked = _agree(update, bundles, len(micros), wish)
         lr = run.train.lr * run.train.learning_rate()(progress)
         if not any(counts.values()):
             metrics |= _idle(update, counts, progress) | {"lr": lr}
@@ -270,12 +277,12 @@ def _idle(update: Update, counts: Mapping[str, float], progress: Progress) -> di
     return loss_metrics(update, nothing, counts, progress) | gradient_shares(update, nothing) | {"grad_norm": 0.0, "micro_batches": 0.0}
 
 
-def _agree(update: Update, bundle: Columns, micros: int, stop: bool) -> tuple[dict[str, float], int, bool]:
-    """Global mask count of each term, the largest number of micro-batches of any rank, and whether to stop."""
-    mine = [float(count_tokens(bundle, t.name)) for t in update.terms]
-    ranks = gather([*mine, float(micros), float(stop)])
+def _agree(update: Update, bundles: Sequence[Columns], micros: int, wish: Wish) -> tuple[dict[str, float], int, Wish]:
+    """Global mask count of each term, the largest number of micro-batches of any rank, and the largest wish."""
+    mine = [float(sum(count_tokens(bundle, t.name) for bundle in bundles)) for t in update.terms]
+    ranks = gather([*mine, float(micros), float(wish)])
     counts = {t.name: float(ranks[:, i].sum()) for i, t in enumerate(update.terms)}
-    return counts, max(1, int(ranks[:, -2].max())), bool(ranks[:, -1].any())
+    return counts, max(1, int(ranks[:, -2].max())), Wish(int(ranks[:, -1].max()))
 
 
 def _rounds(micros: list[MicroBatch], rounds: int) -> Iterator[tuple[MicroBatch, bool]]:

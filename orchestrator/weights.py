@@ -1,6 +1,6 @@
 """A player's weights out of a checkpoint, whatever layout and world size wrote it, without a process group.
 
-A checkpoint's metadata is a pickle: read checkpoints of your own runs only.
+A checkpoint's metadata is a pickle: its seal is compared first, where a key is given.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from cluster import seal
 from cluster.storage import Folder
 from orchestrator.errors import RunFailed
 from orchestrator.models import FILTERS, StudentModule
@@ -24,13 +26,16 @@ NAMED = 3
 """Tensors that a message names."""
 
 
-def load_weights(source: Folder, player: str, network: nn.Module) -> None:
+def load_weights(source: Folder, player: str, network: nn.Module, key: seal.Key | None = None) -> None:
     """Fills `network`, whole and on the CPU, in place with the weights of `player`; downloads a remote checkpoint.
 
-    `RunFailed`, after which `network` is of no use, when a trained parameter or a buffer is missing, of another shape or
-    unreadable, or when there are tensors that the network does not have. Frozen parameters keep what they hold.
+    `RunFailed`, after which `network` is of no use, when the checkpoint's seal under `key` is broken, when a trained parameter or a
+    buffer is missing, of another shape or unreadable, or when there are tensors that the network does not have. Frozen parameters keep
+    what they hold.
     """
     with Checkpoint(source.root).as_directory() as folder:
+        if key is not None:
+            _check_seal(Path(folder), source, key)
         reader = dcp.FileSystemReader(folder)
         saved = _saved(reader, source, player)
         own = StudentModule(network).state_dict(keep_vars=True)
@@ -44,6 +49,13 @@ def load_weights(source: Folder, player: str, network: nn.Module) -> None:
         except CheckpointException as error:
             reasons = "; ".join(f"{type(e).__name__}: {str(e)[:200]}" for e, _ in error.failures.values())
             raise RunFailed(f"{where}: its files cannot be read ({reasons}). Use another checkpoint.") from None
+
+
+def _check_seal(folder: Path, source: Folder, key: seal.Key) -> None:
+    try:
+        seal.check(folder, source.root.rstrip("/").rpartition("/")[2], key)
+    except seal.Broken as error:
+        raise RunFailed(f"checkpoint {source.root}: {error}; nothing of it is loaded.") from error
 
 
 def _saved(reader: dcp.FileSystemReader, source: Folder, player: str) -> dict[str, torch.Size]:

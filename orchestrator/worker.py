@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 
 from cluster.config import EndpointConfig
+from cluster.seal import Key
 from cluster.storage import Folder
 from orchestrator.config import RunConfig
-from orchestrator.stream import Stream
+from orchestrator.stream import Part, Stream
 from orchestrator.versions import Freshness
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class WorkerJob:
     """Domains of the rows, whose losses are told apart."""
     answers: Answers | None = None
     """How the student answers held-out prompts; None where it does not."""
+    key: Key | None = None
+    """Seals checkpoints."""
+    rows_seconds: float | None = None
+    """Longest wait for rows before the stream is taken for lost; None waits for ever."""
 
     @property
     def read_ahead_bundles(self) -> int:
@@ -57,7 +62,8 @@ def run_worker(config: dict[str, WorkerJob]) -> None:
     job = config["job"]
     context = ray.train.get_context()
     shard = ray.train.get_dataset_shard("train")
-    stream = Stream(shard, context.get_world_rank(), context.get_world_size(), job.read_ahead_bundles)
+    part = Part(context.get_world_rank(), context.get_world_size(), job.run.train.most_workers)
+    stream = Stream(shard, part, job.read_ahead_bundles, job.rows_seconds)
     from orchestrator.train import train_worker
 
     train_worker(job, stream)

@@ -24,6 +24,7 @@ from orchestrator.microbatch import cut
 from orchestrator.players import load_players
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, train_step
+from orchestrator.wishes import Wish
 from strategies.core import Columns, Player, Progress, StatesTerm, Strategy, Term, lm_update
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.features import HiddenStates, Matched
@@ -151,7 +152,7 @@ class Side:
         columns = whole_step(step) if self.world == ALONE else bundle(step, self.rank)
         strategy = strategy_of(case)
         networks = Networks(players, Teachers(strategy.signals, frozen=frozen), CPU)
-        _, metrics = train_step(strategy, networks, columns, Progress(step, plain.STEPS), run, False)
+        _, metrics = train_step(strategy, networks, [columns], Progress(step, plain.STEPS), run, Wish.NOTHING)
         return metrics
 
     def _evaluate(self, run: RunConfig, student: Layout) -> None:

@@ -29,6 +29,7 @@ from orchestrator.layouts import Layout
 from orchestrator.players import load_players
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, train_step
+from orchestrator.wishes import Wish
 from strategies.core import Columns, Progress
 
 STEPS, HALF, AFTER, POISONED = 50, 25, 12, 9
@@ -240,7 +241,9 @@ class Side:
 
     def _step(self, run: RunConfig, players: Mapping[str, Layout], step: int) -> dict[str, float]:
         columns, strategy = whole_step(step) if self.world == ALONE else bundle(step, self.rank), run.strategy.build()
-        _, metrics = train_step(strategy, Networks(players, Teachers(strategy.signals), CPU), columns, Progress(step, STEPS), run, False)
+        _, metrics = train_step(
+            strategy, Networks(players, Teachers(strategy.signals), CPU), [columns], Progress(step, STEPS), run, Wish.NOTHING
+        )
         return metrics
 
 

@@ -25,6 +25,7 @@ from orchestrator.rollouts import equipped
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, train_step
 from orchestrator.versions import VERSION, Freshness
+from orchestrator.wishes import Wish
 from strategies.core import Columns, Progress, Sampling, ScoreRequest, Verifier
 from strategies.objectives.divergence import reverse_kl
 from strategies.stages.rollout import STUDENT, rollouts
@@ -114,7 +115,7 @@ class Loop:
         for stage in self.strategy.stages:
             columns = stage(columns, self.endpoints[stage.endpoint] if stage.endpoint else None)
         torch.manual_seed(done)
-        _, metrics = train_step(self.strategy, self.networks, columns, Progress(done, self.steps), self.run, False)
+        _, metrics = train_step(self.strategy, self.networks, [columns], Progress(done, self.steps), self.run, Wish.NOTHING)
         self.versions.append(self._weights())
         return metrics, columns
 

@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig
 from orchestrator.layouts import Layout
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, train_step
+from orchestrator.wishes import Wish
 from strategies.core import Columns, Progress, Strategy
 from strategies.head import Head
 from strategies.terms import Terms
@@ -102,7 +103,7 @@ class Side(plain.Side):
         columns = whole_step(step) if self.world == ALONE else bundle(step, self.rank)
         what = strategy()
         teachers = Teachers(what.signals, {"teacher": Head(torch.from_numpy(TEACHER[1]))})
-        return train_step(what, Networks(players, teachers, CPU), columns, Progress(step, STEPS), run, False)[1]
+        return train_step(what, Networks(players, teachers, CPU), [columns], Progress(step, STEPS), run, Wish.NOTHING)[1]
 
 
 if __name__ == "__main__":

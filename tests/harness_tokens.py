@@ -27,6 +27,7 @@ from orchestrator.sketch import student_network, teacher_network
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, train_step
 from orchestrator.versions import VERSION
+from orchestrator.wishes import Wish
 from strategies.core import Columns, Progress, ScoreRequest
 from strategies.stages.align import foreign
 from strategies.stages.rollout import STUDENT
@@ -95,7 +96,7 @@ class Lesson:
         columns = bundle([self.rows[i] for i in chosen]) | {n: np.asarray([v], dtype=np.int64) for n, v in control.items()}
         for stage in self.strategy.stages:
             columns = stage(columns, self.endpoints[stage.endpoint] if stage.endpoint else None)
-        _, metrics = train_step(self.strategy, self.networks, columns, Progress(self.done, self.steps), self.run, False)
+        _, metrics = train_step(self.strategy, self.networks, [columns], Progress(self.done, self.steps), self.run, Wish.NOTHING)
         self.done += 1
         return metrics, columns
 

@@ -14,12 +14,14 @@ import pyarrow as pa
 import torch
 from pyarrow import fs
 
+from cluster.config import ClusterConfig
 from cluster.resources import Demand, machine_cpus
 from cluster.storage import Folder
 from orchestrator.config import Job, TrainConfig
 from orchestrator.errors import Refusal
 from orchestrator.layouts import layout_facts
 from orchestrator.memory import Disk, Memory
+from orchestrator.sealing import check_key
 
 LOCAL = "local"
 OBJECT_STORE_SHARE = 0.3
@@ -27,8 +29,10 @@ OBJECT_STORE_SHARE = 0.3
 GIB = 1 << 30
 
 
-def check_packages(train: TrainConfig, gpus: float) -> None:
-    """What the layout imports or compiles is installed."""
+def check_packages(train: TrainConfig, cluster: ClusterConfig) -> None:
+    """What the layout imports or compiles is installed, and the key of checkpoints, if there is one, can be used."""
+    check_key(cluster)
+    gpus = cluster.resources.worker.gpus
     facts, where = layout_facts(train.layout), f"train.layout={train.layout.type}"
     if facts.package and find_spec(facts.package) is None:
         do = f"pip install {facts.package} on every node, or choose another layout."

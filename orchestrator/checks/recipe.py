@@ -79,7 +79,7 @@ def check_warmup(train: TrainConfig, steps: int) -> None:
 def _check_batch(train: TrainConfig) -> None:
     if train.batch_tokens is not None:
         return
-    rows, workers = train.batch_rows, train.workers
+    rows, workers = train.batch_rows, train.most_workers
     if rows < workers:
         do = "Raise train.batch_rows or lower train.workers; a worker without rows only waits."
         raise Refusal("train.batch_rows", f"{rows} rows for {workers} workers", f"at least {workers}", do)
@@ -91,9 +91,12 @@ def _check_batch(train: TrainConfig) -> None:
 
 def _check_layout(train: TrainConfig) -> None:
     config, facts = train.layout, layout_facts(train.layout)
-    if facts.one_worker and train.workers > 1:
+    if facts.one_worker and train.most_workers > 1:
         do = "Set train.workers=1, or train.layout=ddp for a copy on every worker."
-        raise Refusal("train.layout", f"{config.type!r} with {train.workers} workers", "one worker", do)
+        raise Refusal("train.layout", f"{config.type!r} with {train.most_workers} workers", "one worker", do)
+    if not facts.elastic and train.fewest_workers < train.most_workers:
+        do = "Set train.workers to a number, or train.layout=ddp or fsdp2."
+        raise Refusal("train.workers", f"a changing number with the layout {config.type!r}", "a number", do)
     for name, field in LayoutConfig.model_fields.items():
         given = getattr(config, name)
         if name != "type" and name not in facts.settings and given != field.default:
@@ -150,6 +153,6 @@ def check_order(train: TrainConfig, order: Order, longest_tokens: int, mean_toke
     if train.batch_tokens < longest_tokens:
         do = f"Raise it to at least {longest_tokens}, or lower data.max_length_tokens."
         raise Refusal("train.batch_tokens", str(train.batch_tokens), f"room for the longest row of {longest_tokens} tokens", do)
-    if train.batch_tokens < mean_tokens * train.workers:
-        return [f"train.batch_tokens={train.batch_tokens} is less than a row for each of {train.workers} workers; some will wait."]
+    if train.batch_tokens < mean_tokens * train.most_workers:
+        return [f"train.batch_tokens={train.batch_tokens} is less than a row for each of {train.most_workers} workers; some will wait."]
     return []

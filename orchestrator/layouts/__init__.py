@@ -99,6 +99,8 @@ class LayoutFacts:
     """Settings of `LayoutConfig` that it reads."""
     resumes_any_world: bool = True
     """Whether a checkpoint loads at another number of workers."""
+    elastic: bool = False
+    """Whether a group may grow and shrink while it runs, as tests on a cluster show."""
 
 
 def _sharded(config: LayoutConfig, world: int) -> Held:
@@ -119,8 +121,8 @@ def _zero(config: LayoutConfig, world: int) -> Held:
 
 _LAYOUTS = {
     "single": LayoutFacts("orchestrator.layouts.replicated:Single", one_worker=True),
-    "ddp": LayoutFacts("orchestrator.layouts.replicated:Ddp", held=lambda config, world: Held(buckets=1.0)),
-    "fsdp2": LayoutFacts("orchestrator.layouts.fsdp2:Fsdp2", held=_sharded),
+    "ddp": LayoutFacts("orchestrator.layouts.replicated:Ddp", held=lambda config, world: Held(buckets=1.0), elastic=True),
+    "fsdp2": LayoutFacts("orchestrator.layouts.fsdp2:Fsdp2", held=_sharded, elastic=True),
     "deepspeed": LayoutFacts(
         "orchestrator.layouts.deepspeed:DeepSpeed",
         held=_zero,

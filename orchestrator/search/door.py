@@ -147,7 +147,7 @@ def _spec(name: str, content: Mapping[str, Any], cluster: Mapping[str, Any], job
         put(kept, ["signals", "mode"], "store")
     where = {**cluster, "storage": Folder.of(job.cluster.storage).root}
     if job.search.concurrent > 1 and job.cluster.resources.worker.threads is None:
-        threads = max(1, machine_cpus() // (job.search.concurrent * job.run.train.workers))
+        threads = max(1, machine_cpus() // (job.search.concurrent * job.run.train.most_workers))
         where["resources"] = {**_dict(cluster.get("resources"))}
         put(where, ["resources", "worker", "threads"], threads)
     return Spec(name, kept, where, os.getcwd(), job.search.objective)

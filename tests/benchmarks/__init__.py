@@ -150,6 +150,26 @@ BENCHMARKS: dict[str, Entry] = {
         "seconds of a search of eight trials at the quickstart's size, from the command to the report",
         "<= 600 s",
     ),
+    "recovery-seconds": Entry(
+        "tests.benchmarks.recovery_seconds",
+        "seconds from SIGKILL of a training worker to the next optimizer step, with a stored signal; beside it with a live teacher",
+        "<= 30 s",
+    ),
+    "scale-1-to-2": Entry(
+        "tests.benchmarks.scale_1_to_2",
+        "training tokens/s of two workers of one thread over one, on a stored signal and steps of a second or more",
+        "ratio >= 1.7",
+    ),
+    "memory-flat": Entry(
+        "tests.benchmarks.memory_flat",
+        "growth of a run's driver and board over 10,000 steps and 1,000,000 rows",
+        "<= 32 MiB",
+    ),
+    "orchestration-share": Entry(
+        "tests.benchmarks.orchestration_share",
+        "share of the time of 24 training workers that is neither a step nor its overlap, with 8 scorers, all of them stand-ins that sleep",
+        "<= 0.05",
+    ),
     "store-format": Entry(
         "tests.benchmarks.store_format",
         "rows/s read in shuffled order from a store's Arrow files over the same arrays in Parquet",

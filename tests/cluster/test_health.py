@@ -11,6 +11,7 @@ import pytest
 
 from cluster import health
 from cluster.config import ClusterConfig
+from cluster.seal import SealSettings, key_file, key_of
 
 
 def test_this_environment_is_the_pinned_one() -> None:
@@ -83,6 +84,17 @@ def test_a_token_that_others_can_read_is_a_warning(tmp_path: Path, monkeypatch: 
     assert health.token(file).state == "ok"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert health.token(file).state == "warning"
+
+
+def test_the_key_of_seals_is_looked_at_and_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert health.sealing(SealSettings()).state == "ok"
+    assert not key_file().exists()
+    key = key_of(SealSettings())
+    found = health.sealing(SealSettings())
+    assert found.state == "ok" and key.name in found.says and key.secret.decode() not in found.says
+    key_file().chmod(0o644)
+    assert health.sealing(SealSettings()).state == "failed"
 
 
 def test_missing_secrets_are_named_and_values_never(monkeypatch: pytest.MonkeyPatch) -> None:

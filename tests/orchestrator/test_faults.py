@@ -97,7 +97,8 @@ def undisturbed(home: Path, ray_session: str) -> dict[int, float]:
     return curve(home, "undisturbed")
 
 
-@pytest.mark.parametrize("title", ["RayTrainWorker", pytest.param("MapWorker", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["RayTrainWorker", "MapWorker"])
 def test_a_killed_process_changes_nothing(home: Path, undisturbed: dict[int, float], title: str) -> None:
     name = f"killed-{title}"
     with ThreadPoolExecutor(1) as pool:

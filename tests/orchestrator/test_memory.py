@@ -60,7 +60,7 @@ def worker(recipe, columns):
     players = load_players(run, strategy.players, cpu)
     for step in range(2):
         networks = train.Networks(players, Teachers(strategy.signals), cpu)
-        train.train_step(strategy, networks, columns, Progress(step, 2), run, False)
+        train.train_step(strategy, networks, [columns], Progress(step, 2), run, Wish.NOTHING)
     saved = checkpoint.save(players, checkpoint.Position(2, 1, {}), 0).path
     size = sum(f.stat().st_size for f in Path(saved).rglob("*") if f.is_file())
     return {**players["student"].held_bytes(), "checkpoint": size}

@@ -30,7 +30,7 @@ def worker(recipe, columns):
     players = load_players(run, strategy.players, cpu, strategy.updates, frozen)
     for step in range(2):
         networks = train.Networks(players, Teachers(strategy.signals, frozen=frozen), cpu)
-        train.train_step(strategy, networks, columns, Progress(step, 2), run, False)
+        train.train_step(strategy, networks, [columns], Progress(step, 2), run, Wish.NOTHING)
     return players["student"].held_bytes()
 """
 

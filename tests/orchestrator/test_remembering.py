@@ -39,7 +39,7 @@ def log(tmp_path: Path) -> RolloutLog:
 def written(log: RolloutLog) -> Remembering:
     memory = Remembering(log, STAGE, 0)
     for step in range(1, STEPS + 1):
-        memory.write(step, bundle(step))
+        memory.write(step, [bundle(step)])
     return memory
 
 

@@ -130,7 +130,7 @@ def test_verdicts_in_numbers() -> None:
 def test_what_stages_count_is_logged_beside_what_texts_were_like() -> None:
     control = {name: np.asarray([1], np.int64) for name in ("step", "rows_total")}
     counted = {"count/repair/failed": np.asarray([2], np.float32), "count/a": np.asarray([5], np.float32)}
-    found = stream_metrics({**bundle(), **control, **counted, "row_id": np.asarray([4, 4, 6])}, Strategy({}, ()), 0.0, 0.5)
+    found = stream_metrics([{**bundle(), **control, **counted, "row_id": np.asarray([4, 4, 6])}], Strategy({}, ()), 0.0, 0.5)
     assert (found["repair/failed"], found["a"], found["rollout/length"]) == (2, 5, 5)
     assert (found["tokens"], found["row_id_sum"], found["stream_wait_seconds"]) == (15, 14, 0.5)
 
@@ -153,7 +153,7 @@ def test_texts_that_a_repair_replaced_are_told_of() -> None:
     kept = {f"attempt/{name}": values for name, values in own.items() if name not in BUNDLES}
     lessons = {"tokens": np.asarray([9, 1], np.int32), "lengths": np.asarray([2], np.int32), "loss_mask": np.asarray([0, 1], np.uint8)}
     whole = {**{name: own[name] for name in BUNDLES}, **control, **kept, **lessons, "row_id": np.asarray([4])}
-    found, expected = stream_metrics(whole, Strategy({}, ()), 0.0, 0.5), rollout_metrics(rollout_sums(own), oldest_steps(own))
+    found, expected = stream_metrics([whole], Strategy({}, ()), 0.0, 0.5), rollout_metrics(rollout_sums(own), oldest_steps(own))
     assert found["tokens"] == 2 and {name: found[name] for name in expected} == expected
 
 
