@@ -31,9 +31,9 @@ from orchestrator.settings import CheckpointConfig, DataConfig, EvaluateConfig, 
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from orchestrator.truncate import Truncate
 from strategies import StrategyConfig, known_strategies
-from strategies.core import Strategy
+from strategies.core import Progress, Strategy
 from strategies.curriculum import Curriculum
-from strategies.schedule import LearningRate
+from strategies.schedule import LearningRate, PositiveSchedule, schedule
 from strategies.stages.replay import REPLAY
 
 M = TypeVar("M", bound=BaseModel)
@@ -102,8 +102,8 @@ class TrainConfig(Model):
     """`bucketed` pads rows of similar length together; `packed` lays several rows in one sequence, blind to each other."""
     workers: PositiveInt = 1
     layout: Annotated[LayoutConfig, _short("type")] = LayoutConfig()
-    lr: PositiveFloat = 2e-5
-    """Peak learning rate of AdamW."""
+    lr: PositiveSchedule = 2e-5
+    """Peak learning rate of AdamW; of a schedule, what it says at a step is that step's peak."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     lr_final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -121,8 +121,10 @@ class TrainConfig(Model):
     max_failures: NonNegativeInt = 2
     """Times the worker group is restarted from the last committed checkpoint."""
 
-    def learning_rate(self) -> LearningRate:
-        return LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)
+    def learning_rate(self, progress: Progress) -> float:
+        """That of a step: the peak, times warm-up or decay."""
+        share = LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)
+        return schedule(self.lr)(progress) * share(progress)
 
 
 class RunConfig(Model):

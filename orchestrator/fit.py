@@ -79,12 +79,13 @@ def start_fit(plan: Plan) -> Fit:
         measured=plan.measured,
         domains=plan.data.domains,
         answers=plan.answers,
+        begins=plan.begins,
     )
     fit = Fit(threading.Thread(target=lambda: None), board)
 
     def run() -> None:
         try:
-            _trainer(plan, job, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
+            _trainer(plan, job, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board, plan.begins)).fit()
         except TrainingFailedError as error:
             fit.error = error
 

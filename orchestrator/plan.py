@@ -79,6 +79,8 @@ class Plan:
     cast: Cast
     disk: Disk
     memory: tuple[Memory, ...]
+    begins: Folder | None = None
+    """Checkpoint of another run that this one goes on from, whatever its own settings said before."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """What identifies data, student, tokenizer and each endpoint's model."""
     warnings: tuple[str, ...] = ()
@@ -97,7 +99,7 @@ class Plan:
     @property
     def done_steps(self) -> int:
         """Optimizer steps behind the newest committed checkpoint."""
-        last = checkpoint.committed(self.folder)
+        last = checkpoint.committed(self.folder) or self.begins
         return checkpoint.read_position(last).step if last else 0
 
     @property

@@ -57,7 +57,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     packed = job.run.train.batching == "packed"
     teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
     players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
-    resumed = ray.train.get_checkpoint()
+    resumed = ray.train.get_checkpoint() or (Checkpoint(job.begins.root) if job.begins else None)
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
     step = start.step if start else 0
@@ -211,7 +211,7 @@ class Trainer:
         ray.train.report(
             metrics,
             checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more),
-            checkpoint_dir_name=f"checkpoint_{attempt:03d}_{step:08d}",
+            checkpoint_dir_name=checkpoint.name(attempt, step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
         if self._memory:
@@ -244,7 +244,7 @@ def train_step(
         if progress.step % update.every:
             continue
         counts, rounds, asked = _agree(update, bundle, len(micros), stop)
-        lr = run.train.lr * run.train.learning_rate()(progress)
+        lr = run.train.learning_rate(progress)
         if not any(counts.values()):
             metrics |= _idle(update, counts, progress) | {"lr": lr}
             continue

@@ -24,6 +24,7 @@ from orchestrator.explain import nearest
 from orchestrator.naming import fresh_name
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rows import Rows
+from orchestrator.search.population_door import check_population, comparison_steps
 from orchestrator.search.sampler import propose
 from orchestrator.search.settings import COSTS, SearchConfig
 from orchestrator.search.space import Probe, probes
@@ -59,7 +60,7 @@ class SearchPlan:
     @property
     def folder(self) -> Path:
         """The search's own small files."""
-        return Folder.of(str(self.spec.cluster["storage"]), self.name).local or Path("runs") / self.name
+        return self.spec.own
 
     @property
     def tags(self) -> dict[str, str]:
@@ -123,6 +124,7 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
     found = SearchPlan(own, job.search, spec, corners)
     _check_objectives(found)
     _check_scheduler(found)
+    check_population(job.search, spec, [c.plan for c in corners])
     _check_resources(found)
     propose(job.search, spec.content, 0, (), {})  # a grid may refuse a domain
     return found
@@ -150,7 +152,7 @@ def _spec(name: str, content: Mapping[str, Any], cluster: Mapping[str, Any], job
         threads = max(1, machine_cpus() // (job.search.concurrent * job.run.train.workers))
         where["resources"] = {**_dict(cluster.get("resources"))}
         put(where, ["resources", "worker", "threads"], threads)
-    return Spec(name, kept, where, os.getcwd(), job.search.objective)
+    return Spec(name, kept, where, os.getcwd(), job.search.objective, every_steps=comparison_steps(job))
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -229,6 +231,8 @@ def _check_scheduler(found: SearchPlan) -> None:
     if not found.config.objective[0].metric.startswith(EVALUATIONS):
         do = "Put a held-out metric first, or set search.scheduler=none."
         raise Refusal("search.objective", found.config.objective[0].metric, "a held-out metric for the scheduler to look at", do)
+    if scheduler.type == "pbt":
+        return
     first = scheduler.first_steps or found.first_evaluation
     if found.first_evaluation >= steps or first >= steps:
         do = f"Set evaluate.every_steps to a part of the {steps} steps, or search.scheduler=none."

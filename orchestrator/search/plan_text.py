@@ -52,6 +52,9 @@ def _scheduler(plan: SearchPlan) -> str:
     told = plan.config.scheduler
     if told.type == "none":
         return "none: every trial trains to its end"
+    if told.type == "pbt":
+        every = plan.spec.every_steps
+        return f"pbt: compared every {every} steps, the worst {told.quantile:.0%} go on from checkpoints of the best, where they lie"
     return f"{told.type}, which may stop trials from step {told.first_steps or plan.first_evaluation} on"
 
 

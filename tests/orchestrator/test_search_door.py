@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a scheduler that looks at costs": (LR, {"scheduler": "asha", "objective": "tokens"}, "a held-out metric for the scheduler"),
     "too many at once": (LR, {"concurrent": 50}, "search.concurrent: got 50 trials of 0.4 logical CPUs"),
     "a range in a grid": (LR, {"sampler": "grid"}, "log_uniform with sampler: grid"),
-    "an unknown scheduler": (LR, {"scheduler": "pbt"}, "'none', 'asha' or 'median'"),
+    "an unknown scheduler": (LR, {"scheduler": "pbtt"}, "'none', 'asha', 'median' or 'pbt'"),
     "no domain at all": ({}, {}, "at least one setting to search"),
 }
 

@@ -46,13 +46,13 @@ class Session:
     stopped: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, folder: Path, wants_control: bool = False, **settings: Any) -> Session:
+    def of(cls, folder: Path, wants_control: bool = False, every_steps: int = 0, **settings: Any) -> Session:
         config = SearchConfig.model_validate({"space": {"train.lr": {"choice": [1, 2, 3, 4]}}, "sampler": "grid", **settings})
-        spec = Spec("find", RECIPE, {"storage": str(folder / "runs")}, str(folder), config.objective)
-        (folder / "find").mkdir(exist_ok=True)
-        court = Court(config, spec, Book(folder / "find"), lambda trial: None, wants_control, first_evaluation=2)
+        spec = Spec("find", RECIPE, {"storage": str(folder / "runs")}, str(folder), config.objective, every_steps=every_steps)
+        (folder / "runs" / "find").mkdir(parents=True, exist_ok=True)
+        court = Court(config, spec, Book(folder / "runs" / "find"), lambda trial: None, wants_control, first_evaluation=2)
         session = cls(court)
-        court.stop = session.stopped.append  # type: ignore[method-assign]
+        court.stop = lambda number, generation: session.stopped.append(number)  # type: ignore[method-assign]
         return session
 
     def sides(self) -> tuple[Proposals, Judge]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.storage import Folder
 from orchestrator.board import Entry
 from orchestrator.journal import Journal, MetricRow
 from orchestrator.result import RunResult
@@ -23,7 +22,7 @@ from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.report import BEST, cost_rows, write_report
 from orchestrator.search.result import Spent
 from orchestrator.search.settings import Objective
-from orchestrator.search.trial import OUTCOME, TIME, Hearing, Spec, finished
+from orchestrator.search.trial import GENERATION, OUTCOME, TIME, Hearing, Spec, finished
 from tests.orchestrator.bench import Bench
 
 METRIC = "eval/cross_entropy"
@@ -85,7 +84,7 @@ def test_a_trial_reports_evaluations_once_with_what_they_cost(monkeypatch: pytes
     assert not hearing(
         [entry("attempt", 0), entry("step", 2, **step), entry("eval", 2, **{METRIC: 1.5}), entry("eval", 6, **{METRIC: 1.0})]
     )
-    assert told == [{METRIC: 1.5, "tokens": 15.0, "seconds": 0.5, TIME: 2}]  # the last is reported with the run's end
+    assert told == [{METRIC: 1.5, "tokens": 15.0, "seconds": 0.5, TIME: 2, GENERATION: 0}]  # the last is reported with the run's end
     assert (hearing.metrics[METRIC], hearing.metrics["tokens"], hearing.step) == (1.0, 25.0, 6)
 
 
@@ -109,9 +108,10 @@ def test_what_was_spent_is_added_up_over_drivers(tmp_path: Path) -> None:
 )
 def test_a_run_that_cannot_be_judged_has_failed(tmp_path: Path, metrics: dict[str, float], outcome: str, words: str) -> None:
     spec = Spec("find", {}, {"storage": str(tmp_path)}, ".", (Objective(),))
-    Journal(tmp_path).append([MetricRow(s, 1, {"tokens": 10.0, "step_seconds": 0.5}, 0.0) for s in (1, 2)])
+    (tmp_path / "find-000").mkdir()
+    Journal(tmp_path / "find-000").append([MetricRow(s, 1, {"tokens": 10.0, "step_seconds": 0.5}, 0.0) for s in (1, 2)])
     rows = ({"who": "teacher", "parameters": 9}, {"who": "student", "parameters": 7})
     result = RunResult("n", str(tmp_path), 2, metrics, "", "", "", "", "", rows)  # type: ignore[arg-type]
-    told = finished(spec, result, Folder(str(tmp_path)))
+    told = finished(spec, result, Trial(0, {}))
     assert (told[OUTCOME], told["words"], told[TIME]) == (outcome, words, 2)
     assert (told["tokens"], told["seconds"], told["parameters"]) == (20.0, 1.0, 7.0)
