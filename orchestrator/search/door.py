@@ -27,6 +27,7 @@ from orchestrator.rows import Rows
 from orchestrator.search.population_door import check_population, comparison_steps
 from orchestrator.search.sampler import propose
 from orchestrator.search.settings import COSTS, SearchConfig
+from orchestrator.search.sharing import Pooled, pooled, seated
 from orchestrator.search.space import Probe, probes
 from orchestrator.search.trial import Spec, taught
 
@@ -51,6 +52,8 @@ class SearchPlan:
     config: SearchConfig
     spec: Spec
     corners: tuple[Corner, ...]
+    pooled: tuple[Pooled, ...] = ()
+    """Teachers that answer live, loaded once for all trials."""
 
     @property
     def plan(self) -> Plan:
@@ -121,7 +124,10 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
     spec = _spec(own, content, cluster, job)
     corners = tuple(_corners(job.search, spec, own))
     _check_comparable(job.search, corners)
-    found = SearchPlan(own, job.search, spec, corners)
+    teachers = pooled([c.plan for c in corners])
+    spec = replace(spec, pooled=tuple(t.name for t in teachers))
+    corners = tuple(replace(c, plan=seated(c.plan, spec.pooled, own)) for c in corners)
+    found = SearchPlan(own, job.search, spec, corners, teachers)
     _check_objectives(found)
     _check_scheduler(found)
     check_population(job.search, spec, [c.plan for c in corners])
@@ -244,22 +250,24 @@ def _check_resources(found: SearchPlan) -> None:
     """As many trials as may run at once fit together."""
     if not machine.is_local(found.plan.job):
         return
-    wanted, there = found.config.concurrent, machine_cpus()
+    wanted, own = found.config.concurrent, [t.demand for t in found.pooled]
+    there = machine_cpus() - sum(d.processes * d.share.cpus for d in own)
+    beside = " beside the teachers that all of them ask" if own else ""
     fit = floor(there / found.cpus + 1e-9)
     if wanted > fit:
         got = f"{wanted} trials of {found.cpus:g} logical CPUs each"
         do = f"Set search.concurrent={max(1, fit)}, or lower resources.*.cpus in ray_config.yaml."
-        raise Refusal("search.concurrent", got, f"at most the {there} of this machine", do)
-    gpus = torch.cuda.device_count()
+        raise Refusal("search.concurrent", got, f"at most the {there:g} of this machine{beside}", do)
+    gpus = torch.cuda.device_count() - sum(d.processes * d.share.gpus for d in own)
     if wanted * found.gpus > gpus:
         got = f"{wanted} trials of {found.gpus:g} GPUs each"
         do = f"Set search.concurrent={max(1, floor(gpus / found.gpus))}."
-        raise Refusal("search.concurrent", got, f"at most the {gpus} of this machine", do)
-    memory = machine.machine_memory()
+        raise Refusal("search.concurrent", got, f"at most the {gpus:g} of this machine{beside}", do)
+    memory = machine.machine_memory() - sum(t.memory.host * t.memory.processes for t in found.pooled)
     if wanted * found.memory > memory:
         got = f"{wanted} trials of {machine.text(found.memory)} each"
         do = f"Set search.concurrent={max(1, memory // found.memory)}."
-        raise Refusal("search.concurrent", got, f"at most the {machine.text(memory)} of this machine", do)
+        raise Refusal("search.concurrent", got, f"at most the {machine.text(memory)} of this machine{beside}", do)
 
 
 def going_on(found: SearchPlan, parent: str) -> SearchPlan:

@@ -31,6 +31,7 @@ from orchestrator.search.plan_text import search_text
 from orchestrator.search.proposals import Proposals
 from orchestrator.search.report import BEST, REPORT, write_report
 from orchestrator.search.result import SearchResult, Spent
+from orchestrator.search.sharing import pools
 from orchestrator.search.trial import local, run_trial
 from orchestrator.track import Tracker, reconcile, reconcile_all
 
@@ -131,7 +132,7 @@ def _search(plan: SearchPlan, tracker: Tracker, display: Display) -> SearchResul
         _log(tracker, plan, book, trial)
 
     court = Court(plan.config, plan.spec, book, tell, plan.has_control, plan.first_evaluation)
-    with board.shown(), interruptible(display, court.interrupt):
+    with board.shown(), interruptible(display, court.interrupt), pools(plan.name, plan.pooled):
         _tune(plan, court)
     _settle(court)
     tracker.log_text((plan.folder / TRIALS).read_text(encoding="utf-8"), TRIALS)

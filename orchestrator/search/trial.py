@@ -31,6 +31,7 @@ from orchestrator.result import RECIPE, RESULT, RunResult
 from orchestrator.run import with_texts
 from orchestrator.search.book import CONTROL, Book, Trial, run_name
 from orchestrator.search.settings import Objective
+from orchestrator.search.sharing import seated
 from orchestrator.search.space import Content, Point, applied
 from strategies.core import Strategy
 
@@ -63,6 +64,8 @@ class Spec:
     """MLflow run of the search."""
     every_steps: int = 0
     """Steps from one comparison of a population to the next; 0 where trials do not restart from each other."""
+    pooled: tuple[str, ...] = ()
+    """Teachers that all trials ask in turns."""
 
     def job(self, point: Point, name: str | None = None) -> Job:
         """The run that a point stands for; `Refusal` where the recipe does not take its values."""
@@ -240,7 +243,7 @@ def _plan(spec: Spec, trial: Trial) -> Plan:
     def planned(job: Job) -> Plan:
         return make_plan(job, name, begun)
 
-    plan = with_texts(planned(spec.job(trial.settings, name)), planned, Display())[0]
+    plan = seated(with_texts(planned(spec.job(trial.settings, name)), planned, Display())[0], spec.pooled, spec.search)
     if not trial.restarts:
         return plan
     begins, held_out = Folder(trial.restarts[-1].checkpoint), spec.folder(trial.number).child("held_out")

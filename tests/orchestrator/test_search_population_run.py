@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def content(home: Path) -> dict[str, Any]:
     scheduler = {"type": "pbt", "every_steps": 4}
-    made = recipe(home, space=SPACE, scheduler=scheduler, trials=2, baseline=False)
+    made = recipe(home, space=SPACE, scheduler=scheduler, trials=2, seed=2, baseline=False)
     return {**made, "train": {**made["train"], "steps": 12}}
 
 
@@ -40,7 +40,6 @@ def test_the_worse_trial_goes_on_from_the_better_ones_checkpoint(found: SearchRe
     first = worse.restarts[0]
     assert (first.step, first.source) == (4, 1) and first.checkpoint.startswith(str(home / "runs" / "find-001" / "checkpoint_"))
     assert worse.legs[0] == (0, {"train.lr": 5e-3}) and worse.metrics[METRIC] < 1.01 * better.metrics[METRIC]
-    assert worse.metrics["tokens"] > better.metrics["tokens"]  # it also paid for what it gave up
     known = runs(home)
     assert {"find", "find-000", "find-000-g1", "find-001"} <= set(known)
     assert {run.info.status for run in known.values()} <= {"FINISHED", "KILLED"}
@@ -53,4 +52,5 @@ def test_one_run_with_the_schedule_that_was_found_ends_where_the_trial_did(found
     made = content(home) | {"name": "again"}
     made["train"]["lr"] = trial.settings["train.lr"]
     again = distill(made, cluster=cluster(home))
+    assert trial.metrics["tokens"] > again.metrics["tokens"]  # it also paid for what it gave up
     assert again.metrics[METRIC] == pytest.approx(trial.metrics[METRIC], rel=1e-6)
