@@ -128,6 +128,19 @@ def test_without_a_scheduler_nobody_is_stopped_but_by_a_budget(tmp_path: Path) -
     assert proposals.suggest("b") == "FINISHED"
 
 
+def test_the_seconds_of_a_search_are_counted_from_its_start(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, seconds=100)
+    proposals, judge = session.sides()
+    trial = session.begin(proposals, judge, "a")
+    session.report(judge, trial, 2, 9.0)
+    assert session.stopped == []
+    session.court.began -= 100
+    session.report(judge, trial, 4, 9.0)
+    session.end(proposals, judge, trial, 5, 9.0, "stopped")
+    assert (session.stopped, session.court.book.trials()[0].words) == ([0], "the search's 100 seconds are over")
+    assert proposals.suggest("b") == "FINISHED"
+
+
 def test_a_trial_that_dies_stops_only_itself(tmp_path: Path) -> None:
     session = Session.of(tmp_path)
     proposals, judge = session.sides()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ from orchestrator.board import Entry
 from orchestrator.journal import Journal, MetricRow
 from orchestrator.result import RunResult
 from orchestrator.search import trial as trials_module
-from orchestrator.search.book import CONTROL, Book, Trial
+from orchestrator.search.book import CONTROL, Book, Move, Trial
 from orchestrator.search.court import Court
 from orchestrator.search.door import search_plan
 from orchestrator.search.leaderboard import Leaderboard
@@ -61,6 +62,23 @@ def test_the_report_tells_best_control_front_and_cost(bench: Bench, objectives: 
     costs = cost_rows(plan, court.book.trials(), spent)
     assert costs["this search"] == {"teachers": 3.0, "training steps": 12.0, "start-up and the rest": 18.0}
     assert costs["unshared"]["teachers"] == 18.0
+
+
+def test_the_report_of_a_population_tells_who_went_on_from_whom(bench: Bench) -> None:
+    space = {"train.lr": {"choice": [0.5, 0.25]}}
+    settings = {"scheduler": {"type": "pbt", "every_steps": 2}, "trials": 2, "concurrent": 2}
+    plan = search_plan({**bench.recipe, "search": {"space": space, **settings}}, (), bench.cluster)
+    plan.folder.mkdir(parents=True)
+    book = Book(plan.folder)
+    for number, rate in enumerate((0.5, 0.25)):
+        book.propose(number, {"train.lr": rate})
+    book.compare(2, [Move(1, 0, "runs/here", {"train.lr": 0.25})])
+    for one in book.trials():
+        book.end(replace(trial(one.number, 0.0, 1.0 + one.number, 1.0), point=one.point))
+    (plan.folder / BEST).write_text("")
+    page = write_report(plan, Court(plan.config, plan.spec, book, lambda t: None, True, 2), Spent()).read_text(encoding="utf-8")
+    assert "<td>001</td><td>1</td><td>2</td><td>000</td><td>runs/here</td>" in page
+    assert html.escape("{'steps': [[0, 0.5], [2, 0.25]]}") in page
 
 
 def test_the_leaderboard_has_the_best_first_and_those_without_a_value_last() -> None:
