@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +14,13 @@ import pytest
 
 from orchestrator.config import load_job
 from orchestrator.run import distill
-from orchestrator.search.drive import search
+from orchestrator.search.book import TRIALS
+from orchestrator.search.drive import resume_search, search
 from orchestrator.search.result import SearchResult
 from tests.orchestrator.test_search_run import METRIC, cluster, recipe, runs
 from tests.tiny import tiny_pair
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 SPACE = {"train.lr": {"choice": [1e-6, 5e-3, 1e-2]}}
 
@@ -54,3 +61,29 @@ def test_one_run_with_the_schedule_that_was_found_ends_where_the_trial_did(found
     again = distill(made, cluster=cluster(home))
     assert trial.metrics["tokens"] > again.metrics["tokens"]  # it also paid for what it gave up
     assert again.metrics[METRIC] == pytest.approx(trial.metrics[METRIC], rel=1e-6)
+
+
+def test_a_killed_population_goes_on_with_what_was_decided(home: Path, found: SearchResult) -> None:
+    given = content(home) | {"name": "killed"}
+    (home / "killed.yaml").write_text(json.dumps(given))
+    (home / "cluster.yaml").write_text(json.dumps(cluster(home)))
+    command = [sys.executable, "-m", "jobs.cli", "search", str(home / "killed.yaml"), "--cluster", str(home / "cluster.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ.copy())
+    wait_until(home / "runs" / "killed-000-g1" / "mlflow.json")
+    process.kill()
+    process.wait()
+    before = (home / "runs" / "killed" / TRIALS).read_text()
+    again = resume_search(home / "runs" / "killed", cluster=cluster(home))
+    assert (home / "runs" / "killed" / TRIALS).read_text().startswith(before)
+    assert [t.outcome for t in again.trials] == ["finished", "finished"]
+    assert again.trials[0].legs[:2] == found.trials[0].legs[:2]
+    assert {run.info.status for name, run in runs(home).items() if name.startswith("killed")} <= {"FINISHED", "KILLED"}
+
+
+def wait_until(path: Path, seconds: float = 300.0) -> None:
+    """Returns once a file is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} did not come")
+        time.sleep(0.1)
