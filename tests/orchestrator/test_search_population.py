@@ -17,6 +17,7 @@ from orchestrator.errors import Refusal
 from orchestrator.search import trial as trials_module
 from orchestrator.search.book import Book, Move, Restart, Trial, run_name
 from orchestrator.search.lineage import grown, schedules
+from orchestrator.search.plan_text import search_text
 from orchestrator.search.population import Member, Pointer, moves
 from orchestrator.search.settings import Objective, SearchConfig
 from orchestrator.search.space import Point
@@ -217,6 +218,7 @@ def test_what_cannot_go_on_from_another_is_refused(bench: Any, case: str, monkey
 def test_the_plan_of_a_population_says_how_often_it_is_compared(bench: Any) -> None:
     plan = planned(bench, SPACE, **PBT)
     assert plan.spec.every_steps == 2
+    assert "pbt: compared every 2 steps, the worst 25% go on from checkpoints of the best" in " ".join(search_text(plan).split())
     run = plan.spec.job({"train.lr": {"steps": [[0, 1e-2], [2, 1e-3]]}}).run
     assert (run.checkpoint.every_steps, run.checkpoint.keep) == (2, trials_module.ALL)
     assert plan.spec.recipe({"train.lr": 1e-2}).checkpoint == plan.spec.recipe({}).checkpoint != run.checkpoint
