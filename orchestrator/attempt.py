@@ -29,11 +29,13 @@ class StreamFactory:
     folder: Folder
     held_out: Folder
     board: Any
+    begins: Folder | None = None
+    """Checkpoint of another run that goes before this one's own."""
 
     def __call__(self) -> ray.data.Dataset:
         attempt = int(self.folder.read(ATTEMPTS) or b"0") + 1
         self.folder.write(ATTEMPTS, str(attempt).encode())
-        last = checkpoint.committed(self.folder)
+        last = checkpoint.committed(self.folder) or self.begins
         start = checkpoint.read_position(last) if last else checkpoint.Position(0, attempt, {})
         ray.get(self.board.begin.remote(attempt, start.step, time.time()))
         return open_stream(self.spec, start.step, attempt, not self.held_out.exists(COMPLETE), start.cursor, self.board)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from orchestrator.layouts import Layout
 
 PROGRESS = "progress.json"
+RELEASED = "released"
+"""What is left in the folder of a checkpoint that was given up: Ray Train goes on only where every folder is that it knows of."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -123,7 +125,28 @@ def committed(run: Folder) -> Folder | None:
 def kept(run: Folder) -> list[Folder]:
     """Every committed checkpoint that is still kept, oldest first."""
     results = _snapshot(run).get("checkpoint_results", [])
-    return [run.child(r["checkpoint_dir_name"]) for r in results]
+    return [f for r in results if not (f := run.child(r["checkpoint_dir_name"])).exists(RELEASED)]
+
+
+def name(attempt: int, step: int) -> str:
+    """Of a checkpoint's folder in that of its run."""
+    return f"checkpoint_{attempt:03d}_{step:08d}"
+
+
+def at(run: Folder, step: int) -> Folder | None:
+    """The kept checkpoint after `step` steps, of the newest attempt that has one; None when there is none."""
+    return max((f for f in kept(run) if f.root.endswith(f"_{step:08d}")), key=lambda f: f.root, default=None)
+
+
+def release(found: Folder) -> None:
+    """Gives a committed checkpoint up. Its run must not be going to restart from it."""
+    found.write(RELEASED, b"")
+    files = found.sizes()
+    for part in found.names():
+        if part not in files:
+            found.child(part).clear()
+        elif part != RELEASED:
+            found.remove(part)
 
 
 def best(run: Folder, metric: str) -> Folder | None:

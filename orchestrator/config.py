@@ -31,9 +31,9 @@ from orchestrator.settings import CheckpointConfig, DataConfig, Elastic, Evaluat
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from orchestrator.truncate import Truncate
 from strategies import StrategyConfig, known_strategies
-from strategies.core import Strategy
+from strategies.core import Progress, Strategy
 from strategies.curriculum import Curriculum
-from strategies.schedule import LearningRate
+from strategies.schedule import LearningRate, PositiveSchedule, schedule
 from strategies.stages.replay import REPLAY
 
 M = TypeVar("M", bound=BaseModel)
@@ -103,8 +103,8 @@ class TrainConfig(Model):
     workers: Workers = 1
     """A number, or `{min: 1, max: 4}`, where a layout can be taken up by another number of workers."""
     layout: Annotated[LayoutConfig, _short("type")] = LayoutConfig()
-    lr: PositiveFloat = 2e-5
-    """Peak learning rate of AdamW."""
+    lr: PositiveSchedule = 2e-5
+    """Peak learning rate of AdamW; of a schedule, what it says at a step is that step's peak."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     lr_final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -132,8 +132,10 @@ class TrainConfig(Model):
         """As many as there always are: what must fit."""
         return self.workers.min if isinstance(self.workers, Elastic) else self.workers
 
-    def learning_rate(self) -> LearningRate:
-        return LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)
+    def learning_rate(self, progress: Progress) -> float:
+        """That of a step: the peak, times warm-up or decay."""
+        share = LearningRate(kind=self.lr_schedule, warmup_steps=self.warmup_steps, final=self.lr_final_share)
+        return schedule(self.lr)(progress) * share(progress)
 
 
 class RunConfig(Model):

@@ -103,12 +103,13 @@ def start_fit(plan: Plan) -> Fit:
         answers=plan.answers,
         key=sealing_key(plan.job.cluster),
         rows_seconds=plan.job.cluster.patience.rows_seconds,
+        begins=plan.begins,
     )
     fit = Fit(threading.Thread(target=lambda: None), board, nodes=Nodes())
 
     def run() -> None:
         try:
-            _trainer(plan, job, board, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board)).fit()
+            _trainer(plan, job, board, StreamFactory(plan.stream(freshness), plan.folder, plan.held_out, board, plan.begins)).fit()
         except (TrainingFailedError, RayError) as error:  # the latter when Ray Train's controller itself is lost
             fit.error = error
 

@@ -18,6 +18,8 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from cluster.config import EndpointConfig
 from cluster.endpoints import make_engine
+from cluster.engines import Engine
+from cluster.pool import Seat, Shared
 from cluster.resources import READER, Share
 from orchestrator.board import tell_if_restarted
 from orchestrator.bundle import from_table, to_table
@@ -47,6 +49,8 @@ class StreamSpec:
     """Which of a version's sets of weights an endpoint's engine takes, by endpoint that follows the student."""
     foreign: Mapping[str, int] = field(default_factory=dict)
     """Token ids of endpoints that have a tokenizer of their own."""
+    seats: Mapping[str, Seat] = field(default_factory=dict)
+    """Places at pools that other runs ask, too, by endpoint; of others the engine is loaded in the stream's own actors."""
 
     def usable(self, name: str | None) -> int:
         """Token ids that an endpoint may name."""
@@ -79,7 +83,8 @@ def open_stream(
     for group in stage_groups(spec.stages):
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None
-        stream = add_group(stream, group, config, spec.shares[name or READER], spec.usable(name), spec.followers(name), board)
+        share, seat = spec.shares[name or READER], spec.seats.get(name or "")
+        stream = add_group(stream, group, config, share, spec.usable(name), spec.followers(name), seat, board)
     return stream
 
 
@@ -113,12 +118,13 @@ def add_group(
     share: Share,
     vocabulary: int,
     freshness: Freshness | None = None,
+    seat: Seat | None = None,
     board: Any = None,
 ) -> ray.data.Dataset:
-    """The stream through stages of one endpoint, whose engine lives in an actor pool of its own."""
+    """The stream through stages of one endpoint, whose engine lives in an actor pool of its own, or behind a `seat` at another."""
     return stream.map_batches(
         StageActor,
-        fn_constructor_args=(packed(partial(StageGroup, group, config, share.threads, vocabulary, freshness, board)),),
+        fn_constructor_args=(packed(partial(StageGroup, group, config, share.threads, vocabulary, freshness, seat, board)),),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=config.actors if config else 1, max_tasks_in_flight_per_actor=2),
@@ -137,11 +143,14 @@ class StageGroup:
         threads: int,
         vocabulary: int,
         freshness: Freshness | None = None,
+        seat: Seat | None = None,
         board: Any = None,
     ):
         tell_if_restarted(board, f"An actor of {_endpoint(stages) or 'the stages between'!r}")
         self._stages = stages
-        self._engine = make_engine(config, vocabulary=vocabulary, threads=threads) if config else None
+        self._engine: Engine | None = Shared(seat) if seat else None
+        if config and not seat:
+            self._engine = make_engine(config, vocabulary=vocabulary, threads=threads)
         self._following = FollowingEngine(self._engine, freshness) if self._engine and freshness else None
 
     def __call__(self, table: pa.Table) -> pa.Table:

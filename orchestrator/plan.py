@@ -10,6 +10,7 @@ from typing import Any
 from cluster.codecs import codec_for
 from cluster.config import EndpointConfig
 from cluster.offers import Offer, WritingOffer
+from cluster.pool import Seat
 from cluster.resources import Demand, Share, demands, machine_cpus
 from cluster.storage import Folder
 from orchestrator import alignment, authored, checkpoint, following, row_losses, stores
@@ -79,6 +80,10 @@ class Plan:
     cast: Cast
     disk: Disk
     memory: tuple[Memory, ...]
+    seats: Mapping[str, Seat] = field(default_factory=dict)
+    """Places at pools of teachers that other runs ask, too, by endpoint."""
+    begins: Folder | None = None
+    """Checkpoint of another run that this one goes on from, whatever its own settings said before."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """What identifies data, student, tokenizer and each endpoint's model."""
     warnings: tuple[str, ...] = ()
@@ -97,7 +102,7 @@ class Plan:
     @property
     def done_steps(self) -> int:
         """Optimizer steps behind the newest committed checkpoint."""
-        last = checkpoint.committed(self.folder)
+        last = checkpoint.committed(self.folder) or self.begins
         return checkpoint.read_position(last).step if last else 0
 
     @property
@@ -116,7 +121,8 @@ class Plan:
     def stream(self, freshness: Freshness | None = None) -> StreamSpec:
         """The run's stream of bundles."""
         answering, weights = self.sources.answering, following.weight_sets(self.strategy)
-        return StreamSpec(self.order, self.strategy.stages, answering, self.shares, self.vocabulary, freshness, weights, self.cast.foreign)
+        foreign, stages = self.cast.foreign, self.strategy.stages
+        return StreamSpec(self.order, stages, answering, self.shares, self.vocabulary, freshness, weights, foreign, self.seats)
 
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, and what controllers said, by the versions that `board` knows; None where neither

@@ -232,9 +232,10 @@ def _steps(plan: Plan) -> Iterator[str]:
     mean = plan.data.train.tokens / plan.data.train.rows
     epochs = plan.steps * (train.batch_tokens / mean if train.batch_tokens else train.batch_rows) / plan.data.train.rows
     how = "drawn" if plan.order.draws else "shuffled"
+    rate = f"{train.lr:g}" if isinstance(train.lr, float) else str(train.lr.model_dump(exclude_defaults=True))
     yield f"{plan.steps:,} of {batch}, about {epochs:.2g} passes over the data, {how} by seed {plan.job.run.seed}"
     yield (
-        f"AdamW {train.lr:g}, {train.lr_schedule} after {train.warmup_steps} steps of warm-up, clip {train.clip_norm:g}, "
+        f"AdamW {rate}, {train.lr_schedule} after {train.warmup_steps} steps of warm-up, clip {train.clip_norm:g}, "
         f"{train.precision}, micro-batches of {train.micro_batch_tokens:,} tokens, {train.batching}"
     )
 

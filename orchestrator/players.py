@@ -16,6 +16,7 @@ from orchestrator.models import StudentModule, check_head, check_packing, load_s
 from orchestrator.teachers import Teachers
 from strategies.core import AnyTerm, Player, Progress, StatesTerm, Update
 from strategies.head import TermSums
+from strategies.schedule import values_of
 from strategies.taps import Tap
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,7 +52,7 @@ def _load(run: RunConfig, device: torch.device, terms: Sequence[AnyTerm], frozen
 
     def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         groups = decay_groups(list(parameters), train.weight_decay)
-        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=max(values_of(train.lr)), betas=train.betas, eps=train.eps, fused=True)
 
     return make_layout(train.layout, StudentModule(model, filters=filters), optimizer, numerics)
 

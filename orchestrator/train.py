@@ -58,7 +58,7 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     packed = job.run.train.batching == "packed"
     teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
     players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
-    resumed = ray.train.get_checkpoint()
+    resumed = ray.train.get_checkpoint() or (Checkpoint(job.begins.root) if job.begins else None)
     start = checkpoint.restore(players, resumed, job.key) if resumed else None
     journal = RankJournal(job.board, rank, start)
     step = start.step if start else 0
@@ -251,7 +251,7 @@ def train_step(
         if progress.step % update.every:
             continue
         counts, rounds, asked = _agree(update, bundles, len(micros), wish)
-        lr = run.train.lr * run.train.learning_rate()(progress)
+        lr = run.train.learning_rate(progress)
         if not any(counts.values()):
             metrics |= _idle(update, counts, progress) | {"lr": lr}
             continue

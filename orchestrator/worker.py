@@ -42,6 +42,8 @@ class WorkerJob:
     """Signals that held-out rows carry, a control's too."""
     domains: tuple[str, ...] = ()
     """Domains of the rows, whose losses are told apart."""
+    begins: Folder | None = None
+    """Checkpoint of another run that this one goes on from; None where it begins by itself."""
     answers: Answers | None = None
     """How the student answers held-out prompts; None where it does not."""
     key: Key | None = None

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.journal import Journal, Lines
+from orchestrator.search.lineage import Legs, grown, schedules
 from orchestrator.search.settings import Objective
 from orchestrator.search.space import Point
 
@@ -22,11 +23,35 @@ CONTROL = -1
 
 
 @dataclass(frozen=True)
+class Move:
+    """A trial of a population goes on from another one's checkpoint, with values of its own."""
+
+    number: int
+    source: int
+    """The trial whose weights and optimizer it takes over."""
+    checkpoint: str
+    """The folder of the other's checkpoint, which is not copied and must not be deleted while the trial may begin with it."""
+    point: Point
+    """Values from there on."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Where a trial went on from another one's checkpoint."""
+
+    step: int
+    """Finished steps of that checkpoint."""
+    source: int
+    checkpoint: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """One trial as far as it has come."""
 
     number: int
     point: Point
+    """Values that it began with, or goes on with since its latest restart."""
     outcome: Outcome = "running"
     step: int = 0
     """Optimizer steps at the latest metrics."""
@@ -36,6 +61,20 @@ class Trial:
     """Why it was stopped or failed."""
     wall_seconds: float = 0.0
     """From its start to its end, loading included."""
+    restarts: tuple[Restart, ...] = ()
+    """Of a population: each is a run of its own, and only the latest one counts."""
+    legs: Legs = ()
+    """Of a trial that restarted: values by step of all that its weights have been through."""
+
+    @property
+    def generation(self) -> int:
+        """Which of its runs counts."""
+        return len(self.restarts)
+
+    @property
+    def settings(self) -> Point:
+        """The values of one run that does what this trial did, changes in mid-run as schedules."""
+        return schedules(self.legs) if self.legs else self.point
 
     @property
     def label(self) -> str:
@@ -48,9 +87,10 @@ class Trial:
         return values if len(values) == len(objectives) else None
 
 
-def run_name(search: str, number: int) -> str:
-    """Name of a trial's own run."""
-    return f"{search}-control" if number == CONTROL else f"{search}-{number:03d}"
+def run_name(search: str, number: int, generation: int = 0) -> str:
+    """Name of a trial's own run, one for each of its restarts."""
+    again = f"-g{generation}" if generation else ""
+    return f"{search}-control" if number == CONTROL else f"{search}-{number:03d}{again}"
 
 
 def ranked(trials: list[Trial], objective: Objective) -> list[Trial]:
@@ -75,6 +115,8 @@ class Book:
     def __init__(self, folder: Path):
         self._lines = Lines(folder / TRIALS)
         self._trials: dict[int, Trial] = {}
+        self.compared_step = 0
+        """Finished steps at which a population was last compared."""
         for event in self._lines.all():
             self._take(event)
 
@@ -82,8 +124,12 @@ class Book:
         self._write({"event": "proposed", "number": number, "point": point})
 
     def end(self, trial: Trial) -> None:
-        kept = {key: value for key, value in vars(trial).items() if key != "point"}
+        kept = {key: value for key, value in vars(trial).items() if key not in ("point", "restarts", "legs")}
         self._write({"event": "ended", **kept, "metrics": {k: v for k, v in trial.metrics.items() if math.isfinite(v)}})
+
+    def compare(self, step: int, moves: Sequence[Move]) -> None:
+        """A population was compared after `step` steps; whoever is in `moves` restarts."""
+        self._write({"event": "compared", "step": step, "moves": [vars(move) for move in moves]})
 
     def heard(self, trial: Trial) -> None:
         """What a running trial has reached; its own journal keeps it."""
@@ -105,9 +151,20 @@ class Book:
         self._take(event)
 
     def _take(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "compared":
+            self._take_moves(event["step"], [Move(**move) for move in event["moves"]])
+            return
         told = {key: value for key, value in event.items() if key != "event"}
         number = event["number"]
         self._trials[number] = replace(self._trials[number], **told) if number in self._trials else Trial(**told)
+
+    def _take_moves(self, step: int, moves: Sequence[Move]) -> None:
+        self.compared_step, before = step, dict(self._trials)
+        for move in moves:
+            trial, source = before[move.number], before[move.source]
+            legs = grown(source.legs or ((0, source.point),), step, move.point)
+            restarts = (*trial.restarts, Restart(step, move.source, move.checkpoint))
+            self._trials[move.number] = replace(trial, point=move.point, step=step, restarts=restarts, legs=legs)
 
 
 def curve(folder: Path, metric: str) -> dict[int, float]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import ray
 
+from cluster.storage import Folder
 from orchestrator.search.book import CONTROL, Book, Trial, curve, run_name
 from orchestrator.search.settings import SearchConfig
-from orchestrator.search.trial import Spec
+from orchestrator.search.trial import Spec, local
 
 
 @dataclass(eq=False)
@@ -50,17 +51,23 @@ class Court:
             return f"the search's {self.config.seconds:,g} seconds are over"
         return ""
 
+    def run(self, number: int, generation: int | None = None) -> Folder:
+        """The run folder of a trial, the one that counts unless another generation is asked for."""
+        trial = self.book.get(number)
+        return self.spec.folder(number, generation if generation is not None else trial.generation if trial else 0)
+
     def folder(self, number: int) -> Path:
-        return self.spec.folder(number).local or Path("runs") / run_name(self.spec.search, number)
+        """Where the small files of the run that counts lie."""
+        return local(self.run(number))
 
     def curve(self, number: int) -> dict[int, float]:
         """The first objective of a trial, by step."""
         return curve(self.folder(number), self.config.objective[0].metric)
 
-    def stop(self, number: int) -> None:
+    def stop(self, number: int, generation: int) -> None:
         """Tells a trial's run to write a checkpoint and end. One that has no board yet, or none any more, cannot hear it."""
         try:
-            board = ray.get_actor(f"{run_name(self.spec.search, number)}/board")
+            board = ray.get_actor(f"{run_name(self.spec.search, number, generation)}/board")
         except ValueError:
             return
         board.ask_to_stop.remote()
@@ -70,4 +77,4 @@ class Court:
         self.interrupted = True
         for trial in self.book.trials():
             if trial.outcome == "running":
-                self.stop(trial.number)
+                self.stop(trial.number, trial.generation)

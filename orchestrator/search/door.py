@@ -24,8 +24,10 @@ from orchestrator.explain import nearest
 from orchestrator.naming import fresh_name
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rows import Rows
+from orchestrator.search.population_door import check_population, comparison_steps
 from orchestrator.search.sampler import propose
 from orchestrator.search.settings import COSTS, SearchConfig
+from orchestrator.search.sharing import Pooled, pooled, seated
 from orchestrator.search.space import Probe, probes
 from orchestrator.search.trial import Spec, taught
 
@@ -50,6 +52,8 @@ class SearchPlan:
     config: SearchConfig
     spec: Spec
     corners: tuple[Corner, ...]
+    pooled: tuple[Pooled, ...] = ()
+    """Teachers that answer live, loaded once for all trials."""
 
     @property
     def plan(self) -> Plan:
@@ -59,7 +63,7 @@ class SearchPlan:
     @property
     def folder(self) -> Path:
         """The search's own small files."""
-        return Folder.of(str(self.spec.cluster["storage"]), self.name).local or Path("runs") / self.name
+        return self.spec.own
 
     @property
     def tags(self) -> dict[str, str]:
@@ -120,9 +124,13 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
     spec = _spec(own, content, cluster, job)
     corners = tuple(_corners(job.search, spec, own))
     _check_comparable(job.search, corners)
-    found = SearchPlan(own, job.search, spec, corners)
+    teachers = pooled([c.plan for c in corners])
+    spec = replace(spec, pooled=tuple(t.name for t in teachers))
+    corners = tuple(replace(c, plan=seated(c.plan, spec.pooled, own)) for c in corners)
+    found = SearchPlan(own, job.search, spec, corners, teachers)
     _check_objectives(found)
     _check_scheduler(found)
+    check_population(job.search, spec, [c.plan for c in corners])
     _check_resources(found)
     propose(job.search, spec.content, 0, (), {})  # a grid may refuse a domain
     return found
@@ -150,7 +158,7 @@ def _spec(name: str, content: Mapping[str, Any], cluster: Mapping[str, Any], job
         threads = max(1, machine_cpus() // (job.search.concurrent * job.run.train.most_workers))
         where["resources"] = {**_dict(cluster.get("resources"))}
         put(where, ["resources", "worker", "threads"], threads)
-    return Spec(name, kept, where, os.getcwd(), job.search.objective)
+    return Spec(name, kept, where, os.getcwd(), job.search.objective, every_steps=comparison_steps(job))
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -229,6 +237,8 @@ def _check_scheduler(found: SearchPlan) -> None:
     if not found.config.objective[0].metric.startswith(EVALUATIONS):
         do = "Put a held-out metric first, or set search.scheduler=none."
         raise Refusal("search.objective", found.config.objective[0].metric, "a held-out metric for the scheduler to look at", do)
+    if scheduler.type == "pbt":
+        return
     first = scheduler.first_steps or found.first_evaluation
     if found.first_evaluation >= steps or first >= steps:
         do = f"Set evaluate.every_steps to a part of the {steps} steps, or search.scheduler=none."
@@ -240,22 +250,24 @@ def _check_resources(found: SearchPlan) -> None:
     """As many trials as may run at once fit together."""
     if not machine.is_local(found.plan.job):
         return
-    wanted, there = found.config.concurrent, machine_cpus()
+    wanted, own = found.config.concurrent, [t.demand for t in found.pooled]
+    there = machine_cpus() - sum(d.processes * d.share.cpus for d in own)
+    beside = " beside the teachers that all of them ask" if own else ""
     fit = floor(there / found.cpus + 1e-9)
     if wanted > fit:
         got = f"{wanted} trials of {found.cpus:g} logical CPUs each"
         do = f"Set search.concurrent={max(1, fit)}, or lower resources.*.cpus in ray_config.yaml."
-        raise Refusal("search.concurrent", got, f"at most the {there} of this machine", do)
-    gpus = torch.cuda.device_count()
+        raise Refusal("search.concurrent", got, f"at most the {there:g} of this machine{beside}", do)
+    gpus = torch.cuda.device_count() - sum(d.processes * d.share.gpus for d in own)
     if wanted * found.gpus > gpus:
         got = f"{wanted} trials of {found.gpus:g} GPUs each"
         do = f"Set search.concurrent={max(1, floor(gpus / found.gpus))}."
-        raise Refusal("search.concurrent", got, f"at most the {gpus} of this machine", do)
-    memory = machine.machine_memory()
+        raise Refusal("search.concurrent", got, f"at most the {gpus:g} of this machine{beside}", do)
+    memory = machine.machine_memory() - sum(t.memory.host * t.memory.processes for t in found.pooled)
     if wanted * found.memory > memory:
         got = f"{wanted} trials of {machine.text(found.memory)} each"
         do = f"Set search.concurrent={max(1, memory // found.memory)}."
-        raise Refusal("search.concurrent", got, f"at most the {machine.text(memory)} of this machine", do)
+        raise Refusal("search.concurrent", got, f"at most the {machine.text(memory)} of this machine{beside}", do)
 
 
 def going_on(found: SearchPlan, parent: str) -> SearchPlan:

@@ -31,7 +31,8 @@ from orchestrator.search.plan_text import search_text
 from orchestrator.search.proposals import Proposals
 from orchestrator.search.report import BEST, REPORT, write_report
 from orchestrator.search.result import SearchResult, Spent
-from orchestrator.search.trial import run_trial
+from orchestrator.search.sharing import pools
+from orchestrator.search.trial import local, run_trial
 from orchestrator.track import Tracker, reconcile, reconcile_all
 
 SEARCH = "search.yaml"
@@ -131,7 +132,7 @@ def _search(plan: SearchPlan, tracker: Tracker, display: Display) -> SearchResul
         _log(tracker, plan, book, trial)
 
     court = Court(plan.config, plan.spec, book, tell, plan.has_control, plan.first_evaluation)
-    with board.shown(), interruptible(display, court.interrupt):
+    with board.shown(), interruptible(display, court.interrupt), pools(plan.name, plan.pooled):
         _tune(plan, court)
     _settle(court)
     tracker.log_text((plan.folder / TRIALS).read_text(encoding="utf-8"), TRIALS)
@@ -225,7 +226,7 @@ def _log(tracker: Tracker, plan: SearchPlan, book: Book, trial: Trial) -> None:
 def _settle(court: Court) -> None:
     """Every trial's MLflow run has an end: of one whose process died, its watchdog may be about to write it."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    folders = [court.folder(t.number) for t in court.book.trials()]
+    folders = [local(court.run(t.number, g)) for t in court.book.trials() for g in range(t.generation + 1)]
     while [f for f in folders if reconcile(f) in ("running", "waiting")] and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
@@ -237,8 +238,7 @@ def _conclude(plan: SearchPlan, court: Court, tracker: Tracker, spent: Spent) ->
     if not best:
         words = "; ".join(f"trial {t.label} {t.outcome}: {t.words}" for t in trials) or "none began"
         raise RunFailed(f"no trial of {plan.name} finished ({words}). Their runs are kept beside {plan.folder}.")
-    run = plan.spec.job(best[0].point).run
-    recipe = to_yaml(run.model_copy(update={"tags": plan.tags}))
+    recipe = to_yaml(plan.spec.recipe(best[0].settings))
     (plan.folder / BEST).write_text(recipe, encoding="utf-8")
     report = write_report(plan, court, spent)
     for name in (BEST, REPORT):

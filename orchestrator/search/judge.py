@@ -16,8 +16,9 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from orchestrator.errors import origin
 from orchestrator.search.book import CONTROL, Trial
 from orchestrator.search.court import Court
+from orchestrator.search.population import Population
 from orchestrator.search.settings import COSTS, SearchConfig
-from orchestrator.search.trial import OUTCOME, TIME
+from orchestrator.search.trial import CHECKPOINT, GENERATION, OUTCOME, TIME
 
 NO_LAST_STEP = 10**9
 """ASHA would end trials at its own last step; a run's last step ends it here."""
@@ -30,6 +31,7 @@ class Judge(FIFOScheduler):
         super().__init__()
         self._court = court
         self._inner = _scheduler(court)
+        self._population = Population(court, court.spec.every_steps) if court.spec.every_steps else None
         self._why: dict[int, str] = {}
         """Verdicts, by the numbers of those that were asked to end."""
         if self._inner is not None:
@@ -46,7 +48,7 @@ class Judge(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         number = int(trial.config["number"])
         known = self._court.book.get(number)
-        if known is not None and known.outcome == "running":
+        if known is not None and known.outcome == "running" and result.get(GENERATION, 0) == known.generation:
             heard = replace(known, step=int(result[TIME]), metrics=_numbers(result))
             if OUTCOME in result:
                 self._end(heard, result)
@@ -80,12 +82,14 @@ class Judge(FIFOScheduler):
         ended = replace(trial, outcome=result[OUTCOME], words=words, wall_seconds=float(result.get("wall_seconds", 0.0)))
         self._court.book.end(ended)
         self._court.tell(ended)
+        if self._population is not None:
+            self._population.settle()
 
     def _judge(self, tune_controller: Any, trial: Any, heard: Trial, result: dict[str, Any]) -> None:
         if heard.number in self._why or heard.number == CONTROL:
             return
         if self._court.interrupted:
-            self._court.stop(heard.number)
+            self._court.stop(heard.number, heard.generation)
             return
         why = self._court.spent()
         if not why and self._inner is not None and _has(result, self._court.config):
@@ -96,7 +100,9 @@ class Judge(FIFOScheduler):
             why = f"{self._court.config.scheduler.type}: {metric} {value:.4f} at step {heard.step}" if stops else ""
         if why:
             self._why[heard.number] = why
-            self._court.stop(heard.number)
+            self._court.stop(heard.number, heard.generation)
+        elif self._population is not None and CHECKPOINT in result:
+            self._population.hear(heard.number, heard.step, heard.metrics[self._court.config.objective[0].metric], result[CHECKPOINT])
 
 
 def _has(result: Mapping[str, Any], config: SearchConfig) -> bool:
@@ -137,7 +143,11 @@ def _median(court: Court) -> TrialScheduler:
     )
 
 
-_SCHEDULERS: Mapping[str, Callable[[Court], TrialScheduler | None]] = {"none": lambda court: None, "asha": _asha, "median": _median}
+def _nobody(court: Court) -> None:
+    """Who stops no trial: a population restarts them instead."""
+
+
+_SCHEDULERS: Mapping[str, Callable[[Court], TrialScheduler | None]] = {"none": _nobody, "asha": _asha, "median": _median, "pbt": _nobody}
 
 
 @dataclass(frozen=True, eq=False)

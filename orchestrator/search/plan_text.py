@@ -52,6 +52,9 @@ def _scheduler(plan: SearchPlan) -> str:
     told = plan.config.scheduler
     if told.type == "none":
         return "none: every trial trains to its end"
+    if told.type == "pbt":
+        every = plan.spec.every_steps
+        return f"pbt: compared every {every} steps, the worst {told.quantile:.0%} go on from checkpoints of the best, where they lie"
     return f"{told.type}, which may stop trials from step {told.first_steps or plan.first_evaluation} on"
 
 
@@ -65,9 +68,12 @@ def _shared(plan: SearchPlan) -> Iterator[str]:
     if stores:
         yield f"a teacher reads {tokens:,} tokens once; unshared, {trials} trials would have it read {trials * tokens:,}"
     live = {name for c in plan.corners for name, digest in c.plan.sources.digests.items() if digest == LIVE}
+    for t in plan.pooled:
+        yield f"{t.name} answers all trials live and in turns: {t.demand.processes} in memory once, {size(t.memory.host)} each"
+    live -= {t.name for t in plan.pooled}
     if live:
         yield f"not shared: {', '.join(sorted(live))}, answering every trial live"
-    yield from ["no teacher is asked or loaded by the trials"] if stores and not live else []
+    yield from ["no teacher is asked or loaded by the trials"] if stores and not live and not plan.pooled else []
 
 
 def _trial(plan: SearchPlan) -> Iterator[str]:

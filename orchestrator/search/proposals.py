@@ -75,8 +75,8 @@ class Proposals(Searcher):
         if not court.spec.taught(best[0].point):
             return None
         self._control_begun = True
-        court.book.propose(CONTROL, best[0].point)
-        return {"number": CONTROL, "point": best[0].point, "of": best[0].number}
+        court.book.propose(CONTROL, best[0].settings)
+        return {"number": CONTROL, "point": best[0].settings, "of": best[0].number}
 
     def _waits(self) -> bool:
         """Whether a control is still to come, once the others have ended."""

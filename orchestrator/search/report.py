@@ -42,6 +42,7 @@ def write_report(plan: SearchPlan, court: Court, spent: Spent) -> Path:
             f"<h1>Search {html.escape(plan.name)}</h1>",
             *_summary(plan, trials, spent),
             _table(plan, trials),
+            *_restarts(trials),
             *(f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' src='{_data(path)}'>" for name, path in pictures.items()),
             "" if shares else "<p>Importance needs at least four finished trials that differ.</p>",
             f"<h2>Best recipe</h2><pre>{html.escape((folder / BEST).read_text(encoding='utf-8'))}</pre>",
@@ -102,6 +103,18 @@ def _table(plan: SearchPlan, trials: Sequence[Trial]) -> str:
         for t in trials
     ]
     return f"<table>{_row(heads, 'th')}{''.join(_row(row, 'td') for row in rows)}</table>"
+
+
+def _restarts(trials: Sequence[Trial]) -> Iterator[str]:
+    """Of a population: who went on from whom, and the values that its weights have been through."""
+    rows = [(t, n, restart) for t in trials for n, restart in enumerate(t.restarts, start=1)]
+    if rows:
+        cells = [[t.label, str(n), f"{r.step:,}", f"{r.source:03d}", r.checkpoint] for t, n, r in rows]
+        heads = ["trial", "restart", "after step", "from trial", "its checkpoint"]
+        yield f"<h2>Restarts</h2><table>{_row(heads, 'th')}{''.join(_row(row, 'td') for row in cells)}</table>"
+        settings = [[t.label, *(str(value) for value in t.settings.values())] for t in trials if t.legs]
+        heads = ["trial", *next(t.settings for t in trials if t.legs)]
+        yield f"<h2>Schedules</h2><table>{_row(heads, 'th')}{''.join(_row(row, 'td') for row in settings)}</table>"
 
 
 def _row(cells: Iterable[str], tag: str) -> str:

@@ -78,17 +78,25 @@ class Objective(Model):
 
 
 class SchedulerConfig(Model):
-    """Which trials are stopped before their last step, by what they have reached at held-out evaluations."""
+    """What becomes of trials before their last step, by what they have reached at held-out evaluations."""
 
-    type: Literal["none", "asha", "median"] = "none"
+    type: Literal["none", "asha", "median", "pbt"] = "none"
     """`asha`: only the best share of trials goes on at each of ever later steps (arXiv:1810.05934). `median`: a trial is stopped that is
-    worse than the median of the others' means so far."""
+    worse than the median of the others' means so far. `pbt`: all trials train at once, and the worst go on from checkpoints of the best
+    with other values (population-based training, arXiv:1711.09846); what is found is a schedule."""
     first_steps: PositiveInt | None = None
     """No trial is stopped before; the first evaluation when absent."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """Of `asha`: one in so many goes on, and the next look comes after so many times as many steps."""
     min_trials: PositiveInt = 3
     """Of `median`: trials to compare with."""
+    every_steps: PositiveInt | None = None
+    """Of `pbt`: steps from one comparison to the next, each with an evaluation and a checkpoint; `evaluate.every_steps` when absent."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """Of `pbt`: this share of the trials, the worst, goes on from as many of the best; at least one."""
+    resample: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Of `pbt`: how often a value is drawn anew; else it is multiplied by 0.8 or 1.2 within its domain, or becomes its neighbour in a
+    choice."""
 
 
 def _objectives(value: Any) -> Any:

@@ -5,35 +5,28 @@ Both read one finished store, and both find their best on the same held-out rows
 
 from __future__ import annotations
 
-from typing import Any
-
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
-from tests.benchmarks.searches import SPACE, TRIALS, Metered, best, content, ended, metered
+from tests.benchmarks.searches import SCHEDULERS, Metered, best, ended, filled, searched, sizes
 
 NAME = "asha-cost"
-STEPS = 600
-SIDES: dict[str, Any] = {"none": "none", "asha": {"type": "asha"}}
 
 
 def measure(settings: Settings) -> Figure:
     """Core-seconds over core-seconds, medians over the rounds."""
-    steps, trials = (24, 3) if settings.smoke else (STEPS, TRIALS)
-    base = content(settings.folder, steps, settings.smoke)
-    storage = settings.folder / "runs"
-    metered(settings.folder / "generate", "generate", base, storage)
-    spent: dict[str, list[Metered]] = {side: [] for side in SIDES}
-    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    steps, trials = sizes(settings)
+    filled(settings)
+    spent: dict[str, list[Metered]] = {side: [] for side in SCHEDULERS}
+    found: dict[str, list[float]] = {side: [] for side in SCHEDULERS}
     stopped: list[int] = []
     for turn in range(settings.rounds):
-        for side, scheduler in SIDES.items():
-            search = {"space": SPACE, "sampler": "random", "trials": trials, "scheduler": scheduler, "baseline": False}
-            name = f"{side}{turn}"
-            spent[side].append(metered(settings.folder / name, "search", {**base, "name": name, "search": search}, storage))
-            ends = ended(storage / name)
+        for side in SCHEDULERS:
+            took, folder = searched(settings, side, turn)
+            ends = ended(folder)
+            spent[side].append(took)
             found[side].append(best(ends))
             stopped.append(sum(t["outcome"] == "stopped" for t in ends))
-            print(f"{side}: {spent[side][-1].core_seconds:,.0f} core-seconds, best {found[side][-1]:.4f}", flush=True)
+            print(f"{side}: {took.core_seconds:,.0f} core-seconds, best {found[side][-1]:.4f}", flush=True)
     return Figure(
         name=NAME,
         value=median(m.core_seconds for m in spent["asha"]) / median(m.core_seconds for m in spent["none"]),

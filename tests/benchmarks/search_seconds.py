@@ -18,7 +18,7 @@ def measure(settings: Settings) -> Figure:
     rounds, qualities = [], []
     for turn in range(settings.rounds):
         asked = {**base, "name": "search", "search": {"space": SPACE, "trials": trials, "scheduler": "asha"}}
-        rounds.append(metered(settings.folder / f"round{turn}", "search", asked, settings.folder / f"runs{turn}"))
+        rounds.append(metered(settings.folder / f"round{turn}", "search", asked, settings.folder / f"runs{turn}", fresh=True))
         qualities.append(best(ended(settings.folder / f"runs{turn}" / "search")))
         print(f"{rounds[-1].wall_seconds:,.0f} s, best {qualities[-1]:.4f}", flush=True)
     return Figure(

@@ -231,8 +231,13 @@ def test_every_recipe_in_the_package_loads() -> None:
 
 def test_the_learning_rate_of_a_run_follows_its_own_settings() -> None:
     train = load_job(recipe(train={"lr_schedule": "linear", "warmup_steps": 2, "lr_final_share": 0.5})).run.train
-    shares = [train.learning_rate()(Progress(step=s, steps=6)) for s in (0, 1, 2, 4, 6)]
-    assert shares == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5])
+    rates = [train.learning_rate(Progress(step=s, steps=6)) for s in (0, 1, 2, 4, 6)]
+    assert rates == pytest.approx([2e-5 * share for share in (0.5, 1.0, 1.0, 0.75, 0.5)])
+
+
+def test_the_peak_of_the_learning_rate_may_change_in_mid_run() -> None:
+    train = load_job(recipe(train={"lr": {"steps": [[0, 1e-2], [3, 1e-3]]}, "lr_schedule": "linear"})).run.train
+    assert [train.learning_rate(Progress(step=s, steps=4)) for s in (0, 2, 3)] == pytest.approx([1e-2, 0.5e-2, 0.25e-3])
 
 
 def test_nothing_is_suggested_for_a_word_that_is_near_to_none() -> None:

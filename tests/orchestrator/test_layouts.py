@@ -19,6 +19,7 @@ from orchestrator.layouts import Numerics, make_layout
 from orchestrator.microbatch import cut
 from orchestrator.models import load_student
 from strategies.core import Columns
+from strategies.schedule import values_of
 from strategies.sources import scored_columns
 from tests import harness_layouts as harness
 from tests.harness_layouts import AFTER, ALONE, CASES, HALF, PAIR, POISONED, STEPS, Case
@@ -79,7 +80,7 @@ def reference(
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in unique if p.grad is not None]).norm()
         for group in adamw.param_groups:
-            group["lr"] = plain_rate(step, run.train.lr, run.train.warmup_steps)
+            group["lr"] = plain_rate(step, values_of(run.train.lr)[0], run.train.warmup_steps)
         if norm.isfinite():
             for p in unique:
                 p.grad.mul_(min(1.0, run.train.clip_norm / (norm.item() + 1e-6)))

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from cluster.pool import Seat
 from orchestrator.config import load_job, to_yaml
 from orchestrator.errors import Refusal
+from orchestrator.plan import make_plan
 from orchestrator.search import door
 from orchestrator.search.door import SearchPlan, search_plan
 from orchestrator.search.plan_text import search_text
@@ -51,9 +53,32 @@ def test_a_trial_is_the_recipe_with_its_point_and_reads_stores(bench: Bench) -> 
     assert run.data == bench.job().run.data
 
 
-def test_live_teachers_stay_live_and_the_plan_says_so(bench: Bench) -> None:
+def test_a_live_teacher_is_loaded_once_for_all_trials(bench: Bench) -> None:
     bench.recipe["signals"] = "live"
-    assert "not shared: teacher, answering every trial live" in " ".join(search_text(planned(bench, LR)).split())
+    plan = planned(bench, LR)
+    (teacher,) = plan.pooled
+    assert (teacher.name, teacher.vocabulary, plan.spec.pooled) == ("teacher", plan.plan.vocabulary, ("teacher",))
+    assert "teacher answers all trials live and in turns: 1 in memory once" in " ".join(search_text(plan).split())
+    alone = make_plan(bench.job(), "alone")
+    assert plan.plan.seats == {"teacher": Seat(f"{plan.name}/teacher", plan.plan.name)}
+    assert plan.plan.stream().seats == plan.plan.seats and alone.stream().seats == {}
+    assert plan.cpus < sum(d.processes * d.share.cpus for d in alone.demands)  # a trial holds nothing of the teacher
+    assert plan.memory < sum(m.host * m.processes for m in alone.memory)
+
+
+def test_the_pool_takes_its_part_of_the_machine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.recipe["signals"] = "live"
+    monkeypatch.setattr(door, "machine_cpus", lambda: 1)
+    planned(bench, LR)
+    with pytest.raises(Refusal, match="at most the 0.5 of this machine beside the teachers that all of them ask"):
+        planned(bench, LR, concurrent=2)
+
+
+def test_a_teacher_that_is_not_the_same_in_all_trials_is_not_shared(bench: Bench) -> None:
+    bench.recipe["signals"] = "live"
+    plan = planned(bench, {"endpoints.teacher.forward_tokens": {"choice": [1024, 2048]}})
+    assert plan.pooled == () and plan.plan.seats == {}
+    assert "not shared: teacher, answering every trial live" in " ".join(search_text(plan).split())
 
 
 def test_whole_strategies_and_conditions_are_let_in(bench: Bench) -> None:
@@ -95,7 +120,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a scheduler that looks at costs": (LR, {"scheduler": "asha", "objective": "tokens"}, "a held-out metric for the scheduler"),
     "too many at once": (LR, {"concurrent": 50}, "search.concurrent: got 50 trials of 0.4 logical CPUs"),
     "a range in a grid": (LR, {"sampler": "grid"}, "log_uniform with sampler: grid"),
-    "an unknown scheduler": (LR, {"scheduler": "pbt"}, "'none', 'asha' or 'median'"),
+    "an unknown scheduler": (LR, {"scheduler": "pbtt"}, "'none', 'asha', 'median' or 'pbt'"),
     "no domain at all": ({}, {}, "at least one setting to search"),
 }
 

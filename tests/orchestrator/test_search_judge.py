@@ -46,13 +46,13 @@ class Session:
     stopped: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, folder: Path, wants_control: bool = False, **settings: Any) -> Session:
+    def of(cls, folder: Path, wants_control: bool = False, every_steps: int = 0, **settings: Any) -> Session:
         config = SearchConfig.model_validate({"space": {"train.lr": {"choice": [1, 2, 3, 4]}}, "sampler": "grid", **settings})
-        spec = Spec("find", RECIPE, {"storage": str(folder / "runs")}, str(folder), config.objective)
-        (folder / "find").mkdir(exist_ok=True)
-        court = Court(config, spec, Book(folder / "find"), lambda trial: None, wants_control, first_evaluation=2)
+        spec = Spec("find", RECIPE, {"storage": str(folder / "runs")}, str(folder), config.objective, every_steps=every_steps)
+        (folder / "runs" / "find").mkdir(parents=True, exist_ok=True)
+        court = Court(config, spec, Book(folder / "runs" / "find"), lambda trial: None, wants_control, first_evaluation=2)
         session = cls(court)
-        court.stop = session.stopped.append  # type: ignore[method-assign]
+        court.stop = lambda number, generation: session.stopped.append(number)  # type: ignore[method-assign]
         return session
 
     def sides(self) -> tuple[Proposals, Judge]:
@@ -125,6 +125,19 @@ def test_without_a_scheduler_nobody_is_stopped_but_by_a_budget(tmp_path: Path) -
     assert session.stopped == [0]
     session.end(proposals, judge, trial, 7, 9.0, "stopped")
     assert session.court.book.trials()[0].words == "the search's 50 tokens are used up"
+    assert proposals.suggest("b") == "FINISHED"
+
+
+def test_the_seconds_of_a_search_are_counted_from_its_start(tmp_path: Path) -> None:
+    session = Session.of(tmp_path, seconds=100)
+    proposals, judge = session.sides()
+    trial = session.begin(proposals, judge, "a")
+    session.report(judge, trial, 2, 9.0)
+    assert session.stopped == []
+    session.court.began -= 100
+    session.report(judge, trial, 4, 9.0)
+    session.end(proposals, judge, trial, 5, 9.0, "stopped")
+    assert (session.stopped, session.court.book.trials()[0].words) == ([0], "the search's 100 seconds are over")
     assert proposals.suggest("b") == "FINISHED"
 
 

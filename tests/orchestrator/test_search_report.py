@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 from dataclasses import replace
@@ -11,19 +12,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.storage import Folder
 from orchestrator.board import Entry
 from orchestrator.journal import Journal, MetricRow
 from orchestrator.result import RunResult
 from orchestrator.search import trial as trials_module
-from orchestrator.search.book import CONTROL, Book, Trial
+from orchestrator.search.book import CONTROL, Book, Move, Trial
 from orchestrator.search.court import Court
 from orchestrator.search.door import search_plan
 from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.report import BEST, cost_rows, write_report
 from orchestrator.search.result import Spent
 from orchestrator.search.settings import Objective
-from orchestrator.search.trial import OUTCOME, TIME, Hearing, Spec, finished
+from orchestrator.search.trial import GENERATION, OUTCOME, TIME, Hearing, Spec, finished
 from tests.orchestrator.bench import Bench
 
 METRIC = "eval/cross_entropy"
@@ -64,6 +64,23 @@ def test_the_report_tells_best_control_front_and_cost(bench: Bench, objectives: 
     assert costs["unshared"]["teachers"] == 18.0
 
 
+def test_the_report_of_a_population_tells_who_went_on_from_whom(bench: Bench) -> None:
+    space = {"train.lr": {"choice": [0.5, 0.25]}}
+    settings = {"scheduler": {"type": "pbt", "every_steps": 2}, "trials": 2, "concurrent": 2}
+    plan = search_plan({**bench.recipe, "search": {"space": space, **settings}}, (), bench.cluster)
+    plan.folder.mkdir(parents=True)
+    book = Book(plan.folder)
+    for number, rate in enumerate((0.5, 0.25)):
+        book.propose(number, {"train.lr": rate})
+    book.compare(2, [Move(1, 0, "runs/here", {"train.lr": 0.25})])
+    for one in book.trials():
+        book.end(replace(trial(one.number, 0.0, 1.0 + one.number, 1.0), point=one.point))
+    (plan.folder / BEST).write_text("")
+    page = write_report(plan, Court(plan.config, plan.spec, book, lambda t: None, True, 2), Spent()).read_text(encoding="utf-8")
+    assert "<td>001</td><td>1</td><td>2</td><td>000</td><td>runs/here</td>" in page
+    assert html.escape("{'steps': [[0, 0.5], [2, 0.25]]}") in page
+
+
 def test_the_leaderboard_has_the_best_first_and_those_without_a_value_last() -> None:
     lost = replace(trial(0, 1.0, 0.1, 1.0), outcome="failed", words="nan")
     shown = io.StringIO()
@@ -85,7 +102,7 @@ def test_a_trial_reports_evaluations_once_with_what_they_cost(monkeypatch: pytes
     assert not hearing(
         [entry("attempt", 0), entry("step", 2, **step), entry("eval", 2, **{METRIC: 1.5}), entry("eval", 6, **{METRIC: 1.0})]
     )
-    assert told == [{METRIC: 1.5, "tokens": 15.0, "seconds": 0.5, TIME: 2}]  # the last is reported with the run's end
+    assert told == [{METRIC: 1.5, "tokens": 15.0, "seconds": 0.5, TIME: 2, GENERATION: 0}]  # the last is reported with the run's end
     assert (hearing.metrics[METRIC], hearing.metrics["tokens"], hearing.step) == (1.0, 25.0, 6)
 
 
@@ -109,9 +126,10 @@ def test_what_was_spent_is_added_up_over_drivers(tmp_path: Path) -> None:
 )
 def test_a_run_that_cannot_be_judged_has_failed(tmp_path: Path, metrics: dict[str, float], outcome: str, words: str) -> None:
     spec = Spec("find", {}, {"storage": str(tmp_path)}, ".", (Objective(),))
-    Journal(tmp_path).append([MetricRow(s, 1, {"tokens": 10.0, "step_seconds": 0.5}, 0.0) for s in (1, 2)])
+    (tmp_path / "find-000").mkdir()
+    Journal(tmp_path / "find-000").append([MetricRow(s, 1, {"tokens": 10.0, "step_seconds": 0.5}, 0.0) for s in (1, 2)])
     rows = ({"who": "teacher", "parameters": 9}, {"who": "student", "parameters": 7})
     result = RunResult("n", str(tmp_path), 2, metrics, "", "", "", "", "", rows)  # type: ignore[arg-type]
-    told = finished(spec, result, Folder(str(tmp_path)))
+    told = finished(spec, result, Trial(0, {}))
     assert (told[OUTCOME], told["words"], told[TIME]) == (outcome, words, 2)
     assert (told["tokens"], told["seconds"], told["parameters"]) == (20.0, 1.0, 7.0)

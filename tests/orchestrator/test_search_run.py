@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from orchestrator.config import load_job
 from orchestrator.errors import Refusal
@@ -102,3 +103,14 @@ def test_going_on_repeats_nothing_and_tries_more(found: SearchResult, home: Path
     assert again.best == found.best and (Path(found.folder) / TRIALS).read_text() == before
     with pytest.raises(Refusal, match="a setting that trials depend on"):
         resume_search(found.folder, ["train.steps=8"], cluster(home))
+
+
+@pytest.mark.slow
+def test_live_trials_take_turns_at_one_teacher_which_ends_with_the_search(found: SearchResult, home: Path) -> None:
+    asked = recipe(home, concurrent=2, baseline=False) | {"name": "live", "signals": "live"}
+    live = search(asked, cluster=cluster(home))
+    assert [t.outcome for t in live.trials] == ["finished", "finished"]
+    stored = {t.number: t.metrics[METRIC] for t in found.trials}
+    assert [t.metrics[METRIC] for t in live.trials] == pytest.approx([stored[0], stored[1]], rel=1e-3)  # the store rounds
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        ray.get_actor("live/teacher")

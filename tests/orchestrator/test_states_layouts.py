@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from orchestrator.models import load_student
+from strategies.schedule import values_of
 from tests import harness_features as harness
 from tests import harness_layouts as plain
 from tests.harness_features import AFTER, CASES, SAVED, SCALES, STEPS, only_states
@@ -79,7 +80,7 @@ def reference(folder: Path, case: Case, count: int = STEPS) -> list[dict[str, fl
         for p in trained:
             p.grad.mul_(min(1.0, run.train.clip_norm / (norm.item() + 1e-6)))
         for group in adamw.param_groups:
-            group["lr"] = plain_rate(step, run.train.lr, run.train.warmup_steps)
+            group["lr"] = plain_rate(step, values_of(run.train.lr)[0], run.train.warmup_steps)
         adamw.step()
         adamw.zero_grad()
         steps.append({"loss": loss.item(), "grad_norm": norm.item()})
