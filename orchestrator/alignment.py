@@ -14,6 +14,7 @@ from orchestrator.data import PreparedData, prepare
 from orchestrator.errors import Refusal
 from orchestrator.foreign import ForeignReader, foreign_reader, shared_ids
 from orchestrator.rows import Rows
+from orchestrator.token_bytes import unit_ids
 from orchestrator.turns import Turns
 from strategies.core import Columns, Stage, Strategy
 from strategies.stages.align import NONE, Align, Reading, ScoreAligned, Spans, alignments, taught_spans
@@ -75,9 +76,17 @@ def told(job: Job, strategy: Strategy, people: Cast) -> Strategy:
             return replace(stage, reader=readers[stage.of])
         if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "topk":
             return replace(stage, shared=shared_ids(readers[stage.endpoint].student, readers[stage.endpoint].teacher))
+        if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "among":
+            reader = readers[stage.endpoint]
+            return replace(stage, units=(unit_ids(reader.student, people.tokenizer), unit_ids(reader.teacher, reader.tokenizer)))
         return stage
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
+
+
+def units(strategy: Strategy) -> tuple[int, ...]:
+    """The student's ids that begin a unit of text, where a stage that was told them asks about such."""
+    return next((s.units[0] for s in strategy.stages if isinstance(s, ScoreAligned) and s.request.kind == "among"), ())
 
 
 def _positions(people: Cast, name: str) -> int:

@@ -55,8 +55,8 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     strategy = job.run.build()
     sources = {**job.measured, **strategy.signals}
     packed = job.run.train.batching == "packed"
-    teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
-    players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
+    teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device, job.units)
+    players = load_players(job.run, strategy.players, device, strategy.updates, teachers.shown)
     resumed = ray.train.get_checkpoint()
     start = checkpoint.restore(players, resumed) if resumed else None
     journal = RankJournal(job.board, rank, start)
@@ -237,7 +237,7 @@ def train_step(
     Returns whether any rank asked to stop, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
-    read = read_sources(strategy.signals, read_signals(t for u in strategy.updates for t in u.terms))
+    read = read_sources(strategy.signals, read_signals((t for u in strategy.updates for t in u.terms), strategy.signals))
     micros = cut_bundle(run, bundle, read, strategy.rows_together)
     asked = False
     for update in strategy.updates:

@@ -14,8 +14,10 @@ from tests.harness_tokens import Lesson, make_language
 CASES: dict[str, tuple[dict[str, Any], str, float]] = {
     "alm": ({"type": "alm", "ce_weight": 0.0}, "kd", 0.45),
     "alm-likelihoods": ({"type": "alm", "temperature": 1.0, "distance": "total-variation"}, "kd", 0.45),
+    "alm-debiased": ({"type": "alm", "debias": True, "ce_weight": 0.0}, "kd", 0.45),
     "uld": ({"type": "uld"}, "kd", 0.45),
     "gold": ({"type": "gold", "ce_weight": 0.0}, "shared", 0.45),
+    "dskd": ({"type": "dskd", "ce_weight": 0.0, "filters_lr": 2e-2}, "teacher-space", 0.45),
 }
 """Strategies, a term of each, and the share of the held-out cross-entropy that may be left after forty steps."""
 
@@ -36,7 +38,7 @@ def test_a_student_of_bytes_learns_from_a_teacher_of_pieces(language: Path, name
     assert metrics[-1][f"loss/{term}"] < 0.6 * metrics[0][f"loss/{term}"]
 
 
-@pytest.mark.parametrize("kind", ["alm", "gold"])
+@pytest.mark.parametrize("kind", ["alm", "gold", "dskd"])
 def test_a_student_learns_from_what_the_teacher_says_of_its_own_texts(language: Path, tmp_path: Path, kind: str) -> None:
     begun = Lesson(language, {"type": "cross-entropy"}, {"steps": 12})
     begun.train()
