@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,10 @@ LONGEST_CONVERSATION = 8
 """Tokens of a teacher, for each of the student's, up to which it is shown a conversation."""
 LEAST_ALIGNED = 0.5
 """Share of the bytes to be learnt that must lie in aligned spans; with less, what a teacher says is about something else."""
+
+
+LAID_BYTES = 12
+"""Of a token beside its states: its id, the one before it, and its span."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,13 @@ def read_rows(stage: Align, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return lengths
     longer: NDArray[np.int64] = np.ceil(lengths * reader.expansion).clip(max=reader.longest_tokens).astype(np.int64)
     return longer
+
+
+def laid_bytes(strategy: Strategy, people: Cast, found: Sequence[Alignment]) -> int:
+    """Bytes that a foreign teacher's states add to every loss token of the student, of the row where they are most."""
+    each = {alignment.endpoint: ceil(alignment.expansion) for alignment in found}
+    asked = [s.endpoint for s in strategy.stages if isinstance(s, ScoreAligned) and s.request.kind == "hidden"]
+    return sum(each[n] * (people.teachers[n].hidden * people.teachers[n].dtype.itemsize + LAID_BYTES) for n in asked)
 
 
 def _with_turns(stage: Stage, job: Job, people: Cast, data: PreparedData, cache: Path) -> Stage:

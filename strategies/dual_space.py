@@ -11,6 +11,7 @@ from strategies.cross_tokenizer import CrossTokenizer
 from strategies.objectives.dual_space import Alignment, StudentSpace, StudentSpaceTask, TeacherSpace
 from strategies.schedule import PositiveSchedule, ScheduleConfig, schedule
 from strategies.sources import ForeignStates
+from strategies.stages.align import Which
 
 FILTERS = "spaces"
 """What the three terms' filters are kept as."""
@@ -23,7 +24,8 @@ class DSKD(CrossTokenizer):
     and the student's output head, the student's through one and the teacher's head. Tokens of different tokenizers meet by cross-model
     attention, or where both have the very same bytes. The teacher's states travel, and every training worker holds its output head and
     its input embeddings, so it must be a saved model. Filters begin as the identity between equal widths, else at random, and are not
-    fitted to the heads beforehand.
+    fitted to the heads beforehand. The cross-entropy beside them is what teaches the student's own output head at first: with
+    `ce_weight: 0` a student that knows nothing does not learn to predict.
     """
 
     type: Literal["dskd"] = "dskd"
@@ -46,6 +48,6 @@ class DSKD(CrossTokenizer):
             ("student-space", StudentSpace(alignment=self.alignment, temperature=self.temperature), self.student_space_weight),
             ("teacher-space", TeacherSpace(alignment=self.alignment, temperature=self.temperature), self.teacher_space_weight),
         )
-        made = (StatesTerm(name, o, schedule(weight), self.teacher, FILTERS, self.filters_lr) for name, o, weight in terms)
-        counted = ((term, "one" if self.alignment == "exact" else "all") for term in made)
-        return self.aligned(ForeignStates(self.teacher), ScoreRequest("hidden"), *counted)
+        made = [StatesTerm(name, o, schedule(weight), self.teacher, FILTERS, self.filters_lr) for name, o, weight in terms]
+        which: Which = "one" if self.alignment == "exact" else "all"
+        return self.aligned(ForeignStates(self.teacher), ScoreRequest("hidden"), *((term, which) for term in made))

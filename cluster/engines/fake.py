@@ -39,7 +39,8 @@ class FakeEngine:
         time.sleep(self.seconds_per_bundle)
         found = self._chosen(table, token_keys(columns, rows.loss_at), request)
         if request.kind == "among":
-            ids = columns["wanted"][columns["wanted"] < self.vocabulary].astype(np.int64)
+            wanted = columns["wanted"].astype(np.int64)
+            ids = wanted[wanted < self.vocabulary]
             found = {"among": np.logaddexp.reduce(table[:, ids], axis=-1, initial=-np.inf).clip(max=0.0).astype(np.float32)}
         return {
             **{name: values.ravel() for name, values in found.items()},

@@ -8,7 +8,7 @@ Shape letters: n of the student's tokens and m of the teacher's count, D_q and D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +25,6 @@ from strategies.signals import Hidden, Signal
 from strategies.taps import OUTPUT, Filter, Tap, Tapped, Taps
 
 Alignment = Literal["attention", "exact"]
-ATTENTION, EXACT = "attention", "exact"
 
 
 def attended(query: Tensor, key: Tensor, values: Tensor, by_row: list[tuple[int, int]]) -> Tensor:
@@ -119,30 +118,31 @@ class Meeting:
         return self.student.head, self.teacher.head
 
     def keys(self) -> tuple[Tensor, Tensor]:
-        """What says where a token stands: embeddings of the token that is read and of the one that follows, `(n, 2 D_q)` and, by their own
-        scale, `(m, 2 D_p)`."""
-        return _ends(self.student, self.ours, lambda e: e), _ends(self.teacher, self.theirs, own_scale)
+        """What says where a token stands: embeddings of the token that is read and of the one that follows, each by its own scale,
+        `(n, 2 D_q)` and `(m, 2 D_p)`."""
+        return _ends(self.student, self.ours), _ends(self.teacher, self.theirs)
 
 
-def _ends(network: Tapped, at: Tensor, scaled: Callable[[Tensor], Tensor]) -> Tensor:
+def _ends(network: Tapped, at: Tensor) -> Tensor:
     if network.embed is None or network.reads is None or network.labels is None:
         raise ValueError("attention between two networks reads their embeddings, and was given none")
-    return torch.cat([scaled(network.embed(ids[at]).float()) for ids in (network.reads, network.labels)], -1)
+    return torch.cat([own_scale(network.embed(ids[at]).float()) for ids in (network.reads, network.labels)], -1)
 
 
 class DualSpace(ObjectiveSettings):
     """What the three objectives share: the two networks' outputs, and the filters between them.
 
     Zhang et al., arXiv:2406.17328 (cross-model attention) and arXiv:2504.11426 (exact token alignment). With `attention`, a state at
-    token i of the student is `sum_j A_ij v_j` of the teacher's, `A = softmax(Q K^T / sqrt(2 D_p))` over the tokens of the row; Q is the
-    filtered, K the scaled embeddings of the tokens that are read and that follow. As in the authors' code nothing is causal: A looks at
-    the token to be predicted and at later ones, and t2s states carry the teacher's embedding of it. With `exact`, what is compared is
-    the token of the same bytes, for terms that count on spans of one token. Unlike there, filters have no bias, and states and embeddings
-    are divided by the standard deviation of each vector instead of that of the micro-batch, so that nothing depends on micro-batches.
+    token i of the student is `sum_j A_ij v_j` of the teacher's, `A = softmax(Q K^T / sqrt(2 D_p))` over the tokens of the row; Q and K are
+    embeddings of the tokens that are read and that follow, the student's filtered. As in the authors' code nothing is causal: A looks
+    at the token to be predicted and at later ones, and t2s states carry the teacher's embedding of it. With `exact`, what is compared is
+    the token of the same bytes, for terms that count on spans of one token. Unlike there, filters have no bias, and every state and
+    embedding, the student's too, is divided by its own standard deviation instead of that of the micro-batch: nothing depends on
+    micro-batches, and attention begins to part tokens at once.
     """
 
     reads: ClassVar[Reads] = "states"
-    alignment: Alignment = ATTENTION
+    alignment: Alignment = "attention"
     """How tokens of both are brought together."""
 
     @property
@@ -152,13 +152,13 @@ class DualSpace(ObjectiveSettings):
     def filters(self, student: Mapping[Tap, int], teacher: Mapping[Tap, int]) -> dict[str, Filter]:
         """`t2s` and `s2t` between the widths, and `query` between the embeddings of two tokens each."""
         mine, theirs = student[OUTPUT], teacher[OUTPUT]
-        query = {"query": Filter(2 * mine, 2 * theirs)} if self.alignment == ATTENTION else {}
+        query = {"query": Filter(2 * mine, 2 * theirs)} if self.alignment == "attention" else {}
         return {"t2s": Filter(theirs, mine), "s2t": Filter(mine, theirs), **query}
 
     def into_student(self, meeting: Meeting, filters: Mapping[str, Filter]) -> Tensor:
         """`(n, D_q)`: the teacher's states in the student's space, at the student's tokens; gradients reach filters alone."""
         states = meeting.their_states
-        if self.alignment == EXACT:
+        if self.alignment == "exact":
             teacher = meeting.teacher
             return in_spans(filters["t2s"](states).float(), teacher.theirs[meeting.theirs], teacher.ours[meeting.ours])
         query, key = meeting.keys()
@@ -168,7 +168,7 @@ class DualSpace(ObjectiveSettings):
     def into_teacher(self, meeting: Meeting, filters: Mapping[str, Filter]) -> Tensor:
         """`(m, D_p)`: the student's states in the teacher's space, at the teacher's tokens."""
         values = filters["s2t"](meeting.own_states)
-        if self.alignment == EXACT:
+        if self.alignment == "exact":
             teacher = meeting.teacher
             return in_spans(values.float(), teacher.ours[meeting.ours], teacher.theirs[meeting.theirs])
         query, key = meeting.keys()

@@ -58,7 +58,7 @@ def followed(shown: Columns) -> NDArray[np.bool_]:
     return after
 
 
-def laid_begins(columns: Columns, shown: Columns, span: NDArray[Any], theirs: NDArray[Any], begins: NDArray[np.float32]) -> Columns:
+def laid_begins(columns: Columns, shown: Columns, span: NDArray[Any], theirs: NDArray[Any], begins: NDArray[Any]) -> Columns:
     """`begins` `(N,)`: at the student's loss token that comes right after a span the teacher's number of the token that comes right after
     its own, of `begins` `(S',)`; `UNTOLD` where one of the two is not there.
 

@@ -89,4 +89,4 @@ def test_the_student_learns_inner_states_of_a_wider_and_deeper_teacher_on_its_ow
     assert bundle["written"].all() and not bundle["weights/ce"].any(), "the data's completions are nowhere"
     last = [loop.step()[0] for _ in range(loop.steps - 1)][-1]
     assert last["loss/states"] < 0.7 * first["loss/states"] and last["loss/ce"] == 0.0
-    assert loop.divergence() < 0.3 * before
+    assert loop.divergence() < 0.6 * before

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from cluster.config import TransformersEndpoint
-from orchestrator.alignment import units
+from orchestrator.alignment import laid_bytes, units
 from orchestrator.errors import Refusal
 from orchestrator.frozen import load_ends
 from orchestrator.layouts import LR_SHARE, set_rates
 from orchestrator.plan_text import plan_text
 from orchestrator.players import parameter_groups
 from orchestrator.teachers import LaidStates, Teachers
+from orchestrator.token_bytes import special_ids
 from strategies.sources import ForeignStates
 from strategies.stages.align import ScoreAligned
 from strategies.taps import OUTPUT, Layer, Tap
@@ -46,9 +47,12 @@ def test_a_plan_tells_what_a_worker_holds_of_a_teacher_in_its_own_tokens(dual: B
     assert exact == 16 * 2 * student.hidden * teacher.hidden
 
 
-def test_states_count_among_what_travels(dual: Bench) -> None:
-    light = dual.plan("strategy={type: alm}").memory[0].parts["bundles"]
-    assert dual.plan().memory[0].parts["bundles"] > 10 * light
+def test_states_count_among_what_travels_for_as_many_tokens_as_the_teacher_reads(dual: Bench) -> None:
+    plan, light = dual.plan(), dual.plan("strategy={type: alm}")
+    teacher, (found,) = plan.cast.teachers["teacher"], plan.alignments
+    assert found.expansion > 1 and laid_bytes(plan.strategy, plan.cast, plan.alignments) >= 2 * 4 * teacher.hidden
+    assert laid_bytes(light.strategy, light.cast, light.alignments) == 0
+    assert plan.memory[0].parts["bundles"] > 8 * light.memory[0].parts["bundles"]
 
 
 SERVER = {"engine": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "x", "vocabulary": 400}
@@ -80,7 +84,7 @@ def test_units_are_told_on_both_sides(bench: Bench) -> None:
     (stage,) = [s for s in plan.strategy.stages if isinstance(s, ScoreAligned)]
     for tokenizer, ids in zip((plan.cast.tokenizer, plan.cast.tokenizers["teacher"]), stage.units, strict=True):
         begin = {i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith((" ", "\n", "\t", "\r"))}
-        assert begin | set(tokenizer.all_special_ids) == set(ids) and begin
+        assert begin | special_ids(tokenizer) == set(ids) and begin
     assert units(plan.strategy) == stage.units[0]
     assert units(bench.plan("strategy.debias=false").strategy) == ()
 

@@ -30,7 +30,7 @@ def spaces(t: Mapping[str, Tensor], exact: bool) -> tuple[dict[int, Tensor], dic
             same = [i for i in ours if t["spansp"][j] == t["spansq"][i]]
             back[j] = torch.stack([t["s2t"] @ t["hq"][i] for i in same]).mean(0)
         return into, back
-    query = {i: t["query"] @ torch.cat([t["eq"][t["readsq"][i]], t["eq"][t["labelsq"][i]]]) for i in ours}
+    query = {i: t["query"] @ torch.cat([_unit(t["eq"][t["readsq"][i]]), _unit(t["eq"][t["labelsq"][i]])]) for i in ours}
     key = {j: torch.cat([_unit(t["ep"][t["readsp"][j]]), _unit(t["ep"][t["labelsp"][j]])]) for j in theirs}
     value = {j: t["t2s"] @ (_unit(t["hp"][j]) + _unit(t["ep"][t["labelsp"][j]])) for j in theirs}
 
