@@ -126,7 +126,10 @@ class Meeting:
 def _ends(network: Tapped, at: Tensor) -> Tensor:
     if network.embed is None or network.reads is None or network.labels is None:
         raise ValueError("attention between two networks reads their embeddings, and was given none")
-    return torch.cat([own_scale(network.embed(ids[at]).float()) for ids in (network.reads, network.labels)], -1)
+    found = [own_scale(network.embed(ids[at]).float()) for ids in (network.reads, network.labels)]
+    if (width := found[0].shape[-1]) != (output := network.outputs[OUTPUT].shape[-1]):
+        raise ValueError(f"input embeddings of width {width} and outputs of width {output}: expected one width, or alignment: exact")
+    return torch.cat(found, -1)
 
 
 class DualSpace(ObjectiveSettings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -186,6 +188,13 @@ def test_a_frozen_player_shows_no_spans() -> None:
     student, _, filters, weights = sides(case(0))
     with pytest.raises(ValueError, match="aligned spans"):
         TeacherSpace().compare(student, student, filters, weights, NOW)
+
+
+def test_embeddings_of_another_width_are_no_keys() -> None:
+    student, teacher, filters, weights = sides(case(0))
+    with pytest.raises(ValueError, match="width 4 and outputs of width 6: expected one width"):
+        narrow = replace(student, embed=lambda ids: torch.ones(len(ids), 4))
+        TeacherSpace().compare(narrow, teacher, filters, weights, NOW)
 
 
 def test_the_strategy_asks_for_states_and_shares_its_filters() -> None:
