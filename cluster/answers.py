@@ -21,16 +21,19 @@ TOPK_SHARE = 64
 """torch's `topk` on a CPU sorts partially while k is at most this fraction of a row."""
 
 
-def answer(hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, request: Request, usable: int) -> dict[str, Tensor]:
+def answer(
+    hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, request: Request, usable: int, wanted: Tensor | None = None
+) -> dict[str, Tensor]:
     """The columns of `request` for n loss tokens, `(n, ...)` each; `dropped` `(n,)` is the mass outside `usable` ids, of hidden
     states that of the first tokens alone, for which the head is applied.
 
-    `hidden` `(n, D)` are the states that predict `labels` `(n,)`; `keys` `(n,)` int64 seed the draws of each token.
+    `hidden` `(n, D)` are the states that predict `labels` `(n,)`; `keys` `(n,)` int64 seed the draws of each token; `wanted` `(B,)` int64
+    are the ids that `among` is asked about.
     """
     if request.kind == "hidden":
         return {"hidden": hidden, "dropped": _dropped_first(hidden, head, usable)}
     pieces = [
-        _piece(h, head, own, key, request, usable)
+        _piece(h, head, own, key, request, usable, wanted)
         for h, own, key in zip(*(t.split(piece_tokens(hidden.device, len(head.weight))) for t in (hidden, labels, keys)), strict=True)
     ]
     return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if pieces else {}
@@ -67,7 +70,9 @@ def piece_tokens(device: torch.device, predicted: int) -> int:
     return max(64, room // predicted)
 
 
-def _piece(hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, request: Request, usable: int) -> dict[str, Tensor]:
+def _piece(
+    hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, request: Request, usable: int, wanted: Tensor | None
+) -> dict[str, Tensor]:
     whole = head.logits(hidden)
     logits = whole[:, :usable]
     normaliser = logits.logsumexp(-1, keepdim=True)
@@ -81,6 +86,9 @@ def _piece(hidden: Tensor, head: OutputHead, labels: Tensor, keys: Tensor, reque
         found |= {"dense": logits - normaliser}
     elif request.kind == "sampled":
         found |= draw(logits - normaliser, keys, request)
+    elif request.kind == "among":
+        assert wanted is not None, "the bundle names the ids"
+        found |= {"among": (logits.index_select(-1, wanted[wanted < usable]) - normaliser).logsumexp(-1).clamp_max(0.0)}
     return found
 
 

@@ -46,6 +46,13 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return part
 
 
+def input_embeddings(model: PreTrainedModel) -> Tensor:
+    """The table of a network's input embeddings, `(V, W)`."""
+    table: Any = model.get_input_embeddings()
+    weight: Tensor = table.weight
+    return weight
+
+
 def output_head(model: PreTrainedModel) -> OutputHead:
     """`ValueError` for a model without an output layer. Ask anew in every forward: sharding replaces parameters."""
     layer: Any = model.get_output_embeddings()

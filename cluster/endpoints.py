@@ -153,6 +153,7 @@ def _promised(request: Request, vocabulary: int) -> dict[str, tuple[int, str]]:
         "topk": ids,
         "sampled": {**ids, "weights": (kept, "float32")},
         "dense": {"dense": (vocabulary, "float32")},
+        "among": {"among": (1, "float32")},
     }
     always = {"dropped_mass": (1, "float32")} | ({} if request.kind == "hidden" else {"logprob": (1, "float32")})
     return columns.get(request.kind, {}) | always

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from orchestrator.data import PreparedData, prepare
 from orchestrator.errors import Refusal
 from orchestrator.foreign import ForeignReader, foreign_reader, shared_ids
 from orchestrator.rows import Rows
+from orchestrator.token_bytes import unit_ids
 from orchestrator.turns import Turns
 from strategies.core import Columns, Stage, Strategy
 from strategies.stages.align import NONE, Align, Reading, ScoreAligned, Spans, alignments, taught_spans
@@ -25,6 +28,10 @@ LONGEST_CONVERSATION = 8
 """Tokens of a teacher, for each of the student's, up to which it is shown a conversation."""
 LEAST_ALIGNED = 0.5
 """Share of the bytes to be learnt that must lie in aligned spans; with less, what a teacher says is about something else."""
+
+
+LAID_BYTES = 12
+"""Of a token beside its states: its id, the one before it, and its span."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,17 @@ def told(job: Job, strategy: Strategy, people: Cast) -> Strategy:
             return replace(stage, reader=readers[stage.of])
         if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "topk":
             return replace(stage, shared=shared_ids(readers[stage.endpoint].student, readers[stage.endpoint].teacher))
+        if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "among":
+            reader = readers[stage.endpoint]
+            return replace(stage, units=(unit_ids(reader.student, people.tokenizer), unit_ids(reader.teacher, reader.tokenizer)))
         return stage
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
+
+
+def units(strategy: Strategy) -> tuple[int, ...]:
+    """The student's ids that begin a unit of text, where a stage that was told them asks about such."""
+    return next((s.units[0] for s in strategy.stages if isinstance(s, ScoreAligned) and s.request.kind == "among"), ())
 
 
 def _positions(people: Cast, name: str) -> int:
@@ -112,6 +127,13 @@ def read_rows(stage: Align, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         return lengths
     longer: NDArray[np.int64] = np.ceil(lengths * reader.expansion).clip(max=reader.longest_tokens).astype(np.int64)
     return longer
+
+
+def laid_bytes(strategy: Strategy, people: Cast, found: Sequence[Alignment]) -> int:
+    """Bytes that a foreign teacher's states add to every loss token of the student, of the row where they are most."""
+    each = {alignment.endpoint: ceil(alignment.expansion) for alignment in found}
+    asked = [s.endpoint for s in strategy.stages if isinstance(s, ScoreAligned) and s.request.kind == "hidden"]
+    return sum(each[n] * (people.teachers[n].hidden * people.teachers[n].dtype.itemsize + LAID_BYTES) for n in asked)
 
 
 def _with_turns(stage: Stage, job: Job, people: Cast, data: PreparedData, cache: Path) -> Stage:

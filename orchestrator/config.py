@@ -182,7 +182,7 @@ class Job(Model):
     """What `distill search` looks for around this recipe; a run leaves it alone."""
 
     @property
-    def endpoints(self) -> Mapping[str, EndpointConfig]:
+    def endpoints(self) -> dict[str, EndpointConfig]:
         """All that are defined, by name. Those of the student's own network have its model unless the recipe says more of them, and its
         texts have one more."""
         own = student_endpoints(self.run.student, self.run.strategy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
 
@@ -28,7 +29,7 @@ from orchestrator.bundle import from_table, to_table
 from orchestrator.config import Job
 from orchestrator.display import Display
 from orchestrator.errors import Interrupted, RunFailed, origin
-from orchestrator.pipeline import add_group
+from orchestrator.pipeline import StageGroup, add_group
 from orchestrator.reading import prepared_rows
 from strategies.core import Columns, Stage
 
@@ -153,7 +154,9 @@ def _drive(job: Filling, missing: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     context.enable_progress_bars = False
     reader = job.shares["reader"]
     stream = ray.data.read_datasource(PartSource(job.rows, job.spec.starts, missing), override_num_blocks=1, num_cpus=reader.cpus)
-    stream = add_group(stream, (job.stage,), job.config, job.shares[job.spec.name], job.spec.key.vocabulary)
+    share = job.shares[job.spec.name]
+    make = partial(StageGroup, (job.stage,), job.config, share.threads, job.spec.key.vocabulary)
+    stream = add_group(stream, make, share, job.config.actors)
     writers = TaskPoolStrategy(size=WRITERS)
     stream = stream.map_batches(
         KeepPart(job.files, job.keep), batch_size=None, batch_format="pyarrow", compute=writers, num_cpus=reader.cpus

@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster import session
+from orchestrator.alignment import units
 from orchestrator.attempt import StreamFactory
 from orchestrator.board import Entry, Place, open_board
 from orchestrator.errors import origin
@@ -97,6 +98,7 @@ def start_fit(plan: Plan) -> Fit:
         threads=workers.threads,
         vocabulary=plan.vocabulary,
         loaded=plan.loaded,
+        units=units(plan.strategy),
         freshness=freshness,
         measured=plan.measured,
         domains=plan.data.domains,

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cluster.answers import answer, refuse_dropped
-from cluster.causal_lm import backbone, output_head
+from cluster.causal_lm import backbone, input_embeddings, output_head
 from cluster.config import EndpointConfig, TransformersEndpoint
 from cluster.engines.transformers import load_frozen
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch
 from orchestrator.models import check_head, check_packing
 from orchestrator.taps import recorded, tap_widths, tapped
+from strategies.aligned import Ends
 from strategies.core import Player, ScoreRequest
 from strategies.head import Head
 from strategies.taps import Tap, Tapped
+
+
+class Shows(Protocol):
+    """Whoever shows inner states of a teacher to a training worker."""
+
+    def widths(self, wanted: Collection[Tap]) -> dict[Tap, int]:
+        """Width of each tap; `ValueError` for one that there is not."""
+        ...
+
+    def taps(self, micro: MicroBatch, wanted: Collection[Tap]) -> Tapped:
+        """What `wanted` gives for a micro-batch on the worker's device."""
+        ...
 
 
 class FrozenPlayer:
@@ -85,7 +100,19 @@ def load_frozen_players(
 
 def load_head(config: TransformersEndpoint, device: torch.device, vocabulary: int | None) -> Head:
     """The output head of an endpoint's model over the usable ids; nothing else of the model stays in memory."""
-    found, usable = output_head(load_frozen(config, torch.device("cpu"))), slice(vocabulary)
+    return _head(load_frozen(config, torch.device("cpu")), device, vocabulary)
+
+
+def load_ends(config: TransformersEndpoint, device: torch.device) -> Ends:
+    """Output head and input embeddings of an endpoint's model over all its ids, once in memory where they are one; nothing else stays."""
+    model = load_frozen(config, torch.device("cpu"))
+    head, table = _head(model, device, None), input_embeddings(model)
+    tied = table.data_ptr() == output_head(model).weight.data_ptr()
+    return Ends(head, head.weight if tied else table.detach().to(device, copy=True))
+
+
+def _head(model: PreTrainedModel, device: torch.device, vocabulary: int | None) -> Head:
+    found, usable = output_head(model), slice(vocabulary)
     bias = None if found.bias is None else found.bias[usable].detach().to(device, copy=True)
     return Head(found.weight[usable].detach().to(device, copy=True), bias, found.transform)
 

@@ -20,6 +20,7 @@ from cluster.causal_lm import (
     backbone,
     explained_by_rounding,
     head_deviation,
+    input_embeddings,
     output_head,
     packing_deviation,
     vocabulary_rows,
@@ -259,7 +260,7 @@ class StudentModule(nn.Module):
         loss, sums = found.loss, dict(found.sums)
         for term in on_states:
             weights = micro.batch.weight(term.name, 0, micro.loss_tokens)
-            mine, theirs = tapped(micro, outputs).apart(), micro.taught[term.signal]
+            mine, theirs = tapped(micro, outputs, head_of(self.model), self._embedded).apart(), micro.taught[term.signal]
             value = term.objective.compare(mine, theirs, self._filters_of(term.filters_name), weights, progress)
             scaled = scales[term.name] * value
             loss, sums[term.name] = loss + scaled, value.detach()
@@ -267,6 +268,10 @@ class StudentModule(nn.Module):
         nothing = loss.new_zeros(())
         by_term = [torch.stack([kind.get(t.name, nothing).float() for t in terms]) for kind in (sums, pulls)]
         return loss + self._nothing(states), by_term[0], by_term[1]
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """The student's input embeddings of `ids`, without a gradient."""
+        return input_embeddings(_base(self.model)).detach()[ids]
 
     def _filters_of(self, name: str) -> dict[str, Filter]:
         return {key.removeprefix(f"{name}/"): module for key, module in self._filters() if key.startswith(f"{name}/")}

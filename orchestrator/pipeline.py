@@ -7,7 +7,7 @@ Nothing in Ray promises this, so workers assert it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from orchestrator.bundle import from_table, to_table
 from orchestrator.draws import BEGINNING
 from orchestrator.order import Order
 from orchestrator.reading import OPEN, OrderSource
-from orchestrator.stage_actor import StageActor, packed
+from orchestrator.stage_actor import Handler, StageActor, packed
 from orchestrator.versions import STUDENT_WEIGHTS, FollowingEngine, Freshness
 from strategies.core import Stage
 from strategies.stages.rollout import STUDENT
@@ -84,7 +84,8 @@ def open_stream(
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None
         share, seat = spec.shares[name or READER], spec.seats.get(name or "")
-        stream = add_group(stream, group, config, share, spec.usable(name), spec.followers(name), seat, board)
+        make = partial(StageGroup, group, config, share.threads, spec.usable(name), spec.followers(name), seat, board)
+        stream = add_group(stream, make, share, config.actors if config else 1)
     return stream
 
 
@@ -111,30 +112,21 @@ def _endpoint(group: tuple[Stage, ...]) -> str | None:
     return next((s.endpoint for s in group if s.endpoint), None)
 
 
-def add_group(
-    stream: ray.data.Dataset,
-    group: tuple[Stage, ...],
-    config: EndpointConfig | None,
-    share: Share,
-    vocabulary: int,
-    freshness: Freshness | None = None,
-    seat: Seat | None = None,
-    board: Any = None,
-) -> ray.data.Dataset:
-    """The stream through stages of one endpoint, whose engine lives in an actor pool of its own, or behind a `seat` at another."""
+def add_group(stream: ray.data.Dataset, make: Callable[[], Handler], share: Share, actors: int) -> ray.data.Dataset:
+    """The stream through a pool of `actors`, in each of which `make` is called once."""
     return stream.map_batches(
         StageActor,
-        fn_constructor_args=(packed(partial(StageGroup, group, config, share.threads, vocabulary, freshness, seat, board)),),
+        fn_constructor_args=(packed(make),),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=config.actors if config else 1, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=share.cpus,
         num_gpus=share.gpus,
     )
 
 
 class StageGroup:
-    """Consecutive stages inside one actor, with the engine of their endpoint loaded once."""
+    """Consecutive stages inside one actor, with the engine of their endpoint loaded once, or behind a `seat` at another's."""
 
     def __init__(
         self,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from orchestrator.config import RunConfig
-from orchestrator.frozen import FrozenPlayer
-from orchestrator.layouts import Layout, Numerics, make_layout
+from orchestrator.frozen import Shows
+from orchestrator.layouts import LR_SHARE, Layout, Numerics, make_layout
 from orchestrator.microbatch import MicroBatch
-from orchestrator.models import StudentModule, check_head, check_packing, load_student, make_filters
+from orchestrator.models import FILTERS, StudentModule, check_head, check_packing, load_student, make_filters
 from orchestrator.teachers import Teachers
 from strategies.core import AnyTerm, Player, Progress, StatesTerm, Update
 from strategies.head import TermSums
@@ -22,7 +22,7 @@ from strategies.taps import Tap
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-NOBODY: Mapping[str, FrozenPlayer] = {}
+NOBODY: Mapping[str, Shows] = {}
 
 
 def load_players(
@@ -30,37 +30,51 @@ def load_players(
     wanted: Mapping[str, Player],
     device: torch.device,
     updates: Sequence[Update] = (),
-    frozen: Mapping[str, FrozenPlayer] = NOBODY,
+    shown: Mapping[str, Shows] = NOBODY,
 ) -> dict[str, Layout]:
     """Every trained player of the strategy, wrapped in the run's layout on this worker.
 
-    With it are wrapped the filters that terms of its `updates` train beside it; `frozen` are the players they compare with.
+    With it are wrapped the filters that terms of its `updates` train beside it; `shown` is whose inner states they compare with.
     """
     terms = {name: [t for u in updates if u.player == name for t in u.terms] for name in wanted}
-    return {name: _load(run, device, terms[name], frozen) for name, player in wanted.items() if player.trained}
+    return {name: _load(run, device, terms[name], shown) for name, player in wanted.items() if player.trained}
 
 
-def _load(run: RunConfig, device: torch.device, terms: Sequence[AnyTerm], frozen: Mapping[str, FrozenPlayer]) -> Layout:
+def _load(run: RunConfig, device: torch.device, terms: Sequence[AnyTerm], shown: Mapping[str, Shows]) -> Layout:
     model = load_student(run.student, gradient_checkpointing=run.train.gradient_checkpointing, seed=run.seed)
     check_head(model)
     if run.train.batching == "packed":
         check_packing(model)
-    filters = make_filters(model, terms, _shown_widths(terms, frozen), run.seed)
+    filters = make_filters(model, terms, _shown_widths(terms, shown), run.seed)
     model.train()
     train = run.train
     numerics = Numerics(train.clip_norm, PRECISIONS[train.precision], device)
 
-    def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        groups = decay_groups(list(parameters), train.weight_decay)
-        return torch.optim.AdamW(groups, lr=max(values_of(train.lr)), betas=train.betas, eps=train.eps, fused=True)
+    peak = max(values_of(train.lr))
+    rates = {t.filters_name: t.filters_lr / peak for t in terms if isinstance(t, StatesTerm) and t.filters_lr is not None}
+
+    def optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        groups = parameter_groups(parameters, train.weight_decay, rates)
+        return torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
 
     return make_layout(train.layout, StudentModule(model, filters=filters), optimizer, numerics)
 
 
-def _shown_widths(terms: Sequence[AnyTerm], frozen: Mapping[str, FrozenPlayer]) -> dict[str, dict[Tap, int]]:
-    """Widths of all taps that `terms` read, by frozen player."""
+def _shown_widths(terms: Sequence[AnyTerm], shown: Mapping[str, Shows]) -> dict[str, dict[Tap, int]]:
+    """Widths of all taps that `terms` read, by who shows them."""
     read = [(t.signal, tap) for t in terms if isinstance(t, StatesTerm) for tap in t.objective.taps.teacher]
-    return {name: player.widths({tap for signal, tap in read if signal == name}) for name, player in frozen.items()}
+    return {name: teacher.widths({tap for signal, tap in read if signal == name}) for name, teacher in shown.items()}
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float, rates: Mapping[str, float]) -> list[dict[str, object]]:
+    """Groups of parameters by name; those of filters with a learning rate of their own are groups whose `LR_SHARE` tells it, `rates` by
+    `<filters of a term>` as shares of the student's."""
+    own = {name: next((r for key, r in rates.items() if f"{FILTERS}.{key}/" in name), None) for name in parameters}
+    groups = decay_groups([p for name, p in parameters.items() if own[name] is None], weight_decay)
+    for rate in sorted({r for r in own.values() if r is not None}):
+        mine = decay_groups([p for name, p in parameters.items() if own[name] == rate], weight_decay)
+        groups += [{**group, LR_SHARE: rate} for group in mine]
+    return groups
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

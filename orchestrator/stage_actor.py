@@ -16,7 +16,8 @@ Handler = Callable[[pa.Table], pa.Table]
 
 def packed(make: Callable[[], Handler]) -> bytes:
     """What `StageActor` is made of; `make` is called where it lives."""
-    return cloudpickle.dumps(make)
+    content: bytes = cloudpickle.dumps(make)
+    return content
 
 
 class StageActor:

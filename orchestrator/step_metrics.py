@@ -12,7 +12,7 @@ from orchestrator.collective import gather, world_size
 from orchestrator.rollout_metrics import as_written, oldest_steps, rollout_metrics, rollout_sums
 from orchestrator.versions import VERSION
 from strategies.core import COUNT, Columns, Progress, Strategy, Update
-from strategies.sources import Taught
+from strategies.sources import ForeignStates, Taught
 from strategies.stages.score import Score
 
 FREE = np.zeros(1, dtype=np.float32)
@@ -70,7 +70,7 @@ def _added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _scored(strategy: Strategy) -> Sequence[tuple[str, str]]:
     """Who answers for which signal, those that are measured only among them."""
-    taught = {(s.endpoint, name) for name, s in strategy.signals.items() if isinstance(s, Taught) and s.endpoint}
+    taught = {(s.endpoint, name) for name, s in strategy.signals.items() if isinstance(s, Taught | ForeignStates) and s.endpoint}
     return sorted(taught | {(s.endpoint, s.signal) for s in strategy.stages if isinstance(s, Score)})
 
 

@@ -43,9 +43,11 @@ def tap_widths(model: PreTrainedModel, taps: Collection[Tap]) -> dict[Tap, int]:
     return {tap: found[tap].shape[-1] for tap in taps}
 
 
-def tapped(micro: MicroBatch, outputs: Mapping[Tap, Tensor], head: Head | None = None) -> Tapped:
-    """What a network gave for `micro`, with its rows told apart; `head` is a frozen one's."""
-    return Tapped(outputs, micro.index, micro.rows, micro.labels, head)
+def tapped(
+    micro: MicroBatch, outputs: Mapping[Tap, Tensor], head: Head | None = None, embed: Callable[[Tensor], Tensor] | None = None
+) -> Tapped:
+    """What a network with this `head` gave for `micro`, with its rows told apart."""
+    return Tapped(outputs, micro.index, micro.rows, micro.labels, head, micro.input_ids.flatten()[micro.index], embed)
 
 
 def _hook(body: nn.Module, tap: Tap, found: dict[Tap, Tensor]) -> Any:

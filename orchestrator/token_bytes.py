@@ -22,6 +22,8 @@ SPACE = "\u2581"
 """What SentencePiece writes for a space."""
 BYTE_TOKENS = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
 """Tokens of SentencePiece's byte fallback."""
+BLANK = b" \t\n\r"
+"""Bytes with which a new unit of text begins."""
 PROBE = "Ab 1\n  \u00e9\u4e2d\U0001f600 z"
 """Encoded and put together again to see that a vocabulary was understood."""
 
@@ -71,6 +73,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, where: str) -> TokenBytes:
     starts = np.concatenate([[0], np.cumsum([len(t) for t in texts], dtype=np.int64)])
     found = TokenBytes(np.frombuffer(b"".join(texts), dtype=np.uint8), starts, False)
     return TokenBytes(found.flat, starts, _prefixed(tokenizer, found, where))
+
+
+def unit_ids(tokens: TokenBytes, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of tokens that begin a new unit of text: those whose first byte is blank, and special ones."""
+    long = np.flatnonzero(np.diff(tokens.starts))
+    begin = long[np.isin(tokens.flat[tokens.starts[long]], list(BLANK))]
+    return tuple(sorted({*begin.tolist(), *special_ids(tokenizer)}))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

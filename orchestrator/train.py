@@ -56,8 +56,8 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
     strategy = job.run.build()
     sources = {**job.measured, **strategy.signals}
     packed = job.run.train.batching == "packed"
-    teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device)
-    players = load_players(job.run, strategy.players, device, strategy.updates, teachers.frozen)
+    teachers = Teachers.load(strategy.players, sources, job.loaded, job.vocabulary, packed, device, job.units)
+    players = load_players(job.run, strategy.players, device, strategy.updates, teachers.shown)
     resumed = ray.train.get_checkpoint() or (Checkpoint(job.begins.root) if job.begins else None)
     start = checkpoint.restore(players, resumed, job.key) if resumed else None
     journal = RankJournal(job.board, rank, start)
@@ -244,7 +244,7 @@ def train_step(
     Returns the largest wish of any rank, and the step's metrics over all ranks.
     """
     metrics: dict[str, float] = {"skipped": 0.0}
-    read = read_sources(strategy.signals, read_signals(t for u in strategy.updates for t in u.terms))
+    read = read_sources(strategy.signals, read_signals((t for u in strategy.updates for t in u.terms), strategy.signals))
     micros = [micro for bundle in bundles for micro in cut_bundle(run, bundle, read, strategy.rows_together)]
     asked = Wish.NOTHING
     for update in strategy.updates:

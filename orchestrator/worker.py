@@ -36,6 +36,8 @@ class WorkerJob:
     """Token ids, from 0, that student and teachers share."""
     loaded: Mapping[str, EndpointConfig] = field(default_factory=dict)
     """Endpoints whose models workers load, as frozen players or for their output heads."""
+    units: tuple[int, ...] = ()
+    """The student's ids that begin a unit of text, where a signal is about such."""
     freshness: Freshness | None = None
     """How old the student may be that writes rows, or what decides about them; None where neither is so."""
     measured: Mapping[str, Taught] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from strategies.core import StrategyConfig
 from strategies.cross_tokenizer import ALM, GOLD, ULDStrategy
 from strategies.distillm import DistiLLM
+from strategies.dual_space import DSKD
 from strategies.features import InnerStates, Ted
 from strategies.likelihood import CrossEntropyOnly
 from strategies.logits import Logits
@@ -31,6 +32,7 @@ STRATEGIES: dict[str, type[StrategyConfig]] = {
     "alm": ALM,
     "cross-entropy": CrossEntropyOnly,
     "distillm": DistiLLM,
+    "dskd": DSKD,
     "filtered-layers": Ted,
     "g-opd": GOPD,
     "gkd": GKD,

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from strategies.core import Reads, ScoreRequest, Settings
 from strategies.head import Head
 from strategies.signals import Scarce, Signal
+from strategies.taps import OUTPUT, Tapped
+
+UNITS = "units"
+"""The student's ids `(B,)` of tokens that begin a unit of text, which whoever runs the strategy knows."""
+UNTOLD = 1.0
+"""In the place of a log-probability that is not there."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,20 @@ class SpanLikelihoods(Scarce):
 
     def chunk(self, start: int, stop: int) -> Signal:
         return SpanLikelihoods(self.span[start:stop], self.logprobs[start:stop])
+
+
+@dataclass(frozen=True)
+class BoundedSpans(SpanLikelihoods):
+    """The same, and how likely the teacher is to begin a new unit of text after each span."""
+
+    begins: Tensor
+    """`(N,)` float32: at the token after a span, the log-probability of all of the teacher's tokens together that begin a unit;
+    `UNTOLD` where the token before ends no span."""
+    own: Tensor
+    """`(B,)` int64 the student's tokens that begin one."""
+
+    def chunk(self, start: int, stop: int) -> Signal:
+        return BoundedSpans(self.span[start:stop], self.logprobs[start:stop], self.begins[start:stop], self.own)
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,24 @@ class TakeSpans(Settings):
         return SpanLikelihoods(columns["span"].flatten().long(), columns["logprob"].flatten())
 
 
+class TakeBoundedSpans(Settings):
+    """The same, and of every place behind a span how likely a new unit of text begins there, 12 bytes a token."""
+
+    columns: ClassVar[tuple[str, ...]] = ("span", "logprob", "begins")
+    gives: ClassVar[frozenset[Reads]] = frozenset({"spans"})
+    type: Literal["bounded-spans"] = "bounded-spans"
+
+    @property
+    def request(self) -> ScoreRequest:
+        return ScoreRequest("among")
+
+    def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
+        """`columns` have the student's ids that begin a unit, too, as `UNITS`."""
+        return BoundedSpans(
+            columns["span"].flatten().long(), columns["logprob"].flatten(), columns["begins"].flatten(), columns[UNITS].long()
+        )
+
+
 class TakeForeignTopK(Settings):
     """The same, and the teacher's most likely tokens where a span begins, 8 bytes a token kept."""
 
@@ -80,3 +119,45 @@ class TakeForeignTopK(Settings):
     def read(self, columns: Mapping[str, Tensor], head: Head | None) -> Signal:
         span, logprob = columns["span"].flatten().long(), columns["logprob"].flatten()
         return ForeignTopK(span, logprob, columns["ids"].long(), columns["logprobs"])
+
+
+STATES = ("span", "hidden", "theirs", "reads", "labels")
+"""Columns of a teacher's own tokens, laid on the student's (`strategies.stages.laid`)."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both ends of a frozen network."""
+
+    head: Head
+    embedding: Tensor
+    """`(V, D)` of its input tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedStates(Tapped):
+    """What a teacher with another tokenizer computed at M tokens of its own, beside the N tokens of the student in the same spans."""
+
+    ours: Tensor
+    """`(N,)` int64 the span of each loss token of the student, -1 for none."""
+    theirs: Tensor
+    """`(M,)` int64 that of each of the teacher's."""
+
+    @staticmethod
+    def laid(columns: Mapping[str, Tensor], rows: Tensor, ends: Ends) -> AlignedStates:
+        """From `STATES` of a micro-batch, `(N, ...)` with K places for a token, whose tokens are of `rows` `(N,)`."""
+        there = columns["theirs"] >= 0
+        hidden = columns["hidden"].view(torch.bfloat16) if columns["hidden"].dtype == torch.int16 else columns["hidden"]
+        width = ends.head.weight.shape[-1]
+        states = hidden.reshape(*there.shape, width)[there] if hidden.numel() else hidden.new_zeros((0, width))
+        return AlignedStates(
+            outputs={OUTPUT: states[None]},
+            index=torch.arange(len(states), device=states.device),
+            rows=rows[:, None].expand_as(there)[there][None],
+            labels=columns["labels"][there].long(),
+            head=ends.head,
+            reads=columns["reads"][there].long(),
+            embed=lambda ids: ends.embedding[ids],
+            ours=columns["span"].flatten().long(),
+            theirs=columns["theirs"][there].long(),
+        )

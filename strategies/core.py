@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Columns = dict[str, NDArray[np.generic]]
 """One bundle: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8, `row_id` (R,) int64."""
-
 COUNT = "count/"
 """Begins the names of columns `(1,)` float32 that are summed over the bundles of a step and logged under the rest of their names."""
 
@@ -56,7 +55,7 @@ Schedule = Callable[[Progress], float]
 class ScoreRequest:
     """What is asked of a teacher about every loss token."""
 
-    kind: Literal["topk", "dense", "sampled", "hidden", "per-token"]
+    kind: Literal["topk", "dense", "sampled", "hidden", "per-token", "among"]
     top_k: int = 0
     """`topk`: ids kept."""
     draws: int = 0
@@ -67,9 +66,8 @@ class ScoreRequest:
     @property
     def answers(self) -> tuple[str, ...]:
         """Columns of the answer, for all N loss tokens in order."""
-        own = {"topk": ("ids", "logprobs"), "sampled": ("ids", "logprobs", "weights"), "dense": ("dense",), "hidden": ("hidden",)}
-        label = () if self.kind == "hidden" else ("logprob",)
-        return own.get(self.kind, ()) + label
+        own = {"topk": ("ids", "logprobs"), "sampled": ("ids", "logprobs", "weights"), "per-token": ()}.get(self.kind, (self.kind,))
+        return own if self.kind == "hidden" else (*own, "logprob")
 
 
 class Endpoint(Protocol):
@@ -79,9 +77,9 @@ class Endpoint(Protocol):
         """Teacher numbers for every loss token, flat and in token order, in natural logarithms at temperature 1; U ids are usable.
 
         `topk`: `ids` (N*K,) int32 by falling probability, `logprobs` (N*K,) float32. `dense`: `dense` (N*U,) float32.
-        `sampled`: `ids`, `logprobs` and `weights` (N*n,). `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16.
-        But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32,
-        and `cost` (1,) float32 where an answer has a price."""
+        `sampled`: `ids`, `logprobs` and `weights` (N*n,). `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16. `among`: `among`
+        (N,) float32 of all ids together that the column `wanted` (B,) int32 names.
+        But for `hidden`, `logprob` (N,) float32 of the token itself. Always `dropped_mass` (1,) float32, and `cost` (1,) of priced ones."""
         ...
 
 
@@ -150,7 +148,7 @@ class Settings(BaseModel):
 Reads = Literal["nothing", "expectation", "pair", "label", "acted", "spans", "foreign", "states"]
 """What an objective asks of its signal: nothing (it has none); `expect`, an average under the teacher, which draws can give too; `pair`,
 whole aligned distributions; `label`, the teacher's log-probability of the given token; `acted`, what is known of tokens that a policy
-wrote; `spans` and `foreign`, likelihoods of spans and next tokens of another tokenizer; `states`, of a frozen player (`StatesTerm`)."""
+wrote; `spans` and `foreign`, likelihoods of spans and next tokens of another tokenizer; `states`, inner ones (`StatesTerm`)."""
 
 
 class Objective(Protocol):
@@ -211,8 +209,8 @@ class Term:
 
 @dataclass(frozen=True)
 class StatesTerm:
-    """A summand computed on inner states instead of logits. `signal` names the frozen player that is compared with; the
-    objective's filters join the optimizer of the player whose update carries the term."""
+    """A summand computed on inner states instead of logits. `signal` names the frozen player, or the signal of states, that is compared
+    with; the objective's filters join the optimizer of the player whose update carries the term."""
 
     name: str
     objective: StatesObjective
@@ -220,6 +218,8 @@ class StatesTerm:
     signal: str
     filters: str | None = None
     """What its filters are kept as: terms that name the same share them. Its own name when absent."""
+    filters_lr: float | None = None
+    """Peak; the student's when absent."""
 
     @property
     def filters_name(self) -> str:

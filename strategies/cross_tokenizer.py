@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from strategies.aligned import TakeForeignTopK, TakeSpans
+from strategies.aligned import TakeBoundedSpans, TakeForeignTopK, TakeSpans
 from strategies.control import AdaptiveShare
-from strategies.core import Player, Strategy, Term, lm_update
+from strategies.core import AnyTerm, Player, ScoreRequest, Strategy, Term, lm_update
 from strategies.objectives.aligned import AlignedULD, Distance, SharedTokens, SpanLikelihood
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.on_policy import OnPolicy
 from strategies.schedule import ScheduleConfig, Share, schedule
-from strategies.sources import Taught
+from strategies.sources import Source, Taught
 from strategies.stages.align import Align, AlignedTokens, ScoreAligned, Which
 from strategies.stages.rollout import RowsOf
 
@@ -31,18 +31,22 @@ class CrossTokenizer(OnPolicy):
     ce_weight: ScheduleConfig = 1.0
     """Weight of the cross-entropy on the data's own completions."""
 
-    def aligned(self, take: TakeSpans | TakeForeignTopK, *terms: tuple[Term, Which]) -> Strategy:
+    def told(self, take: TakeSpans | TakeBoundedSpans | TakeForeignTopK, *terms: tuple[AnyTerm, Which]) -> Strategy:
+        """Terms on what is taken of the teacher's answers, and cross-entropy."""
+        return self.aligned(Taught(take, endpoint=self.teacher), take.request, *terms)
+
+    def aligned(self, source: Source, request: ScoreRequest, *terms: tuple[AnyTerm, Which]) -> Strategy:
         """Terms on the teacher's answers about what both have read, each on some tokens of the aligned spans, and cross-entropy."""
         ce = () if self.ce_weight == 0 else (Term("ce", CrossEntropy(), schedule(self.ce_weight)),)
         writing, (watched, base) = self.writing(), self.watched()
         counted = tuple(AlignedTokens(term.name, self.teacher, which) for term, which in terms)
-        score = ScoreAligned(self.teacher, self.teacher, take.request)
+        score = ScoreAligned(self.teacher, self.teacher, request)
         on_given = tuple(RowsOf(term.name, "given") for term in ce if writing)
         return Strategy(
             players={"student": Player()},
             stages=(*writing, Align(self.teacher, of=self.teacher), *counted, score, *watched, *on_given),
             updates=(lm_update(*(term for term, _ in terms), *ce),),
-            signals={self.teacher: Taught(take, endpoint=self.teacher)},
+            signals={self.teacher: source},
             controllers=self.controllers(),
             base=base,
         )
@@ -51,8 +55,8 @@ class CrossTokenizer(OnPolicy):
 class ALM(CrossTokenizer):
     """Match the likelihoods of spans that cover the same bytes, beside cross-entropy.
 
-    Approximate likelihood matching (arXiv:2503.20083). Asks the teacher for nothing but log-probabilities of the given text. Does not
-    remove the bias of tokens that end where a span ends and might have gone on, and compares no hidden states.
+    Approximate likelihood matching (arXiv:2503.20083). Asks the teacher for nothing but log-probabilities of the given text; with `debias`
+    also for how likely a new unit of text is behind every span, which a server does not tell. Compares no hidden states.
     """
 
     type: Literal["alm"] = "alm"
@@ -60,12 +64,16 @@ class ALM(CrossTokenizer):
     """Between a span's likelihoods, each against its opposite: `kl`, `reverse-kl` or `total-variation`."""
     temperature: PositiveFloat = 100.0
     """Divides the log-probabilities of whole spans before they are compared; 1 compares the likelihoods themselves."""
+    debias: bool = False
+    """Compares likelihoods of a span and of a unit of text that begins behind it: of all tokens together that start with a space, a tab
+    or an end of line, or are special. So a token that ends where a span ends is not taken for a part of a longer one."""
     kd_weight: ScheduleConfig = 1.0
     """Weight of the distance."""
 
     def build(self) -> Strategy:
         objective = SpanLikelihood(distance=self.distance, temperature=self.temperature)
-        return self.aligned(TakeSpans(), (Term("kd", objective, schedule(self.kd_weight), signal=self.teacher), "all"))
+        take = TakeBoundedSpans() if self.debias else TakeSpans()
+        return self.told(take, (Term("kd", objective, schedule(self.kd_weight), signal=self.teacher), "all"))
 
 
 class ULDStrategy(CrossTokenizer):
@@ -83,7 +91,7 @@ class ULDStrategy(CrossTokenizer):
 
     def build(self) -> Strategy:
         kd = Term("kd", AlignedULD(), schedule(self.kd_weight), signal=self.teacher)
-        return self.aligned(TakeForeignTopK(top_k=self.top_k), (kd, "first"))
+        return self.told(TakeForeignTopK(top_k=self.top_k), (kd, "first"))
 
 
 class GOLD(CrossTokenizer):
@@ -111,7 +119,7 @@ class GOLD(CrossTokenizer):
 
     def build(self) -> Strategy:
         spans = SpanLikelihood(temperature=self.temperature)
-        return self.aligned(
+        return self.told(
             TakeForeignTopK(top_k=self.top_k),
             (Term("shared", SharedTokens(beta=self.beta), schedule(self.shared_weight), signal=self.teacher), "first"),
             (Term("unshared", AlignedULD(without_shared=True), schedule(self.unshared_weight), signal=self.teacher), "first"),

@@ -106,12 +106,14 @@ def chunked_terms(
     scales: Mapping[str, float],
     progress: Progress,
     chunk_tokens: int | None = None,
+    repeatable: bool = False,
 ) -> TermSums:
     """Sums of `terms` over the N tokens whose hidden states `(N, D)` are given.
 
     `scales[term]` multiplies a term's sum in the loss (weight, world size and denominator together). The gradient with
     respect to hidden states and to a trainable head is made here and handed out in backward; with gradients disabled,
-    none is made. `chunk_tokens` overrides the number of tokens whose logits exist at once.
+    none is made. `chunk_tokens` overrides the number of tokens whose logits exist at once. Gradients are handed out once and not kept,
+    unless `repeatable`.
     """
     cut = cut_for(len(head.weight), hidden.device.type, (t.objective for t in terms), chunk_tokens)
     settled = first_pass(hidden, head, batch, terms, progress, cut)
@@ -121,7 +123,7 @@ def chunked_terms(
         total = torch.stack([scales[t.name] * s for t, s in zip(terms, sums, strict=True)]).sum()
         return total, [s.detach() for s in sums]
 
-    run = _Run(head, batch, _signals(terms), scaled_sum, len(terms), cut, torch.is_grad_enabled())
+    run = _Run(head, batch, _signals(terms), scaled_sum, len(terms), cut, torch.is_grad_enabled(), repeatable)
     loss, sums = _ChunkedHead.apply(hidden, head.weight, head.bias, run)  # type: ignore[no-untyped-call]
     return TermSums(loss=loss, sums={t.name: sums[i] for i, t in enumerate(terms)}, settled=settled)
 
@@ -191,6 +193,7 @@ class _Run:
     terms: int
     cut: Cut
     with_gradient: bool
+    repeatable: bool
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -207,7 +210,7 @@ class _ChunkedHead(torch.autograd.Function):
             raw = cast.raw(states, out=memory[: len(states)])
             _block(run, raw, start, grads, loss, sums)
             grads.add(start, raw, states, cast.weight)
-        ctx.grads = grads
+        ctx.grads, ctx.repeatable = grads, run.repeatable
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums)
         return loss, sums
@@ -215,10 +218,11 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         by, grads = grad_outputs[0], ctx.grads
-        ctx.grads = None
+        if not ctx.repeatable:
+            ctx.grads = None
         return (
             None if grads.hidden is None else grads.hidden * by.to(grads.hidden.dtype),
-            None if grads.weight is None else (grads.weight.mul_(by)).to(ctx.dtypes[0]),
+            None if grads.weight is None else (grads.weight * by if ctx.repeatable else grads.weight.mul_(by)).to(ctx.dtypes[0]),
             None if grads.bias is None else (grads.bias * by).to(ctx.dtypes[1]),
             None,
         )

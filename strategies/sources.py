@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from strategies.acted import Acted
-from strategies.aligned import TakeForeignTopK, TakeSpans
+from strategies.aligned import STATES, AlignedStates, Ends, TakeBoundedSpans, TakeForeignTopK, TakeSpans
 from strategies.blend import Blend
 from strategies.core import Reads, ScoreRequest, Settings
 from strategies.head import Head
@@ -121,7 +121,7 @@ class Taught:
     """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; or, without either, what a
     stage made of the answers of others, under the signal's name as well."""
 
-    take: Take | TakeSpans | TakeForeignTopK
+    take: Take | TakeSpans | TakeBoundedSpans | TakeForeignTopK
     endpoint: str | None = None
     player: str | None = None
 
@@ -206,7 +206,30 @@ class TakenActions:
 OUTCOME = {"advantage": "advantage", "reward": "token_reward", "group_failed": "group_failed"}
 """Columns of a verifier by the field of `Acted` that they fill."""
 
-Source = Taught | Blended | TakenActions
+
+@dataclass(frozen=True)
+class ForeignStates:
+    """Last hidden states of a teacher with another tokenizer at tokens of its own, which a stage laid on the student's, for terms on
+    inner states. Its output head and its input embeddings come with them."""
+
+    endpoint: str
+    gives: frozenset[Reads] = frozenset({"states"})
+
+    @property
+    def head_of(self) -> str:
+        """The endpoint both ends of whose model training workers must load."""
+        return self.endpoint
+
+    def columns(self, name: str) -> tuple[str, ...]:
+        """Columns of a bundle that the signal `name` is made of."""
+        return tuple(f"{name}/{c}" for c in STATES)
+
+    def read(self, name: str, columns: Mapping[str, Tensor], rows: Tensor, ends: Ends) -> AlignedStates:
+        """From the columns of a micro-batch whose loss tokens are of `rows` `(N,)`."""
+        return AlignedStates.laid({c: columns[f"{name}/{c}"] for c in STATES}, rows, ends)
+
+
+Source = Taught | Blended | TakenActions | ForeignStates
 
 
 def scored_columns(sources: Mapping[str, Source]) -> tuple[str, ...]:

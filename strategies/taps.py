@@ -5,7 +5,7 @@ Shape letters: B sequences of L places each, N of all places predict loss tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Protocol
 
@@ -88,7 +88,11 @@ class Tapped:
     labels: Tensor | None = None
     """`(N,)` int64 the loss tokens."""
     head: Head | None = None
-    """A frozen network's own output head over the usable ids."""
+    """The network's own output head, a frozen one's over the usable ids."""
+    reads: Tensor | None = None
+    """`(N,)` int64 the tokens that stand at those places."""
+    embed: Callable[[Tensor], Tensor] | None = None
+    """Input embeddings `(n, W)` of ids `(n,)`, without a gradient; a student's only inside its forward."""
 
     def tokens(self, tap: Tap) -> Tensor:
         """`(N, W)` at the places that predict the loss tokens."""

@@ -42,10 +42,10 @@ CPU = torch.device("cpu")
 SAME: Mapping[str, Any] = {}
 
 
-def make_toy(folder: Path) -> Path:
+def make_toy(folder: Path, teacher_width: int = WIDTH, teacher_layers: int = 1) -> Path:
     """Saved models `student` and `teacher`, each with the tokenizer; at first they are some 1.1 nats per token apart."""
-    for name, seed in (("student", 0), ("teacher", 1)):
-        model = tiny_model(folder / name, VOCABULARY, WIDTH, layers=1, heads=2, max_length_tokens=32, tied=False, seed=seed)
+    for name, seed, width, layers in (("student", 0, WIDTH, 1), ("teacher", 1, teacher_width, teacher_layers)):
+        model = tiny_model(folder / name, VOCABULARY, width, layers=layers, heads=2, max_length_tokens=32, tied=False, seed=seed)
         if name == "teacher":
             torch.nn.init.normal_(model.lm_head.weight, std=SURENESS, generator=torch.Generator().manual_seed(seed))
             model.save_pretrained(folder / name)
@@ -104,7 +104,7 @@ class Loop:
         engines = {name: make_engine(config, VOCABULARY, threads=1) for name, config in {**configs, STUDENT: student}.items()}
         self.endpoints: dict[str, Any] = {**engines, **endpoints}
         teachers = Teachers.load(self.strategy.players, self.strategy.signals, configs, VOCABULARY, False, CPU)
-        self.networks = Networks(load_players(self.run, self.strategy.players, CPU, self.strategy.updates, teachers.frozen), teachers, CPU)
+        self.networks = Networks(load_players(self.run, self.strategy.players, CPU, self.strategy.updates, teachers.shown), teachers, CPU)
         self.versions = [self._weights()]
         self.data = self._data()
 

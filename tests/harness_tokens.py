@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from cluster.config import TransformersEndpoint
 from cluster.endpoints import make_engine
-from orchestrator.alignment import told
+from orchestrator.alignment import told, units
 from orchestrator.checks.networks import Cast
 from orchestrator.config import load_job
 from orchestrator.players import load_players
@@ -82,8 +82,8 @@ class Lesson:
         teacher = TransformersEndpoint(model=str(folder / "teacher"), dtype="float32")
         writer = TransformersEndpoint(model=str(folder / student), dtype="float32", follows_student=True)
         self.endpoints: dict[str, Any] = {"teacher": make_engine(teacher, threads=1), STUDENT: make_engine(writer, threads=1)}
-        teachers = Teachers.load(self.strategy.players, self.strategy.signals, {"teacher": teacher}, None, False, CPU)
-        self.networks = Networks(load_players(self.run, self.strategy.players, CPU, self.strategy.updates, teachers.frozen), teachers, CPU)
+        teachers = Teachers.load(self.strategy.players, self.strategy.signals, {"teacher": teacher}, None, False, CPU, units(self.strategy))
+        self.networks = Networks(load_players(self.run, self.strategy.players, CPU, self.strategy.updates, teachers.shown), teachers, CPU)
         self.rows = [[*ours(text(1000 + i))["input_ids"], ours.eos_token_id] for i in range(ROWS)]
         self.held_out = bundle([[*ours(text(5000 + i))["input_ids"], ours.eos_token_id] for i in range(ROWS)])
         self.done = 0

@@ -15,7 +15,7 @@ Columns = dict[str, NDArray[np.generic]]
 """One bundle, or a part of it: named flat arrays. `tokens` (S,) int32, `lengths` (R,) int32, `loss_mask` (S,) uint8."""
 
 
-Kind = Literal["topk", "dense", "sampled", "hidden", "per-token"]
+Kind = Literal["topk", "dense", "sampled", "hidden", "per-token", "among"]
 
 
 class Request(Protocol):
@@ -50,7 +50,8 @@ class Engine(Protocol):
         `dense`: `dense` (N*U,) float32, log-probabilities of the usable ids;
         `sampled`: `ids` (N*n,) int32, `logprobs` (N*n,) float32, `weights` (N*n,) float32 that make averages over the draws
         unbiased; a function of seed, row, step and place, whatever bundle the row is in;
-        `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16: what the output head reads.
+        `hidden`: `hidden` (N*D,) float32, or bfloat16 seen as int16: what the output head reads;
+        `among`: `among` (N,) float32, that of all those ids together which the bundle's column `wanted` (B,) int32 names.
         `ValueError` when `top_k` exceeds U or the bundle is malformed.
         """
         ...

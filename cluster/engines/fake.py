@@ -38,6 +38,10 @@ class FakeEngine:
         own = np.take_along_axis(table, np.minimum(labels, self.vocabulary - 1)[:, None], axis=-1)[:, 0]
         time.sleep(self.seconds_per_bundle)
         found = self._chosen(table, token_keys(columns, rows.loss_at), request)
+        if request.kind == "among":
+            wanted = columns["wanted"].astype(np.int64)
+            ids = wanted[wanted < self.vocabulary]
+            found = {"among": np.logaddexp.reduce(table[:, ids], axis=-1, initial=-np.inf).clip(max=0.0).astype(np.float32)}
         return {
             **{name: values.ravel() for name, values in found.items()},
             "logprob": np.where(labels < self.vocabulary, own, -np.inf).astype(np.float32),
@@ -95,7 +99,7 @@ class FakeEngine:
         if request.kind == "sampled":
             drawn = draw(torch.from_numpy(table.astype(np.float32)), torch.from_numpy(keys), request)
             return {name: values.numpy() for name, values in drawn.items()}
-        if request.kind == "per-token":
+        if request.kind in ("per-token", "among"):
             return {}
         ids = np.argsort(-table, axis=-1, kind="stable")[:, : request.top_k]
         return {"ids": ids.astype(np.int32), "logprobs": np.take_along_axis(table, ids, axis=-1).astype(np.float32)}

@@ -69,13 +69,14 @@ class TransformersEngine:
         self._refuse_foreign(columns, request)
         rows = bundle_rows(columns)
         labels, keys = self._moved(rows.labels), self._moved(token_keys(columns, rows.loss_at))
+        wanted = self._moved(columns["wanted"].astype(np.int64)) if request.kind == "among" else None
         found: dict[str, Tensor] = {}
         for group in group_by_length(rows.reach, self.config.forward_tokens):
             laid = lay_out(rows, [[r] for r in group])
             states = backbone(self.model)(input_ids=self._moved(laid.input_ids), use_cache=False).last_hidden_state
             hidden = states.flatten(0, 1).index_select(0, self._moved(laid.index))
             order = self._moved(laid.order)
-            said = answer(hidden, self.head, labels[order], keys[order], request, self.vocabulary)
+            said = answer(hidden, self.head, labels[order], keys[order], request, self.vocabulary, wanted)
             for name, values in said.items():
                 whole = found.setdefault(name, values.new_empty((len(labels), *values.shape[1:])))
                 whole[order] = values
@@ -108,7 +109,7 @@ class TransformersEngine:
         """The answer about no token."""
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         hidden = torch.zeros((1, self.head.weight.shape[-1]), dtype=self.model.dtype, device=self.device)
-        said = answer(hidden, self.head, none.new_zeros(1), none.new_zeros(1), request, self.vocabulary)
+        said = answer(hidden, self.head, none.new_zeros(1), none.new_zeros(1), request, self.vocabulary, none)
         return {name: values[:0] for name, values in said.items()}
 
     def _columns(self, found: dict[str, Tensor]) -> Columns:

@@ -18,7 +18,7 @@ from orchestrator.models import load_tokenizer, usable_vocabulary
 from orchestrator.settings import DataConfig
 from orchestrator.sketch import Network, student_network, teacher_network
 from orchestrator.sources import open_source
-from strategies.sources import Taught
+from strategies.sources import ForeignStates, Taught
 from strategies.stages.rollout import BASE
 from strategies.stages.score import Score
 
@@ -183,7 +183,7 @@ def _about_weights(run: RunConfig, student: Network, teachers: Mapping[str, Netw
     if run.student.init == "random":
         return []
     strategy = run.build()
-    teaching = {s.endpoint for s in strategy.signals.values() if isinstance(s, Taught)}
+    teaching = {s.endpoint for s in strategy.signals.values() if isinstance(s, Taught | ForeignStates)}
     bases = {s.endpoint for s in strategy.stages if isinstance(s, Score) and s.signal == strategy.base} - teaching
     same = [n for n, t in teachers.items() if t.fingerprint == student.fingerprint and n not in bases | {BASE}]
     return [f"endpoint {n!r} has the very weights that the student starts from; it can only teach it to stay." for n in same]

@@ -98,7 +98,8 @@ def _check_parts(where: str, strategy: Strategy) -> None:
         if len(set(names)) < len(names):
             raise Refusal(where, f"terms named {', '.join(names)}", "a name of its own for each", "Mend the strategy.")
         for term in update.terms:
-            known_signals = frozen if isinstance(term, StatesTerm) else list(strategy.signals)
+            shown = [*frozen, *(name for name, s in strategy.signals.items() if "states" in s.gives)]
+            known_signals = shown if isinstance(term, StatesTerm) else list(strategy.signals)
             if term.signal is not None and term.signal not in known_signals:
                 kind = "frozen players" if isinstance(term, StatesTerm) else "signals"
                 expected = f"one of its {kind}: {', '.join(known_signals) or 'none'}"

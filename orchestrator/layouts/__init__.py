@@ -7,7 +7,7 @@ backward is the step's final one and must synchronise; it is set *before* the fo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,7 +30,21 @@ class Numerics:
     device: torch.device
 
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+"""Makes the optimizer of trained parameters by name."""
+LR_SHARE = "lr_share"
+"""In a group of parameters, its learning rate as a share of the one that a layout is told; 1 where it is absent."""
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group of parameters its learning rate, where that of most is `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get(LR_SHARE, 1.0)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What an optimizer is made of."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class Layout(Protocol):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from orchestrator.config import LayoutConfig
 from orchestrator.errors import Refusal
-from orchestrator.layouts import Numerics, OptimizerFactory
+from orchestrator.layouts import Numerics, OptimizerFactory, set_rates, trained_parameters
 from orchestrator.layouts.replicated import whole_weights
 from orchestrator.layouts.zero import MOMENTS, HeldPiece, flat_weights, held_piece, make_moments, publish_weights, trained
 
@@ -38,7 +38,7 @@ class DeepSpeed:
             raise Refusal("train.layout", "offload_optimizer with zero_stage 0", "a stage that shards the optimizer", do)
         self._numerics, self._stage = numerics, config.zero_stage
         exact = [p.data for p in module.parameters()]
-        self._adamw = optimizer(p for p in module.parameters() if p.requires_grad)
+        self._adamw = optimizer(trained_parameters(module))
         self._engine = _engine(module, self._adamw, _settings(module, numerics, config), numerics.device)
         self.module: nn.Module = self._engine
         if self._stage:
@@ -65,8 +65,7 @@ class DeepSpeed:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        set_rates(self._adamw, lr)
         if self._stage == 0:
             return self._step_whole()
         self._engine.step()

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config import LayoutConfig
-from orchestrator.layouts import Numerics, OptimizerFactory
+from orchestrator.layouts import Numerics, OptimizerFactory, set_rates, trained_parameters
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
@@ -23,7 +23,7 @@ class Single:
     def __init__(self, module: nn.Module, optimizer: OptimizerFactory, numerics: Numerics, config: LayoutConfig):
         self.numerics = numerics
         self.module = self._wrap(module.to(numerics.device))
-        self.optimizer = optimizer(p for p in self.module.parameters() if p.requires_grad)
+        self.optimizer = optimizer(trained_parameters(self.module))
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         return module
@@ -43,8 +43,7 @@ class Single:
     def step(self, lr: float) -> float:
         norm = self._grad_norm()
         if norm.isfinite():
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_rates(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)

@@ -9,7 +9,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.functional import pad
 
-from strategies.aligned import ForeignTopK, SpanLikelihoods
+from strategies.aligned import BoundedSpans, ForeignTopK, SpanLikelihoods
 from strategies.core import ObjectiveSettings, Progress, Reads
 from strategies.head import TokenBatch, TokenLogits
 from strategies.objectives.base import weighted_sum
@@ -50,8 +50,9 @@ class SpanLikelihood(ObjectiveSettings):
     Approximate likelihood matching, Minixhofer et al., arXiv:2503.20083: with l the sum of a span's log-probabilities, `P = exp(l_p /
     tau)`, `Q = exp(l_q / tau)`, and D between `(P, 1 - P)` and `(Q, 1 - Q)`. A span counts by the weights of its student tokens. tau
     multiplies D, so that its gradient keeps its size as tau grows; KL then tends to `(b - a) + a log(a / b)` with `a = -l_p`, `b =
-    -l_q`. Where both tokenizers agree, spans are tokens. Does not remove the bias that comes from tokens which end where a span ends and
-    might have gone on. A span must be in one micro-batch, as it is: rows are never cut.
+    -l_q`. Where both tokenizers agree, spans are tokens. A span must be in one micro-batch, as it is: rows are never cut. With
+    `BoundedSpans`, l is that of the span and of a new unit of text behind it, wherever both networks say how likely that is: a token that
+    ends where a span ends is not taken for one that might have gone on (outcome chunk debiasing there). Without, that bias remains.
     """
 
     reads: ClassVar[Reads] = "spans"
@@ -62,23 +63,46 @@ class SpanLikelihood(ObjectiveSettings):
     """tau; 1 compares the likelihoods themselves, which are tiny for long spans."""
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
-        """Log-probability of the token, its span, and the teacher's number, `(n, 3)`."""
+        """Log-probability of the token, its span, and the teacher's number, `(n, 3)`; with `BoundedSpans` also the log-probabilities of a
+        new unit at the token, its own and the teacher's, `(n, 5)`."""
         found = _spans(signal, self.type)
-        return torch.stack([outputs.label_logprobs(), found.span.float(), found.logprobs.float()], -1)
+        numbers = [outputs.label_logprobs(), found.span.float(), found.logprobs.float()]
+        if isinstance(found, BoundedSpans):
+            numbers += [_begins(outputs, found), found.begins.float()]
+        return torch.stack(numbers, -1)
 
     def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
-        """The value of the token's span, and what of the whole sum is the slope of the token's log-probability, `(N, 2)`."""
-        own, span, theirs = surveyed.double().unbind(-1)
+        """The value of the token's span, and what of the whole sum is the slope of the token's log-probability, `(N, 2)`; with a third
+        column, the slope of a new unit's at the token, where the span before it is bounded by it."""
+        own, span, theirs, *begins = surveyed.double().unbind(-1)
         _, number = torch.unique_consecutive(span, return_inverse=True)
         sums = torch.zeros((3, int(number[-1]) + 1), dtype=torch.float64, device=own.device)
         sums.index_add_(1, number, torch.stack([own, theirs, weights.double()]))
+        told = (begins[1] <= 0).nonzero()[:, 0] if begins else span.new_zeros(0).long()
+        bounded = number[told - 1]
+        if begins:
+            sums.index_add_(1, bounded, torch.stack([begins[0][told], begins[1][told], torch.zeros_like(begins[0][told])]))
         value, slope = span_distance(sums[0], sums[1], self.temperature, self.distance)
-        return torch.stack([value[number], (sums[2] * slope)[number]], -1).float()
+        moved = sums[2] * slope
+        found = [value[number], moved[number]]
+        if begins:
+            found.append(torch.zeros_like(own).index_copy(0, told, moved[bounded]))
+        return torch.stack(found, -1).float()
 
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
         """See `strategies.core.TwoPass`."""
-        own = outputs.label_logprobs()
-        return weighted_sum(numbers[:, 0], weights) + weighted_sum(own - own.detach(), numbers[:, 1])
+        own, found = outputs.label_logprobs(), _spans(signal, self.type)
+        total = weighted_sum(numbers[:, 0], weights) + weighted_sum(own - own.detach(), numbers[:, 1])
+        if isinstance(found, BoundedSpans):
+            begins = _begins(outputs, found)
+            total = total + weighted_sum(begins - begins.detach(), numbers[:, 2])
+        return total
+
+
+def _begins(outputs: TokenLogits, signal: BoundedSpans) -> Tensor:
+    """The student's log-probability of a token that begins a unit of text, `(n,)`."""
+    each, _ = outputs.partition(signal.own.expand(len(outputs.labels), -1), 1.0, want_tail=False)
+    return each.logsumexp(-1).clamp_min(LEAST)
 
 
 def _spans(signal: Signal | None, reader: str) -> SpanLikelihoods:

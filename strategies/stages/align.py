@@ -14,7 +14,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from strategies.aligned import STATES
 from strategies.core import COUNT, Columns, Endpoint, ScoreRequest, Stage
+from strategies.stages.laid import followed, laid_begins, laid_states
 from strategies.stages.score import Score
 
 Ints = NDArray[np.int64]
@@ -22,6 +24,7 @@ NONE = -1
 """The span of a token that is in none, and the place of a teacher's token that stands for nothing of the row."""
 Which = Literal["all", "first", "one", "several"]
 """Tokens of aligned spans: all, the first of each, those of spans of one token on either side, those of the others."""
+AMONG = "among"
 VIEW = ("tokens", "lengths", "loss_mask", "theirs")
 """Columns of a signal that only the teacher's answer needs."""
 
@@ -196,8 +199,10 @@ class ScoreAligned:
     Adds `<signal>/logprob` (N,) float32: at the first token of a span the teacher's log-probability of the whole span, by the chain
     rule, and 0 elsewhere. With a `topk` request also `<signal>/ids` (N*K,) int32 and `<signal>/logprobs` (N*K,) float32, its
     likeliest tokens at the first token of each span, where both have read the same bytes: as ids of the student where the student has a
-    token of the very same bytes, and -1 where not. Elsewhere their ids are -1 and their log-probabilities 0. Besides
-    `<signal>/seconds` and `<signal>/dropped_mass` of `Score`. Takes away what only the teacher needed of `Align`.
+    token of the very same bytes, and -1 where not. Elsewhere their ids are -1 and their log-probabilities 0. With an `among` request also
+    `<signal>/begins` (N,) float32 (`strategies.aligned.BoundedSpans`). With a `hidden` request, instead of all these, its states at its
+    own tokens as `strategies.stages.laid` lays them: `<signal>/hidden`, `theirs`, `labels` and `reads`. Besides `<signal>/seconds` and
+    `<signal>/dropped_mass` of `Score`. Takes away what only the teacher needed of `Align`.
     """
 
     signal: str
@@ -205,6 +210,8 @@ class ScoreAligned:
     request: ScoreRequest
     shared: tuple[int, ...] = ()
     """By id of the teacher the student's id of the same bytes, or -1; known to whoever runs the strategy."""
+    units: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """Ids of tokens that begin a unit of text: the student's and the teacher's; known to whoever runs the strategy."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -212,16 +219,36 @@ class ScoreAligned:
 
     @property
     def adds(self) -> frozenset[str]:
-        return Score(self.signal, self.endpoint, self.request).adds
+        answers = {"hidden": STATES[1:], "among": ("begins", "logprob")}.get(self.request.kind, self.request.answers)
+        return frozenset(f"{self.signal}/{c}" for c in (*answers, "dropped_mass", "seconds"))
 
     def __call__(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
         shown = {name: columns[f"{self.signal}/{name}"] for name in VIEW[:3]}
-        scored = Score(self.signal, self.endpoint, self.request)({**columns, **shown}, endpoint)
+        scored = self._scored({**columns, **shown}, endpoint)
         span, theirs = columns[f"{self.signal}/span"], columns[f"{self.signal}/theirs"]
-        at = np.flatnonzero((span != NONE) & begins(span)), np.flatnonzero(begins(theirs))
-        found = {f"{self.signal}/{n}": v for n, v in self._laid(scored, len(span), *at).items()}
-        kept = {n: v for n, v in scored.items() if n not in {f"{self.signal}/{c}" for c in VIEW}}
+        if self.request.kind == "hidden":
+            laid = laid_states(columns, shown, scored[f"{self.signal}/hidden"], theirs)
+        else:
+            laid = self._laid(scored, len(span), np.flatnonzero((span != NONE) & begins(span)), np.flatnonzero(begins(theirs)))
+        if self.request.kind == "among":
+            laid |= laid_begins(columns, shown, span, theirs, scored[AMONG])
+        found = {f"{self.signal}/{n}": v for n, v in laid.items()}
+        kept = {n: v for n, v in scored.items() if n not in {AMONG, *(f"{self.signal}/{c}" for c in VIEW)}}
         return {**kept, **{n: columns[n] for n in VIEW[:3]}, **found}
+
+    def _scored(self, columns: Columns, endpoint: Endpoint | None) -> Columns:
+        """The answers about the M loss tokens; asked `among`, those of all S' tokens that were asked about as `AMONG`, 0 elsewhere."""
+        score = Score(self.signal, self.endpoint, self.request)
+        if self.request.kind != "among":
+            return score(columns, endpoint)
+        mask = columns["loss_mask"] != 0
+        asked = mask | followed(columns)
+        wanted = {"loss_mask": asked.astype(np.uint8), "wanted": np.asarray(self.units[1], np.int32)}
+        scored = score({**columns, **wanted}, endpoint)
+        everywhere = np.zeros(len(mask), np.float32)
+        everywhere[asked] = scored.pop(f"{self.signal}/among")
+        del scored["wanted"]
+        return {**scored, f"{self.signal}/logprob": scored[f"{self.signal}/logprob"][mask[asked]], AMONG: everywhere}
 
     def _laid(self, scored: Columns, tokens: int, ours: Ints, theirs: Ints) -> Columns:
         """The answers on the student's tokens; spans begin at `ours` of its loss tokens and at `theirs` of the teacher's."""

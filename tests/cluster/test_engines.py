@@ -111,6 +111,27 @@ def test_every_engine_answers_a_bundle_without_loss_tokens(engine: Engine) -> No
     check_scores(columns, engine.score(columns, TOP), TOP, VOCABULARY)
 
 
+@pytest.mark.parametrize("engine", ["transformers", "fake"], indirect=True)
+def test_an_engine_with_whole_distributions_says_how_likely_any_of_some_ids_is(engine: Engine) -> None:
+    columns, wanted = bundle([9, 6]), np.asarray([3, 0, 77, VOCABULARY + 5], np.int32)
+    request = ScoreRequest("among")
+    scores = engine.score({**columns, "wanted": wanted}, request)
+    check_scores(columns, scores, request, VOCABULARY)
+    whole = engine.score(columns, ScoreRequest("dense"))["dense"].reshape(-1, VOCABULARY).astype(np.float64)
+    np.testing.assert_allclose(scores["among"], np.log(np.exp(whole[:, [3, 0, 77]]).sum(-1)), rtol=1e-4)
+    all_of_them = engine.score({**columns, "wanted": np.arange(VOCABULARY, dtype=np.int32)}, request)["among"]
+    np.testing.assert_allclose(all_of_them, 0.0, atol=1e-5)
+    assert all_of_them.max() <= 0.0 and np.isneginf(engine.score({**columns, "wanted": wanted[:0]}, request)["among"]).all()
+    nothing = bundle([9, 6], keep=0.0)
+    check_scores(nothing, engine.score({**nothing, "wanted": wanted}, request), request, VOCABULARY)
+
+
+@pytest.mark.parametrize("engine", ["openai", "vllm"], indirect=True)
+def test_an_engine_without_them_refuses(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="among"):
+        engine.score({**bundle([9, 6]), "wanted": np.zeros(1, np.int32)}, ScoreRequest("among"))
+
+
 def test_every_engine_repeats_itself_bitwise(engine: Engine) -> None:
     columns = bundle([9, 30, 17, 12])
     first, second = engine.score(columns, TOP), engine.score(columns, TOP)

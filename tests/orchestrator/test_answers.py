@@ -50,7 +50,7 @@ def layout(folder: Path, **student: Any) -> Layout:
     made = make_layout(
         LayoutConfig(type="single"),
         StudentModule(model),
-        lambda p: torch.optim.SGD(p, 0.1),
+        lambda p: torch.optim.SGD(p.values(), 0.1),
         Numerics(1.0, torch.float32, torch.device("cpu")),
     )
     made.module.train()

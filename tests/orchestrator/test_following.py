@@ -146,7 +146,7 @@ def adapted(folder: Path, architecture: str = "") -> Any:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     numerics = Numerics(1.0, torch.float32, torch.device("cpu"))
-    return make_layout(LayoutConfig(type="single"), StudentModule(student), lambda p: torch.optim.AdamW(p), numerics), student
+    return make_layout(LayoutConfig(type="single"), StudentModule(student), lambda p: torch.optim.AdamW(p.values()), numerics), student
 
 
 def test_an_adapter_beside_its_base_is_the_merged_student(tmp_path: Path, board: Any) -> None:

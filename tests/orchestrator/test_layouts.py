@@ -228,4 +228,4 @@ def test_offloading_without_sharding_is_refused(tmp_path: Path) -> None:
     layout = harness.run_config(tmp_path, case).train.layout
     numerics = Numerics(1.0, torch.float32, torch.device("cpu"))
     with pytest.raises(Refusal, match="zero_stage"):
-        make_layout(layout, torch.nn.Linear(2, 2), lambda parameters: torch.optim.AdamW(parameters), numerics)
+        make_layout(layout, torch.nn.Linear(2, 2), lambda parameters: torch.optim.AdamW(parameters.values()), numerics)

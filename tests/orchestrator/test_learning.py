@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness_rollouts import Loop, Says, make_toy
+from tests.harness_rollouts import VOCABULARY, Loop, Says, make_toy
 
 DENSE = {"type": "dense"}
 ALONE = {"student_share": 1.0, "given_ce_weight": 0, "given_kl_weight": 0}
@@ -71,4 +71,22 @@ def test_a_strong_teacher_beside_the_verifier_is_followed(toy: Path) -> None:
     loop = Loop(toy, {"type": "kdrl", "samples": 4, "teacher_weight": 1.0, "outcome_weight": 0.01}, verifier=Says(5))
     before = loop.divergence()
     loop.train()
+    assert loop.divergence() < 0.6 * before
+
+
+def test_the_student_learns_inner_states_of_a_wider_and_deeper_teacher_on_its_own_texts(tmp_path: Path) -> None:
+    layers = [{"student": {"number": 1}, "teacher": {"depth": 0.5}}, "output"]
+    strategy = {
+        "type": "inner-states",
+        "student_share": 1.0,
+        "objective": {"type": "hidden-states", "layers": layers, "distance": "mse"},
+        "kd_weight": 1.0,
+        "temperature": 1.0,
+        "top_k": VOCABULARY,
+    }
+    loop = Loop(make_toy(tmp_path, teacher_width=48, teacher_layers=3), strategy)
+    before, (first, bundle) = loop.divergence(), loop.step()
+    assert bundle["written"].all() and not bundle["weights/ce"].any(), "the data's completions are nowhere"
+    last = [loop.step()[0] for _ in range(loop.steps - 1)][-1]
+    assert last["loss/states"] < 0.7 * first["loss/states"] and last["loss/ce"] == 0.0
     assert loop.divergence() < 0.6 * before

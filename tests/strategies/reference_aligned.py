@@ -21,16 +21,28 @@ def with_gradient(value: Callable[[Tensor], Tensor], z_q: np.ndarray) -> Found:
 
 
 def span_likelihood(
-    z_q: np.ndarray, labels: np.ndarray, span: np.ndarray, log_p: np.ndarray, weights: np.ndarray, tau: float, distance: str
+    z_q: np.ndarray,
+    labels: np.ndarray,
+    span: np.ndarray,
+    log_p: np.ndarray,
+    weights: np.ndarray,
+    tau: float,
+    distance: str,
+    begins: tuple[np.ndarray, list[int]] | None = None,
 ) -> Found:
-    """`sum_c W_c tau D((P, 1-P), (Q, 1-Q))`, W_c the weights of the student's tokens of span c."""
+    """`sum_c W_c tau D((P, 1-P), (Q, 1-Q))`, W_c the weights of the student's tokens of span c; with `begins` of spans and a unit behind
+    them, of the ids that follow: the teacher's log-probabilities at the token behind a span, above 0 for none."""
 
     def value(logits: Tensor) -> Tensor:
         own = logits.log_softmax(-1)[torch.arange(len(labels)), torch.as_tensor(labels)]
         total = logits.sum() * 0.0
         for c in sorted(set(span.tolist()) - {-1}):
             inside = np.flatnonzero(span == c)
-            p, q = torch.tensor(log_p[inside].sum() / tau).exp(), (own[inside].sum() / tau).exp()
+            l_p, l_q, behind = torch.tensor(log_p[inside].sum(), dtype=torch.float64), own[inside].sum(), inside[-1] + 1
+            if begins is not None and behind < len(span) and begins[0][behind] <= 0:
+                l_p = l_p + begins[0][behind]
+                l_q = l_q + logits[behind].softmax(-1)[begins[1]].sum().log()
+            p, q = (l_p / tau).exp(), (l_q / tau).exp()
             d = {
                 "kl": p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log(),
                 "reverse-kl": q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log(),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from strategies import STRATEGIES
+from strategies.aligned import UNTOLD
 from strategies.core import Columns, ScoreRequest
 from strategies.stages.align import NONE, Align, AlignedTokens, Reading, ScoreAligned, alignments, foreign, spans, taught_spans
 from strategies.stages.score import Score
@@ -144,6 +145,8 @@ class Teacher:
         own = columns["tokens"][columns["loss_mask"] != 0]
         kept = np.stack([own, own + 1], -1).ravel().astype(np.int32) if request.kind == "topk" else np.zeros(0, np.int32)
         more = {"ids": kept, "logprobs": -1.0 / kept.astype(np.float32)} if request.kind == "topk" else {}
+        if request.kind == "among":
+            more = {"among": (-2.0 / own).astype(np.float32)}
         return {"logprob": (-1.0 / own).astype(np.float32), "dropped_mass": np.zeros(1, np.float32), **more}
 
 
@@ -165,12 +168,35 @@ def test_next_tokens_are_laid_on_first_tokens_as_the_students_ids_where_it_has_t
     assert not out["far/logprobs"].reshape(-1, 2)[[0, 3, 4]].any()
 
 
+def test_units_behind_spans_are_asked_about_where_both_have_a_token_there() -> None:
+    teacher, given = Teacher(), aligned([0, 1, 1, 1, 1, 0, 1, 1])
+    stage = ScoreAligned("far", "far", ScoreRequest("among"), units=((7,), (3, 4)))
+    out = stage(given, teacher)
+    assert teacher.seen["wanted"].tolist() == [3, 4]
+    assert teacher.seen["loss_mask"].tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 1], "the token behind every span is asked about already"
+    want = [0, -1 / 12, -1 / 13 - 1 / 14, 0, 0, -1 / 17 - 1 / 18]
+    np.testing.assert_allclose(out["far/logprob"], want, rtol=1e-6)
+    np.testing.assert_allclose(out["far/begins"], [UNTOLD, UNTOLD, -2 / 13, UNTOLD, UNTOLD, UNTOLD], rtol=1e-6)
+    assert stage.adds <= set(out) and all((out[n] == bundle()[n]).all() for n in bundle()) and "wanted" not in out
+    nothing = stage(aligned([0, 1, 0, 0, 0, 0, 0, 0]), Teacher())
+    assert nothing["far/begins"].tolist() == [UNTOLD]
+
+
+def test_a_token_behind_a_span_that_is_in_none_is_asked_about_too() -> None:
+    # the student's last token of the first row is not learnt with all of its span, so the teacher's token behind (d | d) is in none
+    teacher = Teacher()
+    out = ScoreAligned("far", "far", ScoreRequest("among"))(aligned([0, 0, 1, 1, 0, 0, 1, 1]), teacher)
+    assert teacher.seen["loss_mask"].tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1]
+    np.testing.assert_allclose(out["far/begins"], [UNTOLD, -2 / 13, UNTOLD, UNTOLD], rtol=1e-6)
+    np.testing.assert_allclose(out["far/logprob"], [-1 / 12, 0, 0, -1 / 17 - 1 / 18], rtol=1e-6)
+
+
 def test_nothing_aligned_is_an_answer_too() -> None:
     out = ScoreAligned("far", "far", ScoreRequest("topk", top_k=2))(aligned([0, 1, 0, 0, 0, 0, 0, 0]), Teacher())
     assert out["far/logprob"].tolist() == [0.0] and out["far/ids"].tolist() == [NONE] * 2
 
 
-@pytest.mark.parametrize("name", ["alm", "uld", "gold"])
+@pytest.mark.parametrize("name", ["alm", "uld", "gold", "dskd"])
 def test_the_strategies_ask_their_teacher_about_its_own_tokens_alone(name: str) -> None:
     built = STRATEGIES[name].model_validate({"type": name}).build()
     assert foreign(built.stages) == {"teacher"} and [a.of for a in alignments(built.stages)] == ["teacher"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from strategies.aligned import ForeignTopK, SpanLikelihoods, TakeForeignTopK, TakeSpans
+from strategies.aligned import UNITS, UNTOLD, BoundedSpans, ForeignTopK, SpanLikelihoods, TakeBoundedSpans, TakeForeignTopK, TakeSpans
 from strategies.objectives.aligned import AlignedULD, Distance, SharedTokens, SpanLikelihood, span_distance
 from strategies.objectives.divergence import ForwardKL
 from strategies.objectives.transport import ULD
@@ -42,6 +42,43 @@ def test_span_likelihoods_are_compared_as_the_formula_says(seed: int, tau: float
     z_q, labels, log_p, weights = spans_case(seed)
     got = run(SpanLikelihood(temperature=tau, distance=distance), z_q, Tokens(labels, likelihoods(log_p), weights), chunk_tokens)
     same(got, exact.span_likelihood(z_q, labels, SPAN, log_p, weights, tau, distance), rtol=5e-5)
+
+
+BEHIND = [3, 4, 7, 9]
+"""Tokens right behind a span; one of them is in no span itself."""
+
+
+def bounded(log_p: np.ndarray, seed: int) -> tuple[BoundedSpans, np.ndarray]:
+    """Likelihoods of spans and of units behind them, which the student's tokens 1, 4 and 6 begin."""
+    begins = np.full(TOKENS, UNTOLD, np.float32)
+    begins[BEHIND] = -np.random.default_rng(seed + 20).exponential(1.0, len(BEHIND))
+    return BoundedSpans(torch.as_tensor(SPAN), floats(log_p), floats(begins), torch.tensor([1, 4, 6])), begins
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, TOKENS])
+@pytest.mark.parametrize("distance", ["kl", "reverse-kl", "total-variation"])
+@pytest.mark.parametrize("tau", [1.0, 100.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_likelihoods_of_spans_and_units_behind_them_are_compared_as_the_formula_says(
+    seed: int, tau: float, distance: Distance, chunk_tokens: int
+) -> None:
+    z_q, labels, log_p, weights = spans_case(seed)
+    signal, begins = bounded(log_p, seed)
+    got = run(SpanLikelihood(temperature=tau, distance=distance), z_q, Tokens(labels, signal, weights), chunk_tokens)
+    same(got, exact.span_likelihood(z_q, labels, SPAN, log_p, weights, tau, distance, (begins, [1, 4, 6])), rtol=5e-5)
+    assert got[0] != pytest.approx(
+        run(SpanLikelihood(temperature=tau, distance=distance), z_q, Tokens(labels, likelihoods(log_p), weights))[0]
+    )
+
+
+def test_a_unit_that_nobody_can_begin_is_impossible_and_finite() -> None:
+    z_q, labels, log_p, weights = spans_case(0)
+    signal, begins = bounded(log_p, 0)
+    begins[BEHIND] = -np.inf
+    value, gradient = run(
+        SpanLikelihood(), z_q, Tokens(labels, BoundedSpans(signal.span, signal.logprobs, floats(begins), signal.own), weights)
+    )
+    assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("distance", ["kl", "reverse-kl", "total-variation"])
@@ -145,6 +182,13 @@ def test_takes_read_the_columns_that_they_name() -> None:
     kept = TakeForeignTopK().read({n: columns[n] for n in TakeForeignTopK.columns}, None)
     assert isinstance(spans, SpanLikelihoods) and spans.span.tolist() == [3, -1] and spans.gives == {"spans"}
     assert isinstance(kept, ForeignTopK) and kept.chunk(0, 1).gives == {"spans", "foreign"}
-    assert TakeSpans().request.kind == "per-token" and TakeForeignTopK(top_k=7).request.top_k == 7
+    begins = {"begins": torch.tensor([[UNTOLD], [-0.25]]), UNITS: torch.tensor([3])}
+    units = TakeBoundedSpans().read({n: {**columns, **begins}[n] for n in (*TakeBoundedSpans.columns, UNITS)}, None)
+    assert isinstance(units, BoundedSpans) and units.chunk(1, 2).begins.tolist() == [-0.25] and units.own.tolist() == [3]  # type: ignore[attr-defined]
+    assert (
+        TakeSpans().request.kind == "per-token"
+        and TakeBoundedSpans().request.kind == "among"
+        and TakeForeignTopK(top_k=7).request.top_k == 7
+    )
     with pytest.raises(ValueError, match="cannot give"):
         spans.label_logprobs(None)  # type: ignore[arg-type]

@@ -154,6 +154,18 @@ def test_a_head_alone_can_be_trained_on_frozen_hidden_states() -> None:
     assert on.hidden.grad is None
 
 
+def test_gradients_are_handed_out_again_where_that_is_asked_for() -> None:
+    case = make_case()
+    on, want = leaves(case), expected(case)
+    got = chunked_terms(on.hidden, Head(on.weight, on.bias), batch_of(case), TERMS, SCALES, NOW, 3, repeatable=True)
+    (first,) = torch.autograd.grad(2.0 * got.loss, on.hidden, retain_graph=True)
+    close(first / 2.0, want.hidden)
+    got.loss.backward()
+    close(on.hidden.grad, want.hidden)
+    close(on.weight.grad, want.weight)
+    close(on.bias.grad, want.bias)
+
+
 def test_one_token_is_enough() -> None:
     case = make_case(tokens=1)
     on, want = leaves(case), expected(case)
