@@ -128,11 +128,6 @@ def kept(run: Folder) -> list[Folder]:
     return [f for r in results if not (f := run.child(r["checkpoint_dir_name"])).exists(RELEASED)]
 
 
-def name(attempt: int, step: int) -> str:
-    """Of a checkpoint's folder in that of its run."""
-    return f"checkpoint_{attempt:03d}_{step:08d}"
-
-
 def at(run: Folder, step: int) -> Folder | None:
     """The kept checkpoint after `step` steps, of the newest attempt that has one; None when there is none."""
     return max((f for f in kept(run) if f.root.endswith(f"_{step:08d}")), key=lambda f: f.root, default=None)

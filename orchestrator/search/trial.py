@@ -153,7 +153,7 @@ class Hearing:
     def _pointer(self, entry: Entry) -> dict[str, str]:
         if self.folder is None or not self.every_steps or entry.step % self.every_steps:
             return {}
-        return {CHECKPOINT: self.folder.child(checkpoint.name(entry.attempt, entry.step)).root}
+        return {CHECKPOINT: self.folder.child(checkpoint.name_of(entry.attempt, entry.step)).root}
 
     def _report(self) -> None:
         """Tells what waits, in order, as far as its checkpoints are there to go on from."""

@@ -98,11 +98,11 @@ def test_the_book_knows_the_lineage_of_every_trial(tmp_path: Path) -> None:
 def committed(run: Folder, step: int, value: float) -> str:
     """A checkpoint of a run, as Ray Train's snapshot names it."""
     position = checkpoint.Position(step, 1, {METRIC: value})
-    found = run.child(checkpoint.name(1, step))
+    found = run.child(checkpoint.name_of(1, step))
     found.write(checkpoint.PROGRESS, json.dumps(vars(position)).encode())
     found.write("weights", b"1")
     snapshot = json.loads(run.read(checkpoint.SNAPSHOT) or b'{"checkpoint_results": []}')
-    latest = {"checkpoint_dir_name": checkpoint.name(1, step)}
+    latest = {"checkpoint_dir_name": checkpoint.name_of(1, step)}
     content = {"checkpoint_results": [*snapshot["checkpoint_results"], latest], "latest_checkpoint_result": latest}
     run.write(checkpoint.SNAPSHOT, json.dumps(content).encode())
     return found.root
