@@ -242,7 +242,7 @@ class _WhereRight(ForwardKL):
 
     def values(self, outputs: TokenLogits, signal: Signal, temperature: float, progress: Progress) -> Tensor:
         right = signal.first(outputs, 1)[:, 0] == outputs.labels
-        return right * super().values(outputs, signal, temperature, progress)
+        return torch.where(right, super().values(outputs, signal, temperature, progress), 0.0)
 
 
 def _fixed(head: Head) -> Head:
