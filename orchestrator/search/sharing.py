@@ -34,14 +34,17 @@ class Pooled:
 
 def pooled(plans: Sequence[Plan]) -> tuple[Pooled, ...]:
     """Teachers that load a model, stay as they are, and are one and the same wherever a trial asks them live."""
-    found: dict[str, Pooled] = {}
-    mixed: set[str] = set()
+    found: dict[str, list[Pooled]] = {}
     for plan in plans:
         for name in _live(plan):
-            here = _of(plan, name)
-            if found.setdefault(name, here) != here:
-                mixed.add(name)
-    return tuple(teacher for name, teacher in sorted(found.items()) if name not in mixed)
+            found.setdefault(name, []).append(_of(plan, name))
+    same = [here for _, here in sorted(found.items()) if all(_alike(t, here[0]) for t in here)]
+    return tuple(max(here, key=lambda t: t.memory.host) for here in same)
+
+
+def _alike(one: Pooled, other: Pooled) -> bool:
+    """Whether one engine answers for both; how much it has in hand may differ."""
+    return (one.config, one.vocabulary) == (other.config, other.vocabulary)
 
 
 def _live(plan: Plan) -> Iterator[str]:

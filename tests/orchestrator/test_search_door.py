@@ -55,7 +55,7 @@ def test_a_trial_is_the_recipe_with_its_point_and_reads_stores(bench: Bench) -> 
 
 def test_a_live_teacher_is_loaded_once_for_all_trials(bench: Bench) -> None:
     bench.recipe["signals"] = "live"
-    plan = planned(bench, LR)
+    plan = planned(bench, {**LR, "train.batch_rows": {"choice": [8, 16]}})
     (teacher,) = plan.pooled
     assert (teacher.name, teacher.vocabulary, plan.spec.pooled) == ("teacher", plan.plan.vocabulary, ("teacher",))
     assert "teacher answers all trials live and in turns: 1 in memory once" in " ".join(search_text(plan).split())
