@@ -55,7 +55,7 @@ def arena(folder: Path, nodes: int, steps: int, cpus: float = 1.0) -> Iterator[A
         patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is noticed within seconds
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
-        made = Arena(folder, loopback.up(loopback.folder_of(f"arena-{os.getpid()}"), [SIZE] * nodes), steps, cpus)
+        made = Arena(folder, loopback.up(loopback.folder_of(f"arena-{os.getpid()}"), [SIZE] * nodes), nodes, steps, cpus)
         try:
             yield made
         finally:
@@ -68,6 +68,7 @@ class Arena:
 
     home: Path
     cluster: Loopback
+    nodes: int
     steps: int
     cpus: float
     rows: int = 8
@@ -108,7 +109,8 @@ class Arena:
         return losses
 
     def start(self, recipe: Mapping[str, Any], settings: Mapping[str, Any] | None = None, command: Sequence[str] = ()) -> Run:
-        """A driver, in a process of its own."""
+        """A driver, in a process of its own, on a cluster that is whole."""
+        self.mend()
         name = recipe["name"]
         (self.home / f"{name}.yaml").write_text(yaml.safe_dump(dict(recipe)))
         (self.home / f"{name}.cluster.yaml").write_text(yaml.safe_dump({**self.settings, **(settings or {})}))
@@ -156,10 +158,10 @@ class Arena:
         for process in (top, *top.children(recursive=True)):
             process.kill()
 
-    def mend(self, nodes: int) -> None:
-        """So many nodes are there again."""
+    def mend(self) -> None:
+        """As many nodes are there again as in the beginning."""
         there = sum(node.found() is not None for node in self.cluster.nodes)
-        for _ in range(nodes - there):
+        for _ in range(self.nodes - there):
             self.cluster = loopback.join(self.cluster, SIZE)
 
     def orphans(self, seconds: float = 40.0) -> list[str]:

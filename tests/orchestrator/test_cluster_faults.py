@@ -64,7 +64,6 @@ def test_one_run_outlives_its_board_a_worker_and_a_node(home: Arena, undisturbed
     home.kill_node(home.far("RayTrainWorker")[1])
     run.finish()
     check(run, undisturbed, "board was lost and has been started anew", "is gone", "Attempt 2 goes on", "Attempt 3 goes on after step 5.")
-    home.mend(NODES)
 
 
 @pytest.mark.slow
@@ -85,7 +84,6 @@ def test_a_killed_board(home: Arena, undisturbed: dict[int, float]) -> None:
 def test_a_killed_node(home: Arena, undisturbed: dict[int, float]) -> None:
     run = struck(home, "node", lambda: home.kill_node(home.far("RayTrainWorker")[1]))
     check(run, undisturbed, "Training worker", "is gone; what ran there is done again", "Attempt 2 goes on after step 5.")
-    home.mend(NODES)
 
 
 @pytest.mark.slow
@@ -147,7 +145,6 @@ def test_a_node_that_is_taken_back(home: Arena, undisturbed: dict[int, float]) -
     drain(home, number, seconds=12)
     run.finish()
     check(run, undisturbed, "A node is about to be taken back: a checkpoint is written after step", "Attempt 2 goes on after step")
-    home.mend(NODES)
 
 
 def drain(home: Arena, number: int, seconds: int) -> None:

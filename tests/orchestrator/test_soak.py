@@ -48,7 +48,7 @@ def node(home: Arena, run: Run, chance: random.Random) -> Run:
     """Takes a node that is not the driver's, and brings another."""
     there = [number for number, each in enumerate(home.cluster.nodes) if number and each.found()]
     home.kill_node(chance.choice(there))
-    home.mend(NODES)
+    home.mend()
     return run
 
 
