@@ -215,8 +215,9 @@ class Trainer:
         more = self._publisher.keep if self._publisher else None
         journal = tuple(dataclasses.asdict(e) for e in self._journal.recent)
         position = checkpoint.Position(step, attempt, metrics, journal, self._controls.to_json(), self.cursor)
+        unranked = {self._job.run.checkpoint.best_metric: float("nan")}  # Ray ranks what lacks a metric above all where small is good
         ray.train.report(
-            metrics,
+            metrics or unranked,
             checkpoint=checkpoint.save(self._networks.players, position, self._journal.rank, more, self._job.key),
             checkpoint_dir_name=checkpoint.name_of(attempt, step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

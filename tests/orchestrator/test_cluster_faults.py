@@ -139,8 +139,8 @@ def test_storage_that_refuses_a_checkpoint(home: Arena, undisturbed: dict[int, f
 @pytest.mark.slow
 def test_a_node_that_is_taken_back(home: Arena, undisturbed: dict[int, float]) -> None:
     """It says so beforehand: a checkpoint is written at once, and less is repeated than lies between two of them."""
-    run = home.start(home.recipe("preempted", seconds=2.0))  # telling Ray takes seconds, and so does hearing it
-    run.wait_for_step(EVERY + 1)
+    run = home.start(home.recipe("preempted", seconds=2.0, read_ahead_bundles=1))  # telling Ray takes seconds, and so does hearing it
+    run.wait_for_step(2)
     drain(home, home.far("RayTrainWorker")[1], seconds=15)
     run.finish()
     check(run, undisturbed, "A node is about to be taken back: a checkpoint is written after step", "Attempt 2 goes on after step")
