@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from orchestrator.reading import read_bundles
 from orchestrator.remembering import Remembering, rollout_log
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, Trainer
+from orchestrator.wishes import Wish
 from orchestrator.worker import WorkerJob
 from strategies.core import Columns, Progress
 from strategies.objectives.taid import TaidPace, TaidState, taid_update
@@ -137,9 +138,9 @@ class Run:
                 micros = cut_bundle(self.plan.job.run, columns, self.plan.measured)
                 self.trainer.held_out = HeldOut([columns], micros, len(micros))
                 continue
-            self.trainer.step(step, columns, 0.0)
+            self.trainer.step(step, [columns], 0.0)
             if self.trainer.due(step):
-                self.trainer.report(step, 1, stop=False)
+                self.trainer.report(step, 1, Wish.NOTHING)
             if step == last:
                 break
         return Kept(last, copy.deepcopy(self.players["student"].state()), json.loads(json.dumps(self.controls.to_json())))
@@ -148,6 +149,7 @@ class Run:
 @pytest.fixture(autouse=True)
 def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.ray.train, "report", lambda *given, **named: None)
+    monkeypatch.setattr(train.Notice, "fresh", False)  # Ray's own context is asked, and there is none
     monkeypatch.setattr(train.checkpoint, "save", lambda *given: None)
 
 
@@ -171,9 +173,9 @@ def test_an_evaluation_reaches_rows_after_the_lag_of_the_student_that_writes(ben
     run, seen = Run(bench.plan(*RECALLS, "strategy.student_share={start: 0, rise: 1, tolerance: -99}"), Journal()), dict[int, float]()
     train_one = run.trainer.step
 
-    def watched(step: int, bundle: Columns, waited: float) -> bool:
-        seen[step] = float(bundle["control/student_share"][0])
-        return train_one(step, bundle, waited)
+    def watched(step: int, bundles: Sequence[Columns], waited: float) -> Wish:
+        seen[step] = float(bundles[0]["control/student_share"][0])
+        return train_one(step, bundles, waited)
 
     run.trainer.step = watched  # type: ignore[method-assign]
     run.go()
