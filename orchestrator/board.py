@@ -119,8 +119,9 @@ class Board:
 
 
 def open_board(run: str) -> Any:
-    """Handle of the run's board, started with this driver and restarted for ever."""
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3, max_concurrency=1000)(Board)
+    """Handle of the run's board, started with this driver and restarted for ever. Calls wait for that as long as it takes: finding a node
+    lost takes Ray longer than some retries, and a board takes what is told twice."""
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)(Board)
     return actor.options(name=f"{run}/board").remote()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,9 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS
 # A tracking server or run of the person who starts the tests must not receive what they log.
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
+# Nor does a key that seals checkpoints belong among theirs.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="distill-config-")
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 HERE = Path(__file__).parent
 PURE = HERE / "strategies"

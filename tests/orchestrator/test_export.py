@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster import seal
 from cluster.storage import Folder
 from orchestrator import checkpoint, export
 from orchestrator.config import to_yaml
@@ -181,6 +182,7 @@ def run_folder(models: Path, home: Path, **student: object) -> Folder:
         shutil.copytree(source.root, home / name)
         position = {"step": step, "attempt": 1, "metrics": {"eval/cross_entropy": loss}}
         (home / name / checkpoint.PROGRESS).write_text(json.dumps(position))
+        seal.seal(home / name, name, 0, seal.key_of(seal.SealSettings()))
         results.append({"checkpoint_dir_name": name})
     (home / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": results[-1], "checkpoint_results": results}))
     (home / RECIPE).write_text(to_yaml(run))

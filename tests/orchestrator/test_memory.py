@@ -53,6 +53,7 @@ def worker(recipe, columns):
     from orchestrator.config import load_job
     from orchestrator.players import load_players
     from orchestrator.teachers import Teachers
+    from orchestrator.wishes import Wish
     from strategies.core import Progress
 
     run, cpu = load_job(recipe).run, torch.device("cpu")
