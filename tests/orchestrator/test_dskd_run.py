@@ -51,3 +51,14 @@ def test_states_travel_and_filters_stay_behind(home: Path, ray_session: str) -> 
     assert steps[0]["score_seconds/far"] > 0 and found[-1]["eval/cross_entropy"] > 0
     weights = load_file(home / "runs" / "one" / "student" / "model.safetensors")
     assert weights and not any("filters" in name for name in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_two_workers_learn_what_one_does(home: Path, ray_session: str, layout: str) -> None:
+    strategy = {"type": "dskd", "filters_lr": 1e-2}
+    one, two = (
+        [values["loss"] for values in run(home, f"{layout}-{n}", strategy, more) if "loss" in values]
+        for n, more in ((1, {"layout": "single"}), (2, {"layout": layout, "workers": 2}))
+    )
+    assert two == pytest.approx(one, rel=1e-4)
