@@ -17,10 +17,11 @@ from cluster.package import Tree
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of one program that prints, waits and ends as it is told."""
+    """A tree of one program that prints, waits and ends as it is told. It takes Ctrl-C also below a shell that ignores it, as in `&`."""
     root = tmp_path_factory.mktemp("tree")
     (root / "program.py").write_text(
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('first line', os.environ['WORD'], flush=True)\n"
         "time.sleep(float(sys.argv[1]))\n"
         "print('last line')\n"
