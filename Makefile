@@ -6,6 +6,9 @@ PACKAGES := orchestrator jobs strategies cluster
 STAMP := $(VENV)/.installed
 # `make test PYTEST_ARGS="-k schedule -x"`
 PYTEST_ARGS ?=
+# Of tests that do not start Ray; the others run one after the other. Each takes about 1 GiB.
+PROCESSES ?= 2
+NOTHING_CHOSEN := 5
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format bench lock clean
@@ -26,7 +29,8 @@ quickstart: setup ## Make a small teacher, distill a student from it on this mac
 	$(BIN)/distill quickstart
 
 test: lint ## Lint, types, and every test that needs no GPU and no patience
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS) || [ $$? -eq $(NOTHING_CHOSEN) ]
+	$(BIN)/python -m pytest -m "not slow and not gpu and cluster" $(PYTEST_ARGS) || [ $$? -eq $(NOTHING_CHOSEN) ]
 
 test-all: lint ## Every test; those that need a GPU skip themselves without one
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -22,6 +22,8 @@ atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True
 
 HERE = Path(__file__).parent
 PURE = HERE / "strategies"
+LEFT_OPEN = "ignore::pytest.PytestUnraisableExceptionWarning"
+"""What other tests of the process left open, of which the collector tells whoever runs when it comes by."""
 RAY_FIXTURE = "ray_session"
 RAY_CPUS = 4
 """Logical, so that two workers, a scorer and a reader fit on two cores."""
@@ -31,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors in the pure tier; whoever starts Ray is marked `cluster`; `gpu` skips without one."""
     for item in items:
         if item.path.is_relative_to(PURE):
-            item.add_marker(pytest.mark.filterwarnings("error"))
+            item.add_marker(pytest.mark.filterwarnings("error", LEFT_OPEN))
         if RAY_FIXTURE in getattr(item, "fixturenames", ()):
             item.add_marker("cluster")
         if item.get_closest_marker("gpu"):
