@@ -234,6 +234,7 @@ def test_only_missing_parts_are_written(asking: Bench) -> None:
     assert "has 2 of 4 parts" in plan_text(asking.plan())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_ray_writes_what_this_process_would_and_only_what_is_missing(asking: Bench, tmp_path: Path) -> None:
     asking.cluster["address"] = "auto"

@@ -91,6 +91,7 @@ def alone(folder: str, ray_session: str) -> list[tuple[int, int, list[int]]]:
     return run(folder, 0, 1, 1)[0]
 
 
+@pytest.mark.slow
 def test_without_staleness_every_row_is_written_by_the_student_before_its_step(alone: list[tuple[int, int, list[int]]]) -> None:
     assert [(step, version) for step, version, _ in alone] == [(s, s - 1) for s in range(1, STEPS + 1)]
 
