@@ -52,18 +52,13 @@ def check_population(config: SearchConfig, spec: Spec, plans: Sequence[Plan]) ->
 
 def _check_path(config: SearchConfig, spec: Spec, path: str) -> None:
     """The path may be a schedule, and is searched in every trial."""
-    domain = config.space[path]
+    where, domain = f"search.space: {path}", config.space[path]
     if domain.when or domain.rescore:
-        got, expected = "a condition" if domain.when else "values that are scored anew", "settings that all trials have and may exchange"
-        raise Refusal(
-            f"search.space: {path}", got, "settings that all trials have and may exchange", "Leave it out, or take another scheduler."
-        )
+        got = "a condition" if domain.when else "values that are scored anew"
+        raise Refusal(where, got, "settings that all trials have and may exchange", OTHERWISE)
     first, last = extremes(domain)[0], extremes(domain)[-1]
     try:
         spec.job({**{p: extremes(d)[0] for p, d in config.space.items()}, path: {"steps": [[0, first], [spec.every_steps, last]]}})
     except Refusal as refused:
-        got, expected = (
-            "a setting that cannot change in mid-run",
-            "numbers that may be schedules: weights, temperatures, train.lr",
-        )
-        raise Refusal(f"search.space: {path}", got, expected, OTHERWISE) from refused
+        expected = "numbers that may be schedules: weights, temperatures, train.lr"
+        raise Refusal(where, "a setting that cannot change in mid-run", expected, OTHERWISE) from refused

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine
-from tests.benchmarks.verifiable_task import Bench, table
+from tests.benchmarks.verifiable_task import Bench, over_seeds
 
 NAME = "pass-rate"
 SIDES = {"paced": (), "uniform": ("strategy.control=uniform",), "random": ("strategy.control=random",)}
@@ -25,13 +26,11 @@ def measure(settings: Settings) -> Figure:
     """The table of all sides and seeds; the figure is the share of wrong answers of `paced` over that of `uniform`."""
     os.environ.pop("RAY_ADDRESS", None)
     bench = Bench(settings)
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in settings.seeds:
-        begun = bench.begin(seed)
-        found.setdefault("as begun", []).append(bench.measured("start", seed, begun, {}))
-        for side in settings.methods or SIDES:
-            found.setdefault(side, []).append(bench.run("paced", seed, begun, name=side, more=SIDES[side]))
-        print(f"\nAfter seed {seed}:\n\n{table(bench.teacher(), found)}\n", flush=True)
+
+    def run(side: str, seed: int, begun: Path) -> dict[str, float]:
+        return bench.run("paced", seed, begun, name=side, more=SIDES[side])
+
+    found = over_seeds(settings, bench, SIDES, run)
     return Figure(
         name=NAME,
         value=ratio(found),

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,7 @@ def measure(settings: Settings) -> Figure:
     """The table of all methods and seeds; the figure is the on-policy methods' mean KL(q‖p) on own text over the off-policy one's."""
     os.environ.pop("RAY_ADDRESS", None)
     bench = Bench(settings)
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in settings.seeds:
-        begun = bench.begin(seed)
-        found.setdefault("as begun", []).append(bench.measured("start", seed, begun, {}))
-        for method in settings.methods or task.METHODS:
-            found.setdefault(method, []).append(bench.run(method, seed, begun))
-        print(f"\nAfter seed {seed}:\n\n{table(bench.teacher(), found)}\n", flush=True)
+    found = over_seeds(settings, bench, task.METHODS, bench.run)
     return Figure(
         name=NAME,
         value=ratio(found),
@@ -69,6 +63,20 @@ def measure(settings: Settings) -> Figure:
         target=BENCHMARKS[NAME].target,
         measured={**machine(), "smoke": settings.smoke, "seeds": list(settings.seeds), "teacher": bench.teacher(), "runs": found},
     )
+
+
+def over_seeds(
+    settings: Settings, bench: Bench, methods: Iterable[str], run: Callable[[str, int, Path], dict[str, float]]
+) -> dict[str, list[dict[str, float]]]:
+    """Measures by method and seed of what `run` makes of the student that each seed begins with; prints the table after each seed."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in settings.seeds:
+        begun = bench.begin(seed)
+        found.setdefault("as begun", []).append(bench.measured("start", seed, begun, {}))
+        for method in settings.methods or methods:
+            found.setdefault(method, []).append(run(method, seed, begun))
+        print(f"\nAfter seed {seed}:\n\n{table(bench.teacher(), found)}\n", flush=True)
+    return found
 
 
 class Bench:
