@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from orchestrator.microbatch import cut
-from strategies.aligned import STATES, AlignedStates, Ends
+from strategies.aligned import STATES, UNTOLD, AlignedStates, Ends
 from strategies.core import Columns, ScoreRequest
 from strategies.head import Head
 from strategies.sources import ForeignStates, scored_columns
 from strategies.stages.align import NONE, Align, Reading, ScoreAligned
-from strategies.stages.laid import places
+from strategies.stages.laid import laid_begins, places
 from strategies.taps import OUTPUT
 
 WIDTH = 3
@@ -92,3 +92,16 @@ def test_where_nothing_aligns_there_are_no_states() -> None:
     laid = source.read("far", micro.columns, micro.rows.flatten()[micro.index], ends)
     assert laid.tokens(OUTPUT).shape == (0, WIDTH) and laid.ours.tolist() == [NONE, NONE]
     assert set(STATES) <= {name.removeprefix("far/") for name in columns}
+
+
+def test_a_new_unit_is_told_where_both_go_on_behind_the_span() -> None:
+    def rows(lengths: list[int], mask: list[int]) -> Columns:
+        return {"tokens": np.zeros(len(mask), np.int32), "lengths": np.asarray(lengths), "loss_mask": np.asarray(mask, np.uint8)}
+
+    begins = np.asarray([-1, -2, -3, -4], np.float32)
+    spans, theirs = np.asarray([0, NONE, 1, NONE]), np.asarray([0, 1])
+    # the teacher's row is over behind the first span, and what follows is another row's; behind the second one nothing follows at all
+    apart = laid_begins(rows([3, 3], [0, 1, 1, 0, 1, 1]), rows([2, 2], [0, 1, 0, 1]), spans, theirs, begins)
+    assert apart["begins"].tolist() == [UNTOLD] * 4
+    together = laid_begins(rows([3, 3], [0, 1, 1, 0, 1, 1]), rows([3, 1], [0, 1, 0, 1]), spans, theirs, begins)
+    assert together["begins"].tolist() == [UNTOLD, -3, UNTOLD, UNTOLD]
