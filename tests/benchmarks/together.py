@@ -37,7 +37,7 @@ SIDES: dict[str, tuple[str, ...]] = {
 USED = {"code's teacher": ("code",), "arithmetic's teacher": ("arithmetic",), CONTROL: ()}
 """Teachers of the sides that do without one."""
 SIZES = ("train.steps=200", "train.warmup_steps=20", "train.batch_rows=16", "train.lr_final_share=0.1", "data.held_out_rows=128")
-SMOKE = ("train.steps=4", "train.warmup_steps=0", "train.batch_rows=4", "data.held_out_rows=8", "data.max_rows=64")
+SMOKE = ("train.steps=4", "train.warmup_steps=0", "train.batch_rows=4", "data.held_out_rows=32", "data.max_rows=64")
 
 
 def measure(settings: Settings) -> Figure:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import ray.autoscaler
 import yaml
@@ -21,65 +22,9 @@ from jobs.render import rendered
 from orchestrator.errors import Refusal
 
 ROOT = Path(__file__).parents[2]
+KUBERNETES = "1.37"
 LAUNCHER_SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
 
-POD = {
-    "type": "object",
-    "required": ["spec"],
-    "additionalProperties": False,
-    "properties": {
-        "spec": {
-            "type": "object",
-            "required": ["containers"],
-            "additionalProperties": False,
-            "properties": {
-                "automountServiceAccountToken": {"type": "boolean"},
-                "volumes": {"type": "array", "items": {"type": "object", "required": ["name"]}},
-                "containers": {
-                    "type": "array",
-                    "minItems": 1,
-                    "items": {
-                        "type": "object",
-                        "required": ["name"],
-                        "additionalProperties": False,
-                        "properties": {
-                            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
-                            "image": {"type": "string"},
-                            "env": {
-                                "type": "array",
-                                "items": {
-                                    "type": "object",
-                                    "required": ["name"],
-                                    "properties": {
-                                        "name": {"type": "string"},
-                                        "value": {"type": "string"},
-                                        "valueFrom": {"type": "object"},
-                                    },
-                                    "additionalProperties": False,
-                                },
-                            },
-                            "ports": {
-                                "type": "array",
-                                "items": {
-                                    "type": "object",
-                                    "required": ["containerPort"],
-                                    "properties": {"containerPort": {"type": "integer"}},
-                                },
-                            },
-                            "resources": {
-                                "type": "object",
-                                "additionalProperties": False,
-                                "properties": {k: {"type": "object"} for k in ("requests", "limits")},
-                            },
-                            "securityContext": {"type": "object"},
-                            "volumeMounts": {"type": "array", "items": {"type": "object", "required": ["name", "mountPath"]}},
-                        },
-                    },
-                },
-            },
-        }
-    },
-}
 START = {"type": "object", "additionalProperties": {"type": "string"}}
 CLUSTER_SPEC = {
     "type": "object",
@@ -93,7 +38,7 @@ CLUSTER_SPEC = {
             "type": "object",
             "required": ["rayStartParams", "template"],
             "additionalProperties": False,
-            "properties": {"rayStartParams": START, "template": POD},
+            "properties": {"rayStartParams": START, "template": {"type": "object"}},
         },
         "workerGroupSpecs": {
             "type": "array",
@@ -105,7 +50,7 @@ CLUSTER_SPEC = {
                     "groupName": {"type": "string"},
                     **{k: {"type": "integer", "minimum": 0} for k in ("replicas", "minReplicas", "maxReplicas")},
                     "rayStartParams": START,
-                    "template": POD,
+                    "template": {"type": "object"},
                 },
             },
         },
@@ -123,9 +68,10 @@ JOB_SPEC = {
         "rayClusterSpec": CLUSTER_SPEC,
     },
 }
-"""Of KubeRay's resources (ray.io/v1), what is rendered here, by its API reference: names, types and what must be there."""
+"""Of KubeRay's resources (ray.io/v1), what is rendered here, by its API reference: names, types and what must be there. The pods in
+them have Kubernetes' own schema."""
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "storage": "/data/runs",
     "environment": {"HF_HOME": "/data/hub", "NOTE": 'a "word" for $5'},
     "secrets": ["HF_TOKEN"],
@@ -150,6 +96,9 @@ def test_manifests_have_the_shape_that_kuberay_documents(content: dict[str, Any]
     assert (cluster["apiVersion"], cluster["kind"], job["kind"]) == ("ray.io/v1", "RayCluster", "RayJob")
     jsonschema.validate(cluster["spec"], CLUSTER_SPEC)
     jsonschema.validate(job["spec"], JOB_SPEC)
+    for node in [cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]]:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, **node["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     assert yaml.safe_load(write_yaml(cluster)) == cluster
     assert job["spec"]["entrypoint"] == "python -m jobs.cli run 'a b.yaml'"
 
