@@ -16,7 +16,7 @@ from cluster.config import (
     VllmEndpoint,
 )
 from cluster.engines import Columns, Engine, Request, Sampling
-from cluster.offers import Offer, WritingOffer
+from cluster.offers import Offer, Unfit, WritingOffer
 
 DOOR_RETRIES = 2
 """Repetitions of a probe's requests: a person waits for it."""
@@ -95,12 +95,29 @@ def check_actors(
     config: EndpointConfig, requests: Sequence[Request], samplings: Sequence[Sampling], usable: int, longest: int, context: int | None
 ) -> None:
     """`cluster.offers.Unfit` when an engine that loads a model of its own lacks what it runs on, or does not answer `requests` about
-    `usable` ids or write by `samplings`, of rows and texts of up to `longest` tokens. `context` is what the model was made for."""
+    `usable` ids or write by `samplings`, of rows and texts of up to `longest` tokens, and when a verifier's function cannot be imported
+    here. `context` is what the model was made for."""
+    if isinstance(config, VerifierEndpoint):
+        check_verifier(config)
     if isinstance(config, VllmEndpoint):
         from cluster.engines.vllm_door import check, check_length
 
         check(config, requests, samplings, usable)
         check_length(config, longest, context, scores=bool(requests))
+
+
+def check_verifier(config: VerifierEndpoint) -> None:
+    """`cluster.offers.Unfit` when its function, where it has one, cannot be imported here."""
+    if config.function is None:
+        return
+    from cluster.verifiers import VerifierFailed
+    from cluster.verifiers.process import JudgeProcess
+
+    try:
+        JudgeProcess({"kind": config.kind, "function": config.function}, config.timeout_seconds).close()
+    except VerifierFailed as error:
+        do = "Correct the name, or put its module where Python finds it: beside the recipe's command, or into an installed package."
+        raise Unfit("function", str(error), "a function that can be imported", do) from error
 
 
 def longest_scored(config: EndpointConfig, context: int | None) -> int | None:

@@ -65,7 +65,7 @@ class JudgeProcess:
             problem = "the process died at once"
         if problem:
             self.close()
-            raise VerifierFailed(f"verifier {self._settings}: got {problem}; expected one that can be imported")
+            raise VerifierFailed(f"{self._settings.get('function') or self._settings['kind']!r}: {problem}")
 
 
 def _read(answer: bytes) -> Judged:

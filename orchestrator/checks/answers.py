@@ -7,6 +7,7 @@ from pathlib import Path
 from cluster.config import VerifierEndpoint
 from orchestrator.answers import Answers
 from orchestrator.authored import stop_tokens
+from orchestrator.checks.actors import check_endpoint
 from orchestrator.checks.networks import Cast
 from orchestrator.config import Job
 from orchestrator.data import PreparedData
@@ -28,6 +29,7 @@ def check_answers(job: Job, people: Cast, data: PreparedData, cache: Path) -> An
     if asked is None:
         return None
     judge = _judge(job, asked.verifier)
+    check_endpoint(asked.verifier, judge, people, (), (), 0)
     train = job.run.train
     if layout_facts(train.layout).held(train.layout, 2).weights < 1:
         do = "Set train.layout to single or ddp, or deepspeed with zero_stage up to 2, or leave it out: `distill evaluate` does it later."

@@ -26,8 +26,13 @@ NAME = "specialists"
 CODE, ARITHMETIC = task.DOMAINS
 EVERYBODY = f"strategy.teachers=[{CODE}, {ARITHMETIC}]"
 SMOKE = ["train.steps=2", "train.warmup_steps=0", "train.batch_rows=4", "data.held_out_rows=8", "data.max_rows=64"]
-STEPS = 400
+STEPS = 200
 """Of a student; one that reads a single domain has half of them, so that it reads as much of it as the others do."""
+
+
+def length(steps: int) -> list[str]:
+    """Overrides for so many steps, of which a tenth warms up."""
+    return [f"train.steps={steps}", f"train.warmup_steps={steps // 10}"]
 
 
 def one_teacher(name: str) -> str:
@@ -42,8 +47,8 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "best by confidence": (task.BOTH, [EVERYBODY, "strategy.gate={by: confidence, best: true}"]),
     "code teacher only": (task.BOTH, [one_teacher(CODE)]),
     "arithmetic teacher only": (task.BOTH, [one_teacher(ARITHMETIC)]),
-    "code alone": (CODE, [one_teacher(CODE), f"train.steps={STEPS // 2}"]),
-    "arithmetic alone": (ARITHMETIC, [one_teacher(ARITHMETIC), f"train.steps={STEPS // 2}"]),
+    "code alone": (CODE, [one_teacher(CODE), *length(STEPS // 2)]),
+    "arithmetic alone": (ARITHMETIC, [one_teacher(ARITHMETIC), *length(STEPS // 2)]),
     "no teacher": (task.BOTH, ["strategy=cross-entropy"]),
 }
 """What a student reads, and overrides of the recipe."""
@@ -77,7 +82,8 @@ def run(folder: Path, method: str, seed: int, display: Display, small: Sequence[
     if (kept := _kept(folder, method, seed)) is not None:
         return kept
     extra = ["evaluate.every_steps=0", f"seed={seed}", *small]
-    made = runs.distill(task.RECIPE, [*task.overrides(folder, domain), *more, *extra], task.cluster(folder), display=display)
+    given = [*task.overrides(folder, domain), *length(STEPS), *more, *extra]
+    made = runs.distill(task.RECIPE, given, task.cluster(folder), display=display)
     return measured(folder, method, seed, Path(made.student))
 
 

@@ -185,7 +185,7 @@ def test_a_reward_is_a_number_from_0_to_1() -> None:
     ],
 )
 def test_a_function_that_is_not_there_is_told_at_once(function: str, problem: str) -> None:
-    with pytest.raises(VerifierFailed, match=f"{problem}.*expected one that can be imported"):
+    with pytest.raises(VerifierFailed, match=f"{function}.*{problem}"):
         JudgeProcess({"kind": "callable", "function": function}, SECONDS)
 
 

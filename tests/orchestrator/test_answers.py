@@ -97,6 +97,7 @@ def test_accuracy_is_the_share_of_judged_answers_that_are_right(tmp_path: Path, 
 
 
 ASKED = ("evaluate.answers={max_new_tokens: 8}", "endpoints.verifier={engine: verifier, kind: exact}")
+NOWHERE = "endpoints.verifier={engine: verifier, kind: callable, function: 'tests.orchestrator.missing:right'}"
 
 
 def test_the_door_knows_the_metric_and_its_judge(bench: Bench) -> None:
@@ -115,6 +116,7 @@ def test_the_door_knows_the_metric_and_its_judge(bench: Bench) -> None:
         (("evaluate.answers={verifier: teacher}",), ["evaluate.answers.verifier", "'transformers'", "an endpoint that judges"]),
         ((*ASKED, "train.layout=fsdp2", "train.workers=2"), ["evaluate.answers", "fsdp2, which shards", "single or ddp"]),
         ((*ASKED, "evaluate.answers.max_new_tokens=512"), ["evaluate.answers.max_new_tokens", "512 positions"]),
+        ((ASKED[0], NOWHERE), ["endpoints.verifier.function", "'tests.orchestrator.missing:right'", "ModuleNotFoundError"]),
         (("checkpoint.best_metric=eval/accuracy",), ["checkpoint.best_metric", "eval/perplexity"]),
     ],
 )
