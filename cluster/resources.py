@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -11,6 +12,8 @@ from cluster.config import ClusterConfig, EndpointConfig, Resources
 
 ROOMY_CPUS = 8
 """From this many CPUs on a process gets a whole logical one; below, fractions keep a stream from starving."""
+FEWEST_CPUS = 0.25
+"""What a process of a smaller machine holds at least; half a CPU where everybody can have that."""
 READER = "reader"
 """Role of the processes that read rows."""
 READER_CPUS = 0.1
@@ -52,13 +55,25 @@ def demands(
     actors = {name: e.actors * pools.get(name, 1) for name, e in endpoints.items()}
     busy = max(1, workers + sum(actors[name] for name, e in endpoints.items() if e.saved_model))
     threads = max(1, int(cpus) // busy)
-    wanted = [Demand("worker", workers, _share(config.resources.worker, cpus, threads))]
-    wanted += [Demand(name, actors[name], _share(e.resources, cpus, threads if e.saved_model else 1)) for name, e in endpoints.items()]
     reader = config.resources.reader
-    cpus_of_reader = READER_CPUS if reader.cpus is None else reader.cpus
-    return [*wanted, Demand(READER, pools.get(READER, 1), Share(cpus_of_reader, reader.gpus, reader.threads or 1))]
+    reads = Demand(
+        READER, pools.get(READER, 1), Share(READER_CPUS if reader.cpus is None else reader.cpus, reader.gpus, reader.threads or 1)
+    )
+    held = [(workers, config.resources.worker), *((actors[name], e.resources) for name, e in endpoints.items())]
+    logical = _logical(cpus - reads.processes * reads.share.cpus, cpus, held)
+    wanted = [Demand("worker", workers, _share(config.resources.worker, logical, threads))]
+    wanted += [Demand(name, actors[name], _share(e.resources, logical, threads if e.saved_model else 1)) for name, e in endpoints.items()]
+    return [*wanted, reads]
 
 
-def _share(given: Resources, cpus: float, threads: int) -> Share:
-    logical = given.cpus if given.cpus is not None else (1.0 if cpus >= ROOMY_CPUS else 0.5)
-    return Share(logical, given.gpus, given.threads or threads)
+def _logical(free: float, cpus: float, held: Sequence[tuple[int, Resources]]) -> float:
+    """Logical CPUs of a process that names none: a whole one of a roomy machine, else an equal part of what the others leave of `free`."""
+    if cpus >= ROOMY_CPUS:
+        return 1.0
+    left = free - sum(processes * r.cpus for processes, r in held if r.cpus is not None)
+    silent = sum(processes for processes, r in held if r.cpus is None)
+    return min(0.5, max(FEWEST_CPUS, math.floor(100 * left / max(1, silent)) / 100))
+
+
+def _share(given: Resources, logical: float, threads: int) -> Share:
+    return Share(logical if given.cpus is None else given.cpus, given.gpus, given.threads or threads)

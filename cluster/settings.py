@@ -30,7 +30,8 @@ class Resources(ClusterModel):
     """What one process of a role holds on the Ray cluster."""
 
     cpus: NonNegativeFloat | None = None
-    """Logical CPUs; chosen from the machine's size when absent (a whole CPU from 8 cores on, half of one below)."""
+    """Logical CPUs; chosen from the machine's size when absent (a whole CPU from 8 cores on; below, half of one, or a quarter at least
+    where there are many processes)."""
     gpus: NonNegativeFloat = 0.0
     """GPUs, fractions allowed."""
     threads: PositiveInt | None = None
