@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 OTHER_VOCABULARY = 2048
 ROW_TOKENS = {"bpe": 128, "bytes": 384}
 """Longest rows, of about as many bytes for either student."""
-BYTES = 2_000_000
+BYTES = 1_000_000
 """That every run learns from."""
 BATCH_ROWS, HELD_OUT_ROWS = 16, 256
 SHOWN = {"bits_per_byte": "{:.4f}", "bytes": "{:,.0f}", "tokens_per_second": "{:,.0f}"}

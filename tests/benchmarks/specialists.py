@@ -81,7 +81,7 @@ def run(folder: Path, method: str, seed: int, display: Display, small: Sequence[
     domain, more = METHODS[method]
     if (kept := _kept(folder, method, seed)) is not None:
         return kept
-    extra = ["evaluate.every_steps=0", f"seed={seed}", *small]
+    extra = ["evaluate.every_steps=null", f"seed={seed}", *small]
     given = [*task.overrides(folder, domain), *length(STEPS), *more, *extra]
     made = runs.distill(task.RECIPE, given, task.cluster(folder), display=display)
     return measured(folder, method, seed, Path(made.student))
