@@ -245,7 +245,8 @@ def _layout(plan: Plan) -> list[str]:
     device = f"{share.gpus:g} GPU each" if share.gpus else "on CPUs"
     few, most = train.fewest_workers, train.most_workers
     workers = "1 worker" if most == 1 else f"{most} workers" if few == most else f"{few} to {most} workers"
-    return [f"{train.layout.type}, {workers} of {share.threads} threads {device}, up to {train.max_failures} restarts"]
+    threads = "1 thread" if share.threads == 1 else f"{share.threads} threads"
+    return [f"{train.layout.type}, {workers} of {threads} {device}, up to {train.max_failures} restarts"]
 
 
 def _processors(plan: Plan) -> str:
