@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,16 @@ MARK = "DISTILL_LOOPBACK"
 START_SECONDS = 180.0
 END_SECONDS = 15.0
 POLL_SECONDS = 0.25
+TRIES = 3
+"""Starts of a node that ends as it starts: Ray gives up on itself where a busy machine takes longer than 30 seconds."""
 
 
 class LoopbackError(Exception):
     """A cluster that did not start, or is in the way."""
+
+
+class _Ended(LoopbackError):
+    """A node that ended as it started."""
 
 
 @dataclass(frozen=True)
@@ -149,17 +155,14 @@ def up(folder: Path, sizes: Sequence[NodeSize]) -> Loopback:
     gcs, dashboard, client = _free_ports(3)
     head = ["--head", "--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
     head += ["--ray-client-server-port", str(client), "--include-dashboard", "true"]
-    address = f"{_address(0)}:{gcs}"
-    arguments = [head, *(["--address", address] for _ in sizes[1:])]
-    started: list[Process] = []
-    cluster = Loopback(str(folder), address, f"http://127.0.0.1:{dashboard}", ())
+    cluster = Loopback(str(folder), f"{_address(0)}:{gcs}", f"http://127.0.0.1:{dashboard}", ())
     try:
-        for number, (words, size) in enumerate(zip(arguments, sizes, strict=True)):
-            started.append(_start(folder, number, words, size))
-            cluster = _recorded(replace(cluster, nodes=tuple(started)))
-            if number == 0:
-                _await_nodes(cluster, [0])
-        _await_nodes(cluster, range(len(sizes)))
+        cluster = _with(cluster, 0, _start(folder, 0, head, sizes[0]))
+        _await_node(cluster, 0)
+        for number, size in enumerate(sizes[1:], 1):  # all of them at once
+            cluster = _with(cluster, number, _worker(cluster, number, size))
+        for number, size in enumerate(sizes[1:], 1):
+            cluster = _joined(cluster, number, size)
     except BaseException:
         down(cluster)
         raise
@@ -169,10 +172,28 @@ def up(folder: Path, sizes: Sequence[NodeSize]) -> Loopback:
 def join(cluster: Loopback, size: NodeSize) -> Loopback:
     """Starts one more node of a running cluster; the cluster with it, once it is alive. `LoopbackError` when it does not come up."""
     number = len(cluster.nodes)
-    node = _start(Path(cluster.folder), number, ["--address", cluster.address], size)
-    larger = _recorded(replace(cluster, nodes=(*cluster.nodes, node)))
-    _await_nodes(larger, [number])
-    return larger
+    return _joined(_with(cluster, number, _worker(cluster, number, size)), number, size)
+
+
+def _joined(cluster: Loopback, number: int, size: NodeSize) -> Loopback:
+    """The cluster once a started node of it is alive; one that ends as it starts is started again."""
+    for _ in range(TRIES - 1):
+        try:
+            return _await_node(cluster, number)
+        except _Ended:
+            cluster = _with(cluster, number, _worker(cluster, number, size))
+    return _await_node(cluster, number)
+
+
+def _with(cluster: Loopback, number: int, node: Process) -> Loopback:
+    """The cluster with a new node, or one in another's place, which goes into its record."""
+    changed = replace(cluster, nodes=(*cluster.nodes[:number], node, *cluster.nodes[number + 1 :]))
+    _write_private(Path(cluster.folder) / RECORD, json.dumps(asdict(changed)))
+    return changed
+
+
+def _worker(cluster: Loopback, number: int, size: NodeSize) -> Process:
+    return _start(Path(cluster.folder), number, ["--address", cluster.address], size)
 
 
 def down(cluster: Loopback) -> list[int]:
@@ -213,11 +234,6 @@ def _marked(folder: str) -> list[psutil.Process]:
     return found
 
 
-def _recorded(cluster: Loopback) -> Loopback:
-    _write_private(Path(cluster.folder) / RECORD, json.dumps(asdict(cluster)))
-    return cluster
-
-
 def _address(number: int) -> str:
     return f"127.0.0.{number + 2}"
 
@@ -243,38 +259,33 @@ def _environment(folder: Path) -> Mapping[str, str]:
     return {**end, **kept, **token, MARK: str(folder), "PATH": f"{here}{os.pathsep}{kept.get('PATH', os.defpath)}"}
 
 
-def _await_nodes(cluster: Loopback, numbers: Sequence[int]) -> None:
-    """Returns once these nodes are alive."""
+def _await_node(cluster: Loopback, number: int) -> Loopback:
+    """The same cluster, once the node is alive."""
     deadline = time.monotonic() + START_SECONDS
     while True:
-        for number in numbers:
-            if cluster.nodes[number].found() is None:
-                raise LoopbackError(f"node {number} ended as it started: {_last_words(Path(cluster.folder) / f'node-{number}.log')}")
+        if cluster.nodes[number].found() is None:
+            raise _Ended(f"node {number} ended as it started: {_last_words(Path(cluster.folder) / f'node-{number}.log')}")
         with suppress(OSError, ValueError):
-            if {_address(number) for number in numbers} <= set(cluster.alive()):
-                return
+            if _address(number) in cluster.alive():
+                return cluster
         if time.monotonic() > deadline:
-            raise LoopbackError(f"{len(numbers)} nodes were not up within {START_SECONDS:g} seconds; logs are in {cluster.folder}")
+            raise LoopbackError(f"node {number} was not up within {START_SECONDS:g} seconds; logs are in {cluster.folder}")
         time.sleep(POLL_SECONDS)
 
 
 def _get(url: str, path: str, token: str) -> dict[str, Any]:
     request = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=10) as answer:
-        content: dict[str, Any] = json.load(answer)
-    return content
+        return json.load(answer)  # type: ignore[no-any-return]
 
 
 def _free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now; another program may still be faster."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("", 0))
         return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def _write_private(path: Path, content: str) -> None:

@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from cluster import loopback
-from cluster.loopback import MARK, RECORD, TOKEN, Loopback, Process
+from cluster.loopback import MARK, RECORD, TOKEN, Loopback, LoopbackError, NodeSize, Process
 
 
 @pytest.fixture
@@ -90,3 +90,26 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     with pytest.raises(loopback.LoopbackError, match="somebody else"):
         loopback.up(tmp_path / "mine", [loopback.NodeSize()])
+
+
+@pytest.mark.parametrize("bad_starts", [1, 2, 3])
+def test_a_node_that_ends_as_it_starts_is_started_again(
+    tmp_path: Path, sleeper: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, bad_starts: int
+) -> None:
+    cluster, starts = recorded(tmp_path / "mine", Process.of(os.getpid())), list[int]()
+
+    def start(folder: Path, number: int, words: Sequence[str], size: NodeSize) -> Process:
+        starts.append(number)
+        node = sleep(sleeper, None)
+        (folder / f"node-{number}.log").write_text("timed out during startup")
+        return replace(Process.of(node.pid), started=0.0) if len(starts) <= bad_starts else Process.of(node.pid)
+
+    monkeypatch.setattr(loopback, "_start", start)
+    monkeypatch.setattr(Loopback, "alive", lambda cluster: ["127.0.0.2", "127.0.0.3"])
+    if bad_starts == loopback.TRIES:
+        with pytest.raises(LoopbackError, match="node 1 ended as it started: timed out"):
+            loopback.join(cluster, NodeSize(cpus=1))
+    else:
+        joined = loopback.join(cluster, NodeSize(cpus=1))
+        assert loopback.find(tmp_path / "mine") == joined and joined.nodes[1].found() is not None
+    assert starts == [1] * min(bad_starts + 1, loopback.TRIES)
