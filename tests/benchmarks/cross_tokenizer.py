@@ -32,10 +32,11 @@ CONTROL = "cross-entropy"
 METHODS: dict[str, dict[str, Any]] = {
     CONTROL: {"type": "cross-entropy"},
     "alm": {"type": "alm"},
+    "alm-debias": {"type": "alm", "debias": True},
     "uld": {"type": "uld"},
     "gold": {"type": "gold"},
 }
-"""Strategies with their own defaults."""
+"""Strategies with their own defaults, and what `alm` has for tokens that end at other places."""
 OTHER_VOCABULARY = 2048
 ROW_TOKENS = {"bpe": 128, "bytes": 384}
 """Longest rows, of about as many bytes for either student."""

@@ -6,10 +6,12 @@ What is lost is what two workers cost: the gradients' way, bundles of uneven wor
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
-from tests.benchmarks.material import standard_library
+from tests.benchmarks.loop import LoopSpec, prepare_rows, run_loop
+from tests.benchmarks.material import Material, standard_library
 from tests.benchmarks.product import Setup, recipe, run
 from tests.benchmarks.window import Window
 
@@ -29,6 +31,8 @@ def measure(settings: Settings) -> Figure:
     speeds: dict[str, list[float]] = {setup.name: [] for setup in SETUPS}
     seconds: dict[str, list[float]] = {setup.name: [] for setup in SETUPS}
     waits: dict[str, list[float]] = {setup.name: [] for setup in SETUPS}
+    machines = machine_scaling(settings, material, recipe(material, SETUPS[0], {**train, "steps": 1}, data, {"top_k": 64}))
+    print(f"two bare loops over one: {machines:.2f}", flush=True)
     for turn in range(settings.rounds):
         for setup in SETUPS:
             content = recipe(material, setup, train, data, {"top_k": 64}) | {"signals": "store"}
@@ -51,6 +55,21 @@ def measure(settings: Settings) -> Figure:
             "step_seconds": seconds,
             "stream_wait_seconds": waits,
             "batch_rows": rows,
+            "two_bare_loops_over_one": machines,
             "parameters": material.parameters,
         },
     )
+
+
+def machine_scaling(settings: Settings, material: Material, content: dict[str, object]) -> float:
+    """Tokens/s of two bare loops of one thread side by side over one alone: what this machine's cores give those who share nothing."""
+    window = Window(1, 2, 1) if settings.smoke else Window(3, 20, 2)
+    rows = prepare_rows(content, settings.folder / "runs" / "data")
+    spec = LoopSpec(str(material.student), str(material.teacher), rows, window.steps, batch_rows=4 if settings.smoke else 16, threads=1)
+
+    def speed(name: str) -> float:
+        return run_loop("tests.benchmarks.bare_loop", spec, settings.folder / name).tokens_per_second(window)
+
+    alone = speed("alone")
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(speed, ("left", "right"))) / alone

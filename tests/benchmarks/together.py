@@ -29,14 +29,21 @@ SIDES: dict[str, tuple[str, ...]] = {
     WHOLE: (),
     "domains by their rows": ("curriculum.control=random",),
     "no rows of its own": ("strategy.student_share=0",),
-    "code's teacher": ("strategy.teachers=[code]", "strategy.foreign={}", "curriculum=null"),
-    "arithmetic's teacher": ("strategy={type: alm, teacher: arithmetic, ce_weight: 0.5}", "curriculum=null"),
+    "teacher of code": ("strategy.teachers=[code]", "strategy.foreign={}", "curriculum=null"),
+    "teacher of arithmetic": ("strategy={type: alm, teacher: arithmetic, ce_weight: 0.5}", "curriculum=null"),
     CONTROL: ("strategy=cross-entropy", "endpoints={}", "curriculum=null"),
 }
 """Overrides of the recipe."""
-USED = {"code's teacher": ("code",), "arithmetic's teacher": ("arithmetic",), CONTROL: ()}
+USED = {"teacher of code": ("code",), "teacher of arithmetic": ("arithmetic",), CONTROL: ()}
 """Teachers of the sides that do without one."""
-SIZES = ("train.steps=200", "train.warmup_steps=20", "train.batch_rows=16", "train.lr_final_share=0.1", "data.held_out_rows=128")
+SIZES = (
+    "train.steps=200",
+    "train.warmup_steps=20",
+    "train.batch_rows=16",
+    "train.lr_final_share=0.1",
+    "data.held_out_rows=128",
+    "checkpoint.every_steps=100",
+)
 SMOKE = ("train.steps=4", "train.warmup_steps=0", "train.batch_rows=4", "data.held_out_rows=32", "data.max_rows=64")
 
 
