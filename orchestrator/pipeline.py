@@ -25,7 +25,7 @@ from orchestrator.board import tell_if_restarted
 from orchestrator.bundle import from_table, to_table
 from orchestrator.draws import BEGINNING
 from orchestrator.order import Order
-from orchestrator.reading import OPEN, OrderSource
+from orchestrator.reading import OPEN, OrderSource, bundles_of
 from orchestrator.stage_actor import Handler, StageActor, packed
 from orchestrator.versions import STUDENT_WEIGHTS, FollowingEngine, Freshness
 from strategies.core import Stage
@@ -79,7 +79,7 @@ def open_stream(
     reader = spec.shares[READER]
     gate = spec.freshness.gate if spec.freshness else OPEN
     source = OrderSource(spec.order, start_step, attempt, with_held_out, gate, cursor)
-    stream = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=reader.cpus)
+    stream = bundles_of(source, reader.cpus)
     for group in stage_groups(spec.stages):
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import ray
 from numpy.typing import NDArray
 from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
@@ -51,6 +52,7 @@ class OrderSource(Datasource):
         gate: Gate = OPEN,
         cursor: Mapping[str, float] = BEGINNING,
     ):
+        self.bundles_per_step = order.bundles_per_step
         self._walk = (order, start_step, attempt, with_held_out, gate, cursor)
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -62,6 +64,13 @@ class OrderSource(Datasource):
         walk = self._walk
         metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
         return [ReadTask(lambda: read_bundles(*walk), metadata)]
+
+
+def bundles_of(source: OrderSource, cpus: float) -> ray.data.Dataset:
+    """What the source yields, a block each. Ray Data fetches ten times a second what a task has ready, by default two blocks at most: here
+    it may be a whole step."""
+    DataContext.get_current()._max_num_blocks_in_streaming_gen_buffer = max(2, source.bundles_per_step)
+    return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=cpus)
 
 
 def read_bundles(

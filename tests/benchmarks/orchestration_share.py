@@ -29,7 +29,7 @@ from cluster.loopback import NodeSize
 from orchestrator.board import RankJournal, open_board
 from orchestrator.bundle import scalar
 from orchestrator.order import Order
-from orchestrator.reading import OrderSource
+from orchestrator.reading import OrderSource, bundles_of
 from orchestrator.stream import Part, Stream
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine
@@ -114,7 +114,7 @@ def _share(folder: Path, workers: int, scorers: int, steps: int) -> dict[str, fl
         context = DataContext.get_current()
         context.target_max_block_size = 1
         context.enable_progress_bars = False
-        read = ray.data.read_datasource(OrderSource(order, 0, 1, False), override_num_blocks=1, num_cpus=0.1)
+        read = bundles_of(OrderSource(order, 0, 1, False), cpus=0.1)
         pool = ActorPoolStrategy(size=scorers, max_tasks_in_flight_per_actor=2)
         return read.map_batches(Scorer, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=1)
 
