@@ -98,7 +98,7 @@ def check_actors(
     `usable` ids or write by `samplings`, of rows and texts of up to `longest` tokens, and when a verifier's function cannot be imported
     here. `context` is what the model was made for."""
     if isinstance(config, VerifierEndpoint):
-        check_verifier(config)
+        _check_verifier(config)
     if isinstance(config, VllmEndpoint):
         from cluster.engines.vllm_door import check, check_length
 
@@ -106,7 +106,7 @@ def check_actors(
         check_length(config, longest, context, scores=bool(requests))
 
 
-def check_verifier(config: VerifierEndpoint) -> None:
+def _check_verifier(config: VerifierEndpoint) -> None:
     """`cluster.offers.Unfit` when its function, where it has one, cannot be imported here."""
     if config.function is None:
         return
@@ -116,7 +116,7 @@ def check_verifier(config: VerifierEndpoint) -> None:
     try:
         JudgeProcess({"kind": config.kind, "function": config.function}, config.timeout_seconds).close()
     except VerifierFailed as error:
-        do = "Correct the name, or put its module where Python finds it: beside the recipe's command, or into an installed package."
+        do = "Correct the name, or put its module where Python finds it: in the folder of the command, or in an installed package."
         raise Unfit("function", str(error), "a function that can be imported", do) from error
 
 

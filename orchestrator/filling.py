@@ -29,8 +29,8 @@ from orchestrator.bundle import from_table, to_table
 from orchestrator.config import Job
 from orchestrator.display import Display
 from orchestrator.errors import Interrupted, RunFailed, origin
-from orchestrator.pipeline import StageGroup, add_group
-from orchestrator.reading import prepared_rows
+from orchestrator.pipeline import IN_FLIGHT, StageGroup, add_group
+from orchestrator.reading import bundles_of, prepared_rows
 from strategies.core import Columns, Stage
 
 WRITERS = 2
@@ -149,11 +149,8 @@ def _parts(job: Filling, missing: Sequence[int]) -> Iterator[PartInfo]:
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
 def _drive(job: Filling, missing: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    context = DataContext.get_current()
-    context.target_max_block_size = 1  # else map_batches merges blocks into one
-    context.enable_progress_bars = False
     reader = job.shares["reader"]
-    stream = ray.data.read_datasource(PartSource(job.rows, job.spec.starts, missing), override_num_blocks=1, num_cpus=reader.cpus)
+    stream = bundles_of(PartSource(job.rows, job.spec.starts, missing), reader.cpus, IN_FLIGHT * job.config.actors)
     share = job.shares[job.spec.name]
     make = partial(StageGroup, (job.stage,), job.config, share.threads, job.spec.key.vocabulary)
     stream = add_group(stream, make, share, job.config.actors)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from cluster.config import EndpointConfig
 from cluster.endpoints import make_engine
@@ -30,6 +30,9 @@ from orchestrator.stage_actor import Handler, StageActor, packed
 from orchestrator.versions import STUDENT_WEIGHTS, FollowingEngine, Freshness
 from strategies.core import Stage
 from strategies.stages.rollout import STUDENT
+
+IN_FLIGHT = 2
+"""Bundles on their way to or in one actor."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,10 @@ def open_stream(
 ) -> ray.data.Dataset:
     """The bundles after `start_step`, where a curriculum stood at `cursor`, with held-out rows if wanted. Call it in Ray Train's
     controller. The `board` is told of stages that were lost."""
-    context = DataContext.get_current()
-    context.target_max_block_size = 1  # else map_batches merges bundles into one block
-    context.enable_progress_bars = False
     reader = spec.shares[READER]
     gate = spec.freshness.gate if spec.freshness else OPEN
     source = OrderSource(spec.order, start_step, attempt, with_held_out, gate, cursor)
-    stream = bundles_of(source, reader.cpus)
+    stream = bundles_of(source, reader.cpus, spec.order.bundles_per_step)
     for group in stage_groups(spec.stages):
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None
@@ -119,7 +119,7 @@ def add_group(stream: ray.data.Dataset, make: Callable[[], Handler], share: Shar
         fn_constructor_args=(packed(make),),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=IN_FLIGHT),
         num_cpus=share.cpus,
         num_gpus=share.gpus,
     )

@@ -52,7 +52,6 @@ class OrderSource(Datasource):
         gate: Gate = OPEN,
         cursor: Mapping[str, float] = BEGINNING,
     ):
-        self.bundles_per_step = order.bundles_per_step
         self._walk = (order, start_step, attempt, with_held_out, gate, cursor)
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -66,10 +65,13 @@ class OrderSource(Datasource):
         return [ReadTask(lambda: read_bundles(*walk), metadata)]
 
 
-def bundles_of(source: OrderSource, cpus: float) -> ray.data.Dataset:
-    """What the source yields, a block each. Ray Data fetches ten times a second what a task has ready, by default two blocks at most: here
-    it may be a whole step."""
-    DataContext.get_current()._max_num_blocks_in_streaming_gen_buffer = max(2, source.bundles_per_step)
+def bundles_of(source: Datasource, cpus: float, at_once: int) -> ray.data.Dataset:
+    """What the one task of a source yields, a block each: by itself Ray Data merges small blocks, and takes two at most of those a task has
+    ready, ten times a second. Here it takes up to `at_once`. This holds for all that is done with the dataset."""
+    context = DataContext.get_current()
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context._max_num_blocks_in_streaming_gen_buffer = max(2, at_once)
     return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=cpus)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
-from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions
+from ray.data import ActorPoolStrategy, ExecutionOptions
 from ray.train import DataConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -111,10 +111,7 @@ def _share(folder: Path, workers: int, scorers: int, steps: int) -> dict[str, fl
     order = Order(str(folder), 0, steps, workers, batch_rows=workers * ROWS_EACH)
 
     def stream() -> ray.data.Dataset:
-        context = DataContext.get_current()
-        context.target_max_block_size = 1
-        context.enable_progress_bars = False
-        read = bundles_of(OrderSource(order, 0, 1, False), cpus=0.1)
+        read = bundles_of(OrderSource(order, 0, 1, False), cpus=0.1, at_once=workers)
         pool = ActorPoolStrategy(size=scorers, max_tasks_in_flight_per_actor=2)
         return read.map_batches(Scorer, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.data import ExecutionOptions
+from ray.data import DataContext, ExecutionOptions
 
 from cluster.config import FakeEndpoint
 from cluster.resources import Share
@@ -62,6 +62,14 @@ def test_worker_r_gets_bundles_r_modulo_workers_in_order(folder: str, ray_sessio
     for step in range(1, STEPS + 1):
         rows = np.concatenate([b["rows"] for bundles in seen for b in bundles if b["step"] == step])
         assert sorted(rows) == sorted(order.step_rows(step))
+
+
+def test_a_whole_step_may_be_ready_at_once(folder: str, ray_session: str) -> None:
+    ahead = "_max_num_blocks_in_streaming_gen_buffer"
+    assert hasattr(DataContext(), ahead), "Ray Data does not know this setting of its own any more: who reads has two bundles ready at most"
+    order = Order(folder, seed=3, steps=STEPS, bundles_per_step=5, batch_rows=6)
+    stream = open_stream(StreamSpec(order, (), {}, {"reader": Share(0.1, 0, 1)}, 512), start_step=0, attempt=1, with_held_out=False)
+    assert getattr(stream.context, ahead) == 5
 
 
 def test_who_manages_a_stream_imports_nothing_that_its_stages_need(folder: str, ray_session: str) -> None:
