@@ -21,6 +21,7 @@ import yaml
 
 from cluster import loopback
 from cluster.loopback import Loopback, NodeSize
+from cluster.storage import Folder
 from orchestrator.bundle import from_table
 from orchestrator.config import load_job
 from orchestrator.delivery import connect
@@ -30,6 +31,7 @@ from orchestrator.pipeline import StageGroup
 from orchestrator.plan import make_plan
 from orchestrator.players import load_players
 from orchestrator.reading import read_bundles
+from orchestrator.remembering import newest_commit
 from orchestrator.teachers import Teachers
 from orchestrator.train import Networks, train_step
 from orchestrator.wishes import Wish
@@ -211,6 +213,11 @@ class Run:
     def wait_for_step(self, step: int) -> None:
         journal = self.folder / "metrics.jsonl"
         self.wait_for(lambda: journal.exists() and f'"step": {step},' in journal.read_text(), f"step {step}")
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Steps go on while a checkpoint is on its way. Once it is committed, no fault goes back any further."""
+        folder = Folder(str(self.folder))
+        self.wait_for(lambda: newest_commit(folder) >= step, f"checkpoint after step {step}")
 
     def finish(self, seconds: float = PATIENCE_SECONDS) -> Run:
         """Waits for a good end."""

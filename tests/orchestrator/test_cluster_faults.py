@@ -48,6 +48,7 @@ def check(run: Run, undisturbed: dict[int, float], *said: str) -> None:
 def struck(home: Arena, name: str, strike: Callable[[], object]) -> Run:
     """A run that is struck after some steps and ends well."""
     run = home.start(home.recipe(name))
+    run.wait_for_checkpoint(EVERY)
     run.wait_for_step(FAULT_STEP)
     strike()
     return run.finish()
@@ -58,7 +59,7 @@ def test_one_run_outlives_its_board_a_worker_and_a_node(home: Arena, undisturbed
     run = home.start(home.recipe("thrice"))
     run.wait_for_step(2)
     home.processes("ray::Board")[-1].kill()
-    run.wait_for_step(EVERY + 1)
+    run.wait_for_checkpoint(EVERY)
     home.far("RayTrainWorker")[0].kill()
     run.wait_for(lambda: any(r["attempt"] == 2 for r in run.steps), "second attempt")
     home.kill_node(home.far("RayTrainWorker")[1])
@@ -95,6 +96,7 @@ def test_a_killed_scorer(home: Arena, undisturbed: dict[int, float]) -> None:
 @pytest.mark.slow
 def test_a_killed_driver(home: Arena, undisturbed: dict[int, float]) -> None:
     run = home.start(home.recipe("driver"))
+    run.wait_for_checkpoint(EVERY)
     run.wait_for_step(FAULT_STEP)
     run.killed()
     assert home.orphans() == []
@@ -105,6 +107,7 @@ def test_a_killed_driver(home: Arena, undisturbed: dict[int, float]) -> None:
 @pytest.mark.slow
 def test_a_worker_that_hangs(home: Arena, undisturbed: dict[int, float]) -> None:
     run = home.start(home.recipe("hangs"), {"patience": {"worker_seconds": 6.0}})
+    run.wait_for_checkpoint(EVERY)
     run.wait_for_step(FAULT_STEP)
     home.far("RayTrainWorker")[0].send_signal(signal.SIGSTOP)
     check(run.finish(), undisturbed, "does not answer any more and is taken for dead", "Attempt 2 goes on after step 5.")
@@ -113,6 +116,7 @@ def test_a_worker_that_hangs(home: Arena, undisturbed: dict[int, float]) -> None
 @pytest.mark.slow
 def test_a_scorer_that_hangs(home: Arena, undisturbed: dict[int, float]) -> None:
     run = home.start(home.recipe("silent"), {"patience": {"rows_seconds": 25.0}})
+    run.wait_for_checkpoint(EVERY)
     run.wait_for_step(FAULT_STEP)
     home.processes("MapWorker")[-1].send_signal(signal.SIGSTOP)
     check(run.finish(), undisturbed, "no rows came for 25 seconds", "Attempt 2 goes on after step 5.")
@@ -122,6 +126,7 @@ def test_a_scorer_that_hangs(home: Arena, undisturbed: dict[int, float]) -> None
 def test_a_full_disk_in_a_checkpoint(home: Arena, undisturbed: dict[int, float]) -> None:
     """Real errors of real writes: the kernel lets the workers' files grow no further."""
     run = home.start(home.recipe("full"))
+    run.wait_for_checkpoint(EVERY)
     run.wait_for_step(FAULT_STEP)
     for worker in home.processes("RayTrainWorker"):
         worker.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
@@ -131,6 +136,7 @@ def test_a_full_disk_in_a_checkpoint(home: Arena, undisturbed: dict[int, float])
 @pytest.mark.slow
 def test_storage_that_refuses_a_checkpoint(home: Arena, undisturbed: dict[int, float]) -> None:
     run = home.start(home.recipe("refused"))
+    run.wait_for_checkpoint(EVERY)
     run.wait_for_step(FAULT_STEP)
     (run.folder / "checkpoint_001_00000010").write_text("in the way")
     check(run.finish(), undisturbed, "Training worker", "failed:", "Attempt 2 goes on after step 5.")
