@@ -281,7 +281,12 @@ class ClusterConfig(ClusterModel):
     @property
     def tracking_uri(self) -> str:
         given = self.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        return given or f"sqlite:///{Path(self.storage).absolute()}/mlflow.db"
+        return given or f"sqlite:///{self.small_files}/mlflow.db"
+
+    @property
+    def small_files(self) -> Path:
+        """Where what must lie on a disk is kept: in the storage, or in `runs` here beside one that is remote."""
+        return Path("runs" if "://" in self.storage else self.storage).absolute()
 
 
 def read_yaml(path: Path) -> object:

@@ -23,7 +23,7 @@ class Folder:
     @classmethod
     def of(cls, storage: str, *parts: str) -> Folder:
         """Folder `parts` below a storage setting; relative local paths are taken from here."""
-        root = storage if "://" in storage else str(Path(storage).absolute())
+        root = storage.rstrip("/") if "://" in storage else str(Path(storage).absolute())
         return cls(posixpath.join(root, *parts))
 
     def child(self, *parts: str) -> Folder:
@@ -72,6 +72,11 @@ class Folder:
         finally:
             self.remove(mine)
         return True
+
+    def take(self, folder: Path) -> None:
+        """Copies a local folder here, with all that is in it."""
+        filesystem, path = self._at("")
+        fs.copy_files(str(folder), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
 
     def names(self) -> list[str]:
         """Base names of what lies in the folder, sorted."""

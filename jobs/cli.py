@@ -41,7 +41,7 @@ def run(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe; leave it out with --resume.")] = None,
     overrides: Overrides = None,
     cluster: Cluster = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on from the last checkpoint of this run folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on from the last checkpoint of this run folder, or of its URI.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Distil a student, from data to an exported model."""

@@ -26,7 +26,7 @@ def start_run(recipe: Path, overrides: Sequence[str], cluster: Path | None, verb
     display.result(runs.distill(recipe, overrides, cluster_file(cluster), display=display))
 
 
-def resume_run(folder: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
+def resume_run(folder: str, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
     """Goes on from a run's last committed checkpoint."""
     display = Display(verbose)
     display.result(runs.resume(folder, overrides, cluster_file(cluster), display=display))

@@ -8,6 +8,7 @@ them. `progress.json` beside the parts says where the run stood; nothing trusts 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -123,7 +124,7 @@ def committed(run: Folder) -> Folder | None:
 
 
 def kept(run: Folder) -> list[Folder]:
-    """Every committed checkpoint that is still kept, oldest first."""
+    """Every committed checkpoint that is still kept, in no order."""
     results = _snapshot(run).get("checkpoint_results", [])
     return [f for r in results if not (f := run.child(r["checkpoint_dir_name"])).exists(RELEASED)]
 
@@ -145,10 +146,10 @@ def release(found: Folder) -> None:
 
 
 def best(run: Folder, metric: str) -> Folder | None:
-    """The kept checkpoint with the best `metric`; the newest when none has it."""
+    """The kept checkpoint with the best `metric`; the newest when it is finite in none."""
     sign = 1.0 if smaller_is_better(metric) else -1.0
     scored = [(read_position(f).metrics.get(metric), f) for f in kept(run)]
-    ranked = [(sign * value, f.root, f) for value, f in scored if value is not None]
+    ranked = [(sign * value, f.root, f) for value, f in scored if value is not None and math.isfinite(value)]
     return min(ranked)[2] if ranked else committed(run)
 
 

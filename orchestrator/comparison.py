@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Totals
 from orchestrator.plan import Plan
 from orchestrator.result import Row
 from orchestrator.saved_models import count_parameters
 
 
-def student_row(plan: Plan, who: str, metrics: Mapping[str, float], ledger: Ledger, student: Path) -> Row:
+def student_row(plan: Plan, who: str, metrics: Mapping[str, float], totals: Totals, student: Path) -> Row:
     """The line of a trained student."""
     return Row(
         who=who,
@@ -19,17 +19,17 @@ def student_row(plan: Plan, who: str, metrics: Mapping[str, float], ledger: Ledg
         forward_kl=metrics.get("eval/forward_kl"),
         top1_agreement=metrics.get("eval/top1_agreement"),
         parameters=count_parameters(student),
-        seconds=ledger.seconds,
-        tokens_per_second=ledger.tokens_per_second,
+        seconds=totals.seconds,
+        tokens_per_second=totals.tokens_per_second,
     )
 
 
-def teacher_rows(plan: Plan, metrics: Mapping[str, float], ledger: Ledger) -> list[Row]:
+def teacher_rows(plan: Plan, metrics: Mapping[str, float], totals: Totals) -> list[Row]:
     """One line for every teacher that scored held-out rows."""
     rows = []
     scoring = {taught.endpoint: taught for taught in plan.measured.values()}
     for name, config in ((n, c) for n, c in plan.endpoints.items() if n in scoring):
-        seconds, whole = ledger.score_seconds.get(name, 0.0), "expectation" in scoring[name].gives
+        seconds, whole = totals.score_seconds.get(name, 0.0), "expectation" in scoring[name].gives
         rows.append(
             Row(
                 who=name,
@@ -38,7 +38,7 @@ def teacher_rows(plan: Plan, metrics: Mapping[str, float], ledger: Ledger) -> li
                 top1_agreement=1.0 if whole else None,
                 parameters=count_parameters(Path(saved.model)) if (saved := config.saved_model) else None,
                 seconds=seconds,
-                tokens_per_second=ledger.tokens / seconds if seconds else 0.0,
+                tokens_per_second=totals.tokens / seconds if seconds else 0.0,
             )
         )
     return rows

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import tracking_uri
@@ -153,7 +154,9 @@ class Delivery:
             elif message["kind"] == "tags":
                 self._tell_tags(message["tags"])
             elif message["kind"] == "text":
-                self._tell_text(message["text"], message["file"])
+                self._tell_artifact(lambda: self._client.log_text(self._run_id, message["text"], message["file"]))
+            elif message["kind"] == "file":
+                self._tell_file(Path(message["path"]))
             else:
                 self._tell_student(message)
         except trouble() as error:
@@ -180,9 +183,15 @@ class Delivery:
         for batch in _batches([RunTag(clean_key(k), cut(v, _TAG_CHARACTERS)) for k, v in tags.items()], _BATCH_TAGS):
             self._client.log_batch(self._run_id, tags=batch)
 
-    def _tell_text(self, text: str, file: str) -> None:
+    def _tell_file(self, path: Path) -> None:
+        if path.is_file():
+            self._tell_artifact(lambda: self._client.log_artifact(self._run_id, str(path)))
+        else:
+            logger.warning("%s is gone, and MLflow does not get it.", path)
+
+    def _tell_artifact(self, log: Callable[[], None]) -> None:
         try:
-            self._client.log_text(self._run_id, text, file)
+            log()
         except trouble():
             raise
         except Exception as error:  # artifact stores are plug-ins with errors of their own kinds, and the run outlives them all

@@ -130,7 +130,9 @@ class Display:
         out.print(f"Run      {result.folder}", soft_wrap=True)
         out.print(f"MLflow   {result.page}", soft_wrap=True)
         out.print(f"Curves   {result.curves}", soft_wrap=True)
-        out.print(f"Next     distill evaluate {result.student} --recipe {result.folder}/recipe.yaml", soft_wrap=True)
+        far = f"distill export {result.folder} --to {result.name}"
+        near = f"distill evaluate {result.student} --recipe {result.folder}/recipe.yaml"
+        out.print(f"Next     {far if '://' in result.folder else near}", soft_wrap=True)
 
 
 def step_words(values: Mapping[str, float], fates: Sequence[str]) -> str:

@@ -27,7 +27,8 @@ from orchestrator.filling import fill
 from orchestrator.fit import Fit, start_fit
 from orchestrator.interrupts import interruptible
 from orchestrator.journal import RunRecord
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, Totals
+from orchestrator.mirror import mirrored
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
@@ -36,6 +37,7 @@ from orchestrator.roundtrip import JOB_TAG
 from orchestrator.row_losses import write_losses
 from orchestrator.stores import NOBODY
 from orchestrator.track import Tracker, reconcile_all
+from orchestrator.tracking_uri import of_record
 from orchestrator.watch import Watch, stopping_words
 from strategies import baseline
 
@@ -50,16 +52,16 @@ def drive(plan: Plan, display: Display, parent: str | None = None, listen: Liste
         disable_progress_bar()
     plan.folder.write(FACTS, plan.facts.to_json())
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
-    with ThreadPoolExecutor(1, initializer=_give_way) as pool:
+    with mirrored(plan.local, plan.folder), ThreadPoolExecutor(1, initializer=_give_way) as pool:
         tracking = pool.submit(start_tracking, plan, parent)
         _fill_stores(plan, display, tracking)
-        tracker, ledger = _train(plan, display, tracking, listen)
+        tracker = _train(plan, display, tracking, listen)
         try:
-            result = _conclude(plan, ledger, tracker, display)
+            result = _conclude(plan, tracker, display)
         except BaseException as error:
             tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
             raise
-    tracker.finish("FINISHED")
+        tracker.finish("FINISHED")
     return result
 
 
@@ -76,7 +78,7 @@ def start_tracking(plan: Plan, parent: str | None) -> Tracker:
     reconcile_all(folder.parent)
     known = RunRecord.load(folder)
     tracker = Tracker.start(
-        uri=known.uri if known else plan.job.cluster.tracking_uri,
+        uri=of_record(known.uri if known else None, plan.job.cluster.tracking_uri),
         experiment=plan.job.cluster.mlflow.experiment,
         name=plan.name,
         folder=folder,
@@ -110,11 +112,11 @@ def _fill_stores(plan: Plan, display: Display, tracking: Future[Tracker]) -> Non
         raise
 
 
-def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: Listener | None = None) -> tuple[Tracker, Ledger]:
+def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: Listener | None = None) -> Tracker:
     """Trains to the last step; raises what ended the run before it."""
     ledger = Ledger.of(plan.local)
     if plan.done_steps == plan.steps:
-        return tracking.result(), ledger
+        return tracking.result()
     fit, watch = start_fit(plan), Watch.of(plan.job.run.alarms, plan.local)
     with display.training(plan.steps, fates(plan.strategy)), interruptible(display, fit.ask_to_stop):
         for entries in fit.entries():
@@ -137,7 +139,7 @@ def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: List
     if ledger.step < plan.steps:
         tracker.finish("KILLED")
         raise Interrupted(f"stopped after step {ledger.step} of {plan.steps}. To go on: distill run --resume {plan.folder.root}")
-    return tracker, ledger
+    return tracker
 
 
 def _kept_entries(plan: Plan) -> list[Entry]:
@@ -163,10 +165,11 @@ def _tell(ledger: Ledger, watch: Watch, tracker: Tracker | None) -> None:
     watch.tell(tracker)
 
 
-def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) -> RunResult:
+def _conclude(plan: Plan, tracker: Tracker, display: Display) -> RunResult:
     """Exports the best checkpoint, trains the control if asked, and writes the result."""
     student, position = _export(plan, tracker)
-    rows = [*teacher_rows(plan, position.metrics, ledger), student_row(plan, "student", position.metrics, ledger, student)]
+    totals = Totals.of(plan.local)
+    rows = [*teacher_rows(plan, position.metrics, totals), student_row(plan, "student", position.metrics, totals, student)]
     if plan.job.run.baseline:
         rows.append(_control(plan, tracker, display))
     control = {"without teacher": control_plan(plan).local} if plan.job.run.baseline else {}
@@ -174,8 +177,8 @@ def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) ->
         name=plan.name,
         folder=plan.folder.root,
         steps=plan.steps,
-        metrics={**position.metrics, "tokens": ledger.tokens, "tokens_per_second": ledger.tokens_per_second},
-        student=str(student),
+        metrics={**position.metrics, "tokens": totals.tokens, "tokens_per_second": totals.tokens_per_second},
+        student=_address(plan, student),
         tracking_uri=plan.job.cluster.tracking_uri,
         mlflow_run_id=tracker.run_id,
         page=tracker.page,
@@ -184,6 +187,7 @@ def _conclude(plan: Plan, ledger: Ledger, tracker: Tracker, display: Display) ->
     )
     content = json.dumps(asdict(result), indent=1)
     tracker.log_text(content, RESULT)
+    tracker.log_file(plan.local / CURVES)
     plan.folder.write(RESULT, content.encode())
     return result
 
@@ -197,8 +201,15 @@ def _export(plan: Plan, tracker: Tracker) -> tuple[Path, checkpoint.Position]:
     student = plan.local / "student"
     if not student.exists():
         export_checkpoint(plan, source, student)
-    tracker.log_student(student, position.metrics, position.step, {"strategy": plan.job.run.strategy.type})
+    if plan.folder.local is None:
+        plan.folder.child(student.name).take(student)
+    tracker.log_student(_address(plan, student), position.metrics, position.step, {"strategy": plan.job.run.strategy.type})
     return student, position
+
+
+def _address(plan: Plan, student: Path) -> str:
+    """Where the exported student is for good: in the run's folder, also where that is in remote storage."""
+    return f"{plan.folder.root}/{student.name}"
 
 
 def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
@@ -208,15 +219,16 @@ def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
         display.say(f"Control: the same student, rows and steps without a teacher ({control.name})")
     control.folder.write(RECIPE, to_yaml(control.job.run).encode())
     tracking: Future[Tracker] = Future()
-    tracking.set_result(start_tracking(control, parent.run_id))
-    tracker, ledger = _train(control, display, tracking)
-    try:
-        student, position = _export(control, tracker)
-        row = student_row(control, "without teacher", position.metrics, ledger, student)
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    tracker.finish("FINISHED")
+    with mirrored(control.local, control.folder):
+        tracking.set_result(start_tracking(control, parent.run_id))
+        tracker = _train(control, display, tracking)
+        try:
+            student, position = _export(control, tracker)
+            row = student_row(control, "without teacher", position.metrics, Totals.of(control.local), student)
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish("FINISHED")
     return row
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +22,14 @@ from cluster.causal_lm import probing
 from cluster.seal import Key
 from cluster.storage import Folder
 from orchestrator import checkpoint
-from orchestrator.config import Job, RunConfig, load_job
+from orchestrator.config import RunConfig
 from orchestrator.errors import Refusal, RunFailed
 from orchestrator.lineage import LINEAGE, lineage_of, lineage_of_recipe
 from orchestrator.model_card import Manifest, card, versions
 from orchestrator.models import load_student, load_tokenizer
 from orchestrator.plan import Plan
 from orchestrator.reload import ADAPTER, PROOF, Reloaded, quiet_libraries, write_proof
-from orchestrator.result import RECIPE
+from orchestrator.saved_run import saved_job
 from orchestrator.sealing import sealing_key
 from orchestrator.truncate import begins_as_saved
 from orchestrator.weights import load_weights
@@ -106,7 +105,7 @@ def export_from_run(home: Folder, to: Path | None, wanted: str, adapter: bool, d
     if to is None and home.local is None:
         raise Refusal("--to", "nothing, for a run in remote storage", "a new local folder", "Add --to FOLDER.")
     target = to or Path(home.root) / "export"
-    job = _recipe(home)
+    job = saved_job(home)
     run = job.run
     if adapter and run.student.lora is None:
         raise Refusal("--adapter", "a student without LoRA", "a recipe with student.lora", "Leave --adapter out.")
@@ -166,16 +165,6 @@ def _position(source: Folder) -> checkpoint.Position:
         return checkpoint.read_position(source)
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise RunFailed(f"checkpoint {source.root}: {error}. Expected a committed checkpoint of a run.") from error
-
-
-def _recipe(home: Folder) -> Job:
-    content = home.read(RECIPE)
-    if content is None:
-        raise Refusal(f"run folder {home.root!r}", f"no {RECIPE}", "the folder of a run", "Look in the storage folder, runs/ by default.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / RECIPE
-        path.write_bytes(content)
-        return load_job(path)
 
 
 def _chosen(home: Folder, run: RunConfig, wanted: str) -> Folder:

@@ -30,7 +30,7 @@ from orchestrator.config import Job
 from orchestrator.display import Display
 from orchestrator.errors import Interrupted, RunFailed, origin
 from orchestrator.pipeline import IN_FLIGHT, StageGroup, add_group
-from orchestrator.reading import bundles_of, prepared_rows
+from orchestrator.reading import bundles_of, place_of_rows, prepared_rows
 from strategies.core import Columns, Stage
 
 WRITERS = 2
@@ -68,6 +68,8 @@ class Filling:
     """Folder of prepared rows."""
     shares: Mapping[str, Share]
     """Of `reader` and of the endpoint."""
+    place: str | None = None
+    """Ray's resource of the node that has the rows; None where all have."""
 
     @classmethod
     def by(cls, job: Job, files: StoreFiles, spec: Spec, stage: Stage, keep: Keep, rows: str, tokenizer: str | None = None) -> Filling:
@@ -76,7 +78,7 @@ class Filling:
         given = job.endpoints[spec.name]
         config = given if tokenizer is None else given.with_tokenizer(tokenizer)
         shares = {d.role: d.share for d in demands(job.cluster, {spec.name: config}, 0, machine_cpus())}
-        return cls(files, spec, stage, config, keep, rows, shares)
+        return cls(files, spec, stage, config, keep, rows, shares, place_of_rows(job.cluster.storage))
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _parts(job: Filling, missing: Sequence[int]) -> Iterator[PartInfo]:
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
 def _drive(job: Filling, missing: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     reader = job.shares["reader"]
-    stream = bundles_of(PartSource(job.rows, job.spec.starts, missing), reader.cpus, IN_FLIGHT * job.config.actors)
+    stream = bundles_of(PartSource(job.rows, job.spec.starts, missing), reader.cpus, IN_FLIGHT * job.config.actors, job.place)
     share = job.shares[job.spec.name]
     make = partial(StageGroup, (job.stage,), job.config, share.threads, job.spec.key.vocabulary)
     stream = add_group(stream, make, share, job.config.actors)

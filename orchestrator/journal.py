@@ -1,7 +1,7 @@
 """What a run's folder remembers of its own reporting, whether or not MLflow answers.
 
     metrics.jsonl    every metric row of the surviving lineage, one JSON object a line; the truth that MLflow is a copy of
-    outbox.jsonl     params, tags, texts and students that MLflow is to get, in order
+    outbox.jsonl     params, tags, texts, files and students that MLflow is to get, in order
     mlflow.json      which MLflow run this folder is, its status, and whether MLflow has everything
     heartbeat.json   which process drives the run, and when it was last seen
 
@@ -195,10 +195,10 @@ class Heartbeat:
         content = _load(folder / HEARTBEAT)
         return None if content is None else cls(**content)
 
-    def alive(self) -> bool:
+    def alive(self, silence_seconds: float = _FOREIGN_SILENCE_SECONDS) -> bool:
         """Whether the process still runs; of another machine only the age of its last beat is known."""
         if self.host != socket.gethostname():
-            return time.time() - self.beat < _FOREIGN_SILENCE_SECONDS
+            return time.time() - self.beat < silence_seconds
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.started) < 2.0 and process.status() != psutil.STATUS_ZOMBIE

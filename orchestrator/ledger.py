@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,33 @@ from orchestrator.journal import Journal, MetricRow
 from orchestrator.track import Tracker
 
 LOGGED = ("step", "eval")
+COUNTED = ("tokens", "step_seconds")
+SCORE_SECONDS = "score_seconds/"
+"""Before a teacher."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the steps of a run took: those of the lineage, whoever drove it."""
+
+    tokens: float = 0.0
+    """Trained on."""
+    seconds: float = 0.0
+    score_seconds: Mapping[str, float] = field(default_factory=dict)
+    """That each teacher worked."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Totals:
+        """From the journal in a run's folder."""
+        sums: Counter[str] = Counter()
+        for row in Journal(folder).rows():
+            sums.update({name: value for name, value in row.values.items() if name in COUNTED or name.startswith(SCORE_SECONDS)})
+        tokens, seconds = (float(sums[name]) for name in COUNTED)
+        return cls(tokens, seconds, {n.removeprefix(SCORE_SECONDS): s for n, s in sums.items() if n.startswith(SCORE_SECONDS)})
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -22,14 +50,8 @@ class Ledger:
     attempt: int = 0
     held: Mapping[str, float] = field(default_factory=dict)
     """Bytes that rank 0 holds, by kind."""
-    tokens: float = 0.0
-    seconds: float = 0.0
-    """Trained tokens and seconds in steps, of this driver's share of the run."""
-    score_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds that each teacher worked for those steps."""
     _newest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOGGED, 0))
     _unlogged: list[Entry] = field(default_factory=list)
-    _told_notes: int = 0
 
     @classmethod
     def of(cls, folder: Path) -> Ledger:
@@ -59,17 +81,7 @@ class Ledger:
         else:
             self._newest[entry.kind] = entry.step
             self.step = max(self.step, entry.step)
-            if entry.kind == "step":
-                self._add(entry.values)
         return True
-
-    def _add(self, values: Mapping[str, float]) -> None:
-        self.tokens += values["tokens"]
-        self.seconds += values["step_seconds"]
-        for name, value in values.items():
-            if name.startswith("score_seconds/"):
-                teacher = name.removeprefix("score_seconds/")
-                self.score_seconds[teacher] = self.score_seconds.get(teacher, 0.0) + value
 
     def tell(self, tracker: Tracker | None) -> None:
         """Passes on what was taken since the last call; without a tracker it waits."""
@@ -79,12 +91,7 @@ class Ledger:
             if entry.kind == "attempt":
                 tracker.truncate(entry.step, entry.attempt)
             elif entry.kind == "note":
-                self._told_notes += 1
-                tracker.log_tags({f"mishap.{entry.attempt}.{self._told_notes}": entry.values["text"]})
+                tracker.log_tags({f"mishap.{round(entry.time * 1e6)}": entry.values["text"]})  # whoever drives, in their order
             else:
                 tracker.log([MetricRow(entry.step, entry.attempt, entry.values, entry.time)])
         self._unlogged = []
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0

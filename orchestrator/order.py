@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,8 +71,8 @@ class Order:
         if not self.batch_tokens:
             return -(-round(epochs * len(self._rows)) // self.batch_rows)
         whole, part = int(epochs), epochs - int(epochs)
-        steps = sum(len(self._token_steps(e)) - 1 for e in range(whole))
-        return steps + round(part * (len(self._token_steps(whole)) - 1)) if part else steps
+        steps = sum(self._epoch_steps(e) for e in range(whole))
+        return steps + round(part * self._epoch_steps(whole)) if part else steps
 
     def about_rows(self, mean_tokens: float) -> float:
         """Rows of the whole run, where the data's have so many tokens on average."""
@@ -84,12 +84,15 @@ class Order:
 
     def _step_rows_by_tokens(self, step: int) -> NDArray[np.int64]:
         epoch, offset = 0, step - 1
-        while offset >= len(self._token_steps(epoch)) - 1:
-            offset -= len(self._token_steps(epoch)) - 1
+        while offset >= (steps := self._epoch_steps(epoch)):
+            offset -= steps
             epoch += 1
         first, end = self._token_steps(epoch)[offset : offset + 2]
         rows = len(self._rows)
         return rows_at(np.arange(first, end) + epoch * rows, rows, self.seed)
+
+    def _epoch_steps(self, epoch: int) -> int:
+        return _epoch_steps(self.folder, self.seed, self.batch_tokens, epoch)
 
     def _token_steps(self, epoch: int) -> NDArray[np.int64]:
         return _token_steps(self.folder, self.seed, self.batch_tokens, epoch)
@@ -146,6 +149,12 @@ def _mix(values: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
 @lru_cache(maxsize=4)
 def _open(folder: str) -> Rows:
     return Rows(folder, "train")
+
+
+@cache
+def _epoch_steps(folder: str, seed: int, batch_tokens: int, epoch: int) -> int:
+    """Steps of one epoch: a number, which is kept of all epochs, while positions are kept of the latest."""
+    return len(_token_steps(folder, seed, batch_tokens, epoch)) - 1
 
 
 @lru_cache(maxsize=4)

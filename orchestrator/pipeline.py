@@ -54,6 +54,8 @@ class StreamSpec:
     """Token ids of endpoints that have a tokenizer of their own."""
     seats: Mapping[str, Seat] = field(default_factory=dict)
     """Places at pools that other runs ask, too, by endpoint; of others the engine is loaded in the stream's own actors."""
+    place: str | None = None
+    """Ray's resource of the node that has the rows; None where all have."""
 
     def usable(self, name: str | None) -> int:
         """Token ids that an endpoint may name."""
@@ -79,7 +81,7 @@ def open_stream(
     reader = spec.shares[READER]
     gate = spec.freshness.gate if spec.freshness else OPEN
     source = OrderSource(spec.order, start_step, attempt, with_held_out, gate, cursor)
-    stream = bundles_of(source, reader.cpus, spec.order.bundles_per_step)
+    stream = bundles_of(source, reader.cpus, spec.order.bundles_per_step, spec.place)
     for group in stage_groups(spec.stages):
         name = _endpoint(group)
         config = spec.endpoints[name] if name else None

@@ -32,6 +32,7 @@ from orchestrator.memory import Disk, Memory
 from orchestrator.order import Order
 from orchestrator.pipeline import StreamSpec, pools
 from orchestrator.plan_text import plan_text
+from orchestrator.reading import place_of_rows
 from orchestrator.remembering import about_memory, with_log
 from orchestrator.rollouts import equipped, within
 from orchestrator.stores import Sources
@@ -122,7 +123,8 @@ class Plan:
         """The run's stream of bundles."""
         answering, weights = self.sources.answering, following.weight_sets(self.strategy)
         foreign, stages = self.cast.foreign, self.strategy.stages
-        return StreamSpec(self.order, stages, answering, self.shares, self.vocabulary, freshness, weights, foreign, self.seats)
+        place = place_of_rows(self.folder.root)
+        return StreamSpec(self.order, stages, answering, self.shares, self.vocabulary, freshness, weights, foreign, self.seats, place)
 
     def freshness(self, board: Any) -> Freshness | None:
         """How old the student may be that writes, and what controllers said, by the versions that `board` knows; None where neither
@@ -236,8 +238,7 @@ def _sources(
 
 def _data_cache(job: Job) -> Path:
     """Prepared data is mapped into memory, so it lies on a disk even when runs do not."""
-    storage = job.cluster.storage
-    return Path("runs" if "://" in storage else storage).absolute() / "data"
+    return job.cluster.small_files / "data"
 
 
 def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[str, str]:

@@ -15,11 +15,14 @@ CURVES = "curves.png"
 SMOOTHED_STEPS = 15
 SHARE = "curriculum/share/"
 """Before a domain: its share of a step's rows."""
+DECISIONS = ("control/", "curriculum/", "weight/")
+"""Before what controllers, curricula and schedules decide."""
 
 
 def plot_curves(runs: Mapping[str, Path], to: Path) -> Path:
     """Training loss terms (running mean) and held-out metrics against steps; of a run that draws by domains, also the share that each
-    gave (running mean). `runs` maps a name to a run's folder."""
+    gave (running mean); and whatever its controllers, curriculum and schedules moved. `runs` maps a name to a run's folder, the run
+    itself first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,7 +30,8 @@ def plot_curves(runs: Mapping[str, Path], to: Path) -> Path:
 
     journals = {name: list(Journal(folder).rows()) for name, folder in runs.items()}
     shares = sorted({metric for rows in journals.values() for row in rows for metric in row.values if metric.startswith(SHARE)})
-    columns = 3 if shares else 2
+    decisions = _moved(next(iter(journals.values())))
+    columns = 2 + bool(shares) + bool(decisions)
     figure, (left, right, *more) = plt.subplots(1, columns, figsize=(5.5 * columns, 4.2), layout="constrained")
     for number, (name, rows) in enumerate(journals.items()):
         _draw(left, rows, name, f"C{number}", dict(zip(_terms(rows), ("-", "--", ":", "-."), strict=False)), smooth=True)
@@ -36,7 +40,9 @@ def plot_curves(runs: Mapping[str, Path], to: Path) -> Path:
         right.axhline(value, color="grey", linestyle=":", label=f"{name}: cross entropy")
     left.set(title=f"Training (mean of {SMOOTHED_STEPS} steps)", xlabel="step", ylabel="nats per token")
     right.set(title="Held-out rows", xlabel="step", ylabel="nats per token")
-    for axes in more:
+    if decisions:
+        _decided(more[-1], next(iter(journals.values())), decisions)
+    for axes in more[:1] if shares else ():
         for number, rows in enumerate(journals.values()):
             for colour, metric in enumerate(shares):
                 _draw(axes, rows, "share", f"C{colour}", {metric: ("-", "--", ":")[number % 3]}, smooth=True)
@@ -47,6 +53,23 @@ def plot_curves(runs: Mapping[str, Path], to: Path) -> Path:
     figure.savefig(to, dpi=110)
     plt.close(figure)
     return to
+
+
+def _moved(rows: Sequence[MetricRow]) -> list[str]:
+    """Decisions that were not the same at every step, other than shares."""
+    seen: dict[str, set[float]] = {}
+    for row in rows:
+        for metric, value in row.values.items():
+            if metric.startswith(DECISIONS) and not metric.startswith(SHARE):
+                seen.setdefault(metric, set()).add(value)
+    return sorted(metric for metric, values in seen.items() if len(values) > 1)
+
+
+def _decided(axes: Axes, rows: Sequence[MetricRow], decisions: Sequence[str]) -> None:
+    for number, metric in enumerate(decisions):
+        points = [(r.step, r.values[metric]) for r in rows if metric in r.values]
+        axes.step(*zip(*points, strict=True), where="post", color=f"C{number}", label=metric)
+    axes.set(title="What was decided", xlabel="step")
 
 
 def _draw(axes: Axes, rows: Sequence[MetricRow], name: str, colour: str, styles: Mapping[str, str], smooth: bool) -> None:

@@ -18,6 +18,7 @@ from ray.data import DataContext, Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
+from cluster.storage import Folder
 from orchestrator.bundle import HELD_OUT_STEP, to_table
 from orchestrator.draws import BEGINNING, CURRICULUM, cursor_columns
 from orchestrator.order import Order, deal
@@ -65,14 +66,22 @@ class OrderSource(Datasource):
         return [ReadTask(lambda: read_bundles(*walk), metadata)]
 
 
-def bundles_of(source: Datasource, cpus: float, at_once: int) -> ray.data.Dataset:
+def place_of_rows(storage: str) -> str | None:
+    """Ray's resource of this process's node, the only one to have prepared rows where `storage` is remote; None where all nodes do."""
+    return None if Folder.of(storage).local is not None else f"node:{ray.util.get_node_ip_address()}"
+
+
+def bundles_of(source: Datasource, cpus: float, at_once: int, place: str | None = None) -> ray.data.Dataset:
     """What the one task of a source yields, a block each: by itself Ray Data merges small blocks, and takes two at most of those a task has
-    ready, ten times a second. Here it takes up to `at_once`. This holds for all that is done with the dataset."""
+    ready, ten times a second. Here it takes up to `at_once`. This holds for all that is done with the dataset. At a `place`, which may be
+    a head node that lends no CPUs, the task asks for none."""
     context = DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context._max_num_blocks_in_streaming_gen_buffer = max(2, at_once)
-    return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=cpus)
+    if place is None:
+        return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=cpus)
+    return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0, ray_remote_args={"resources": {place: 0.001}})
 
 
 def read_bundles(

@@ -13,7 +13,8 @@ from cluster.storage import Folder
 from orchestrator.config import Job, load_job
 from orchestrator.display import Display
 from orchestrator.errors import Refusal
-from orchestrator.result import RECIPE, RunResult
+from orchestrator.result import RunResult
+from orchestrator.saved_run import saved_job
 
 if TYPE_CHECKING:
     from orchestrator.filling import Filled
@@ -51,20 +52,19 @@ def resume(
     cluster: str | Path | Mapping[str, Any] | None = None,
     display: Display | None = None,
 ) -> RunResult:
-    """Goes on with an unfinished run from its last committed checkpoint.
+    """Goes on with an unfinished run from its last committed checkpoint. `folder` may be a URI.
 
     The recipe is the run's own; `overrides` may change only what does not change its result, such as `train.workers`.
     """
-    home = Path(folder).absolute()
-    if not (home / RECIPE).exists():
-        raise Refusal(f"--resume {folder}", f"a folder without {RECIPE}", "the folder of a run", "Look below the storage folder.")
-    base = load_job(home / RECIPE, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
-    job = Job(run=base.run, cluster=base.cluster.model_copy(update={"storage": str(home.parent)}))
+    home = Folder.of(str(folder))
+    base = saved_job(home, overrides, Path(cluster) if isinstance(cluster, str) else cluster)
+    storage, _, name = home.root.rpartition("/")
+    job = Job(run=base.run, cluster=base.cluster.model_copy(update={"storage": storage}))
 
     def planned(job: Job) -> Plan:
         from orchestrator.plan import make_plan
 
-        return make_plan(job, home.name, resume=Folder(str(home)))
+        return make_plan(job, name, resume=home)
 
     return _run(job, planned, display or Display())
 

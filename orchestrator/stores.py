@@ -267,8 +267,7 @@ def stores_folder(job: Job) -> Folder:
 
 def cache_folder(job: Job) -> Path:
     """Where parts of stores elsewhere are kept on this machine."""
-    storage = job.cluster.storage
-    return Path("runs" if "://" in storage else storage).absolute() / "stores-cache"
+    return job.cluster.small_files / "stores-cache"
 
 
 def part_starts(folder: str, part_tokens: int) -> tuple[int, ...]:

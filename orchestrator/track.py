@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.storage import Folder
 from orchestrator import tracking_uri, watchdog
 from orchestrator.delivery import Delivery, brief, connect, is_final, open_run, trouble
 from orchestrator.journal import HEARTBEAT, OUTBOX, RECORD, Heartbeat, Journal, Lines, MetricRow, RunRecord, Status
@@ -48,7 +49,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class Tracker:
-    """One run's memory. `log`, `log_params` and `log_text` never wait for MLflow and never raise because of it."""
+    """One run's memory. `log`, `log_params`, `log_text` and `log_file` never wait for MLflow and never raise because of it."""
 
     run_id: str
     experiment_id: str
@@ -120,15 +121,22 @@ class Tracker:
         self._outbox.append([{"kind": "text", "text": text, "file": artifact_file}])
         self._wake.set()
 
+    def log_file(self, path: Path) -> None:
+        """A file of the run's folder as an artifact under its own name, as it is when MLflow takes it."""
+        self._outbox.append([{"kind": "file", "path": str(path.absolute())}])
+        self._wake.set()
+
     def log_student(
-        self, folder: Path, metrics: Mapping[str, float], step: int, params: Mapping[str, Any], timeout_seconds: float = 15
+        self, folder: str | Path, metrics: Mapping[str, float], step: int, params: Mapping[str, Any], timeout_seconds: float = 15
     ) -> str | None:
-        """Records the student saved in `folder` as a LoggedModel ranked by its held-out `metrics`; weights are not copied.
+        """Records the student saved in `folder`, a path or a URI, as a LoggedModel ranked by its held-out `metrics`;
+        weights are not copied.
 
         Returns its `models:/` address, or None when MLflow does not take it in time (then it is delivered later).
         """
-        key = f"{folder.name}@{step}"
-        student = {"key": key, "folder": str(folder.absolute()), "step": step, "params": flatten(params)}
+        home = Folder.of(str(folder)).root
+        key = f"{home.rpartition('/')[2]}@{step}"
+        student = {"key": key, "folder": home, "step": step, "params": flatten(params)}
         self._outbox.append([{"kind": "student", "metrics": {k: v for k, v in metrics.items() if math.isfinite(v)}, **student}])
         self._insist(self._delivery.push, timeout_seconds)
         return self._delivery.students.get(key)

@@ -46,6 +46,11 @@ def without_password(text: str) -> str:
     return _USER.sub("", text)
 
 
+def of_record(recorded: str | None, configured: str) -> str:
+    """Where a run goes on: where it began, with the password of `configured` where that is the same address."""
+    return configured if recorded is None or recorded == without_password(configured) else recorded
+
+
 @contextlib.contextmanager
 def first_contact(uri: str) -> Iterator[None]:
     """One process at a time: two that create the tables of one sqlite file break each other's migration."""

@@ -71,7 +71,8 @@ def train_worker(job: WorkerJob, stream: Stream) -> None:
         memory.begin(step)
     if publisher:  # before anything waits for the first rows, which wait for it
         controls.send_with(step)
-        publisher.begin(ray.get(job.board.attempt.remote()), step, _kept_versions(resumed), controls.versions)
+        older = _kept_versions(resumed) if rank == 0 else {}  # who sends them out
+        publisher.begin(ray.get(job.board.attempt.remote()), step, older, controls.versions)
     journal.begin(stream.attempt)
     if job.run.train.fewest_workers < job.run.train.most_workers:
         journal.note(f"{world_size()} of at most {job.run.train.most_workers} workers train after step {step}.")

@@ -6,7 +6,7 @@ from cluster.storage import Folder
 from orchestrator.checks import machine, recipe, resumed
 from orchestrator.config import Job
 from orchestrator.naming import fresh_name
-from orchestrator.result import RECIPE, RESULT
+from orchestrator.result import RESULT
 
 BASELINE = "-baseline"
 """Follows a run's name in that of its control."""
@@ -16,7 +16,7 @@ def run_folder(job: Job, recipe_name: str, resume: Folder | None) -> Folder:
     """The run's folder: a new one that nobody has, or the earlier run's."""
     machine.check_storage(job.cluster.storage)
     if resume is not None:
-        resumed.check_resumable(resume, job, RECIPE, RESULT)
+        resumed.check_resumable(resume, job, RESULT)
         return resume
     name = job.run.name or fresh_name(job.cluster.storage, recipe_name)
     recipe.check_name(name)

@@ -34,6 +34,7 @@ from orchestrator.search.result import SearchResult, Spent
 from orchestrator.search.sharing import pools
 from orchestrator.search.trial import local, run_trial
 from orchestrator.track import Tracker, reconcile, reconcile_all
+from orchestrator.tracking_uri import of_record
 
 SEARCH = "search.yaml"
 """A search's recipe as it is written, in its folder."""
@@ -150,7 +151,7 @@ def _start_tracking(plan: SearchPlan) -> Tracker:
     known = RunRecord.load(plan.folder)
     cluster = plan.plan.job.cluster
     tracker = Tracker.start(
-        uri=known.uri if known else cluster.tracking_uri,
+        uri=of_record(known.uri if known else None, cluster.tracking_uri),
         experiment=cluster.mlflow.experiment,
         name=plan.name,
         folder=plan.folder,

@@ -22,7 +22,7 @@ def command(tmp_path: Path, *words: str) -> list[str]:
 def retrying(tmp_path: Path, retries: int, first: str, then: str) -> subprocess.Popen[bytes]:
     once, again = command(tmp_path, "first", first), command(tmp_path, "then", then)
     program = "from cluster import retrying; import sys; retrying.PAUSE_SECONDS = 0; "
-    program += f"from pathlib import Path; sys.exit(retrying.main({retries}, Path({str(tmp_path / 'recipe.yaml')!r}), {once!r}, {again!r}))"
+    program += f"sys.exit(retrying.main({retries}, {str(tmp_path / 'recipe.yaml')!r}, {once!r}, {again!r}))"
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
 
 

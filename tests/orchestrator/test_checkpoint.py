@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 from ray.train import Checkpoint
 
 from cluster.seal import Key
+from cluster.storage import Folder
 from orchestrator import checkpoint
 from orchestrator.errors import RunFailed
 from orchestrator.players import load_players
@@ -31,3 +35,15 @@ def test_what_is_sealed_is_restored_with_its_key_alone(tmp_path: Path) -> None:
     (folder / checkpoint.PROGRESS).write_text("{}")
     with pytest.raises(RunFailed, match=f"{checkpoint.PROGRESS} was changed"):
         checkpoint.restore(players, saved, KEY)
+
+
+def test_the_best_checkpoint_is_one_whose_metric_is_finite(tmp_path: Path) -> None:
+    """Ray names those that it cannot rank first."""
+    home, names = Folder(str(tmp_path)), [checkpoint.name_of(1, step) for step in (3, 1, 2)]
+    for name, value in zip(names, (math.nan, 2.0, 1.0), strict=True):
+        position = checkpoint.Position(1, 1, {"eval/cross_entropy": value}, (), {}, {})
+        home.child(name).write(checkpoint.PROGRESS, json.dumps(dataclasses.asdict(position)).encode())
+    results = [{"checkpoint_dir_name": name} for name in names]
+    home.write(checkpoint.SNAPSHOT, json.dumps({"checkpoint_results": results, "latest_checkpoint_result": results[0]}).encode())
+    best = checkpoint.best(home, "eval/cross_entropy")
+    assert best is not None and best.root.endswith(names[2])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from orchestrator.board import Entry
 from orchestrator.journal import Journal, MetricRow
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, Totals
 
 
 def step(number: int, attempt: int = 1) -> Entry:
@@ -32,8 +32,12 @@ def test_a_resumed_driver_writes_nothing_twice_and_fills_what_its_predecessor_mi
     assert [e.step for e in fresh if e.kind == "eval"] == [4]
 
 
-def test_totals_are_those_of_the_steps_taken() -> None:
-    ledger = Ledger()
-    ledger.take([step(1), step(1), step(2)])
-    assert (ledger.tokens, ledger.seconds, ledger.score_seconds) == (20.0, 1.0, {"t": 0.4})
-    assert ledger.tokens_per_second == 20.0
+def test_totals_are_those_of_the_lineage(tmp_path: Path) -> None:
+    """Steps that were done again count once, and so do those of an earlier driver."""
+    journal = Journal(tmp_path)
+    journal.append([MetricRow(e.step, e.attempt, e.values, 0.0) for e in (step(1), step(2), step(3))])
+    journal.truncate(1, 2)
+    journal.append([MetricRow(2, 2, step(2, 2).values, 0.0), MetricRow(2, 2, {"eval/cross_entropy": 1.0}, 0.0)])
+    totals = Totals.of(tmp_path)
+    assert (totals.tokens, totals.seconds, totals.score_seconds) == (20.0, 1.0, {"t": 0.4})
+    assert totals.tokens_per_second == 20.0

@@ -111,10 +111,10 @@ def test_a_place_of_another_life_is_the_beginning() -> None:
 def test_notes_reach_the_ledger_and_become_tags() -> None:
     tags: dict[str, str] = {}
     ledger = Ledger()
-    notes = [Entry("note", 2, 0, {"text": text}) for text in ("one", "two")]
+    notes = [Entry("note", 2, 0, {"text": text}, time) for text, time in (("one", 1.0), ("two", 2.0))]
     assert ledger.take(notes) == notes
     ledger.tell(SimpleNamespace(log_tags=tags.update))  # type: ignore[arg-type]
-    assert tags == {"mishap.2.1": "one", "mishap.2.2": "two"}
+    assert tags == {"mishap.1000000": "one", "mishap.2000000": "two"}
 
 
 # Words

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from orchestrator import order as order_module
 from orchestrator.bundle import from_table, scalar
 from orchestrator.order import Order, deal, rows_at
 from orchestrator.reading import read_bundles
@@ -57,6 +59,23 @@ def test_tokens_of_a_step_stay_within_batch_tokens_and_an_epoch_is_complete(fold
     lengths = np.load(Path(folder) / "train" / "lengths.npy")
     assert all(lengths[r].sum() <= 200 for r in rows)
     assert (np.sort(np.concatenate(rows)) == np.repeat(np.arange(101), 2)).all()
+
+
+def test_late_epochs_cost_what_early_ones_do(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each epoch is laid out once, however many lie before it."""
+    order = Order(folder, seed=5, steps=400, bundles_per_step=1, batch_tokens=200)
+    laid: list[int] = []
+    real = order_module.rows_at
+
+    def counted(positions: NDArray[np.int64], rows: int, seed: int) -> NDArray[np.int64]:
+        if len(positions) == rows:
+            laid.append(int(positions[0]) // rows)
+        return real(positions, rows, seed)
+
+    monkeypatch.setattr(order_module, "rows_at", counted)
+    for step in range(1, order.count_steps(10) + 1):
+        order.step_rows(step)
+    assert max(laid.count(epoch) for epoch in laid) <= 2  # to count its steps, and to walk them
 
 
 def test_the_last_step_of_an_epoch_run_is_what_is_left(folder: str) -> None:

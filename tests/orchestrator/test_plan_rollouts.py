@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from orchestrator.comparison import teacher_rows
 from orchestrator.config import StudentConfig
 from orchestrator.errors import Refusal
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Totals
 from orchestrator.models import load_tokenizer
 from orchestrator.plan import plan_text
 from tests.orchestrator.bench import Bench
@@ -38,8 +37,8 @@ def test_longer_and_more_rows_are_held_than_the_data_has(bench: Bench) -> None:
     assert tokens("strategy.samples=4") > 2 * tokens()
 
 
-def test_whoever_writes_is_no_teacher_in_the_closing_comparison(bench: Bench, tmp_path: Path) -> None:
-    rows = teacher_rows(bench.plan(*WRITES), {}, Ledger.of(tmp_path))
+def test_whoever_writes_is_no_teacher_in_the_closing_comparison(bench: Bench) -> None:
+    rows = teacher_rows(bench.plan(*WRITES), {}, Totals())
     assert [row.who for row in rows] == ["teacher"]
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from orchestrator.checks import resumed
 from orchestrator.config import to_yaml
 from orchestrator.errors import Refusal
+from orchestrator.journal import Heartbeat
 from orchestrator.plan import FACTS, Plan, make_plan, plan_text
 from orchestrator.result import RECIPE
 from tests.orchestrator.bench import TEXT, Bench, both, machine_of, put
@@ -44,6 +48,16 @@ def test_a_run_goes_on_with_other_resources(bench: Bench, override: str) -> None
     after = make_plan(bench.job("train.layout=ddp", override), "recipe", resume=before.folder)
     assert (after.name, after.folder, after.done_steps) == ("old", before.folder, 0)
     assert after.fingerprints == before.fingerprints and "goes on from the start" in plan_text(after)
+
+
+def test_a_run_that_is_being_driven_is_refused(bench: Bench) -> None:
+    before, parent = begun(bench), psutil.Process(os.getppid())
+    home = Path(before.folder.root)
+    Heartbeat(socket.gethostname(), parent.pid, parent.create_time(), time.time()).save(home)
+    with pytest.raises(Refusal, match=f"process {parent.pid} of .* is driving"):
+        make_plan(bench.job(), "recipe", resume=before.folder)
+    Heartbeat("elsewhere", 1, 0.0, time.time() - 60).save(home)
+    assert make_plan(bench.job(), "recipe", resume=before.folder).name == "old"
 
 
 @pytest.mark.parametrize(
@@ -102,5 +116,5 @@ def test_a_finished_run_does_not_go_on(bench: Bench) -> None:
 def test_a_folder_without_a_recipe_is_no_run(bench: Bench, tmp_path: Path) -> None:
     before = begun(bench)
     os.remove(Path(before.folder.root) / "recipe.yaml")
-    with pytest.raises(Refusal, match="without recipe.yaml"):
+    with pytest.raises(Refusal, match="no recipe.yaml"):
         make_plan(bench.job(), "recipe", resume=before.folder)

@@ -6,12 +6,9 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +22,7 @@ from cluster.storage import Folder
 from cluster.stores.files import StoreFiles
 from orchestrator.generate import generate
 from orchestrator.run import distill
+from tests.s3 import s3_bucket
 from tests.tiny import source_text, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -165,36 +163,8 @@ def test_a_run_from_a_store_learns_as_one_from_the_teacher(home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of an empty bucket on a real S3 server of this machine."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
-    given = {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    before = {name: os.environ.get(name) for name in given}
-    log = (tmp_path_factory.mktemp("s3") / "log").open("w")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=log, stderr=log)
-    os.environ.update(given)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}")
-        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/signals", method="PUT"))
-        yield "s3://signals"
-    finally:
-        server.kill()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _wait_for(url: str) -> None:
-    end = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(url)
-            return
-        except (urllib.error.URLError, ConnectionError):
-            assert time.monotonic() < end, "the S3 server does not answer"
-            time.sleep(0.2)
+    with s3_bucket("signals", tmp_path_factory.mktemp("s3")) as address:
+        yield address
 
 
 @pytest.mark.slow
