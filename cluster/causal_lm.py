@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -96,8 +97,17 @@ def bound_kernel_cache() -> None:
 
 
 def compute_device() -> torch.device:
-    """The GPU this process was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU this process was given, else the CPU. A process that Ray gave none sees those of others all the same."""
+    return torch.device("cuda" if torch.cuda.is_available() and not _without_gpu() else "cpu")
+
+
+def _without_gpu() -> bool:
+    """Whether Ray started this process and gave it no GPU; a driver takes what it finds."""
+    if not ray.is_initialized():
+        return False
+    context = ray.get_runtime_context()
+    started = context.get_actor_id() is not None or context.get_task_id() is not None
+    return started and not context.get_accelerator_ids().get("GPU")
 
 
 @contextmanager

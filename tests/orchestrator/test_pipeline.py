@@ -107,3 +107,19 @@ def test_an_endpoint_has_a_pool_for_every_group_of_its_stages() -> None:
     assert pools((first, second, plain, first, first)) == {"reader": 1, "a": 2, "b": 1}
     assert pools((plain, first)) == {"reader": 1, "a": 1}
     assert pools((plain,)) == {"reader": 2}
+
+
+@pytest.mark.cluster
+def test_an_actor_without_a_gpu_leaves_those_of_others_alone(ray_session: str) -> None:
+    """Ray shows them to it."""
+
+    @ray.remote(num_cpus=0.1)
+    def device() -> str:
+        import torch
+
+        from cluster.causal_lm import compute_device
+
+        torch.cuda.is_available = lambda: True
+        return str(compute_device())
+
+    assert ray.get(device.remote()) == "cpu"
