@@ -16,7 +16,10 @@ from orchestrator.layouts.replicated import Single
 
 
 class Fsdp2(Single):
-    """One shard per worker; each repeated decoder layer gathers and frees its own parameters."""
+    """One shard per worker; each repeated decoder layer gathers and frees its own parameters.
+
+    Layers go to their device one by one as they are sharded: all of them may be more than it holds.
+    """
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         mesh = init_device_mesh(self.numerics.device.type, (torch.distributed.get_world_size(),))

@@ -22,11 +22,12 @@ class Single:
 
     def __init__(self, module: nn.Module, optimizer: OptimizerFactory, numerics: Numerics, config: LayoutConfig):
         self.numerics = numerics
-        self.module = self._wrap(module.to(numerics.device))
+        self.module = self._wrap(module)
         self.optimizer = optimizer(trained_parameters(self.module))
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        return module
+        """The network on its device, as it is trained."""
+        return module.to(self.numerics.device)
 
     @contextmanager
     def micro(self, last: bool) -> Iterator[None]:
@@ -82,7 +83,7 @@ class Ddp(Single):
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         on = self.numerics.device
-        return DistributedDataParallel(module, device_ids=[on.index] if on.type == "cuda" else None)
+        return DistributedDataParallel(module.to(on), device_ids=[on.index] if on.type == "cuda" else None)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         assert isinstance(self.module, DistributedDataParallel)
