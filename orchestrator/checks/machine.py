@@ -56,6 +56,10 @@ def is_local(job: Job) -> bool:
 
 def check_processors(job: Job, demands: Sequence[Demand]) -> None:
     """Every long-lived process gets its CPUs and GPUs at once; too few stall a stream without a word."""
+    worker, workers = job.cluster.resources.worker.gpus, job.run.train.most_workers
+    if 0 < worker < 1 < workers:
+        do = "Set it to 1, or train.workers=1. Endpoints may share a GPU."
+        raise Refusal("resources.worker.gpus", f"{worker:g} with {workers} workers", "whole GPUs, which NCCL asks for", do)
     if not is_local(job):
         return
     cpus = sum(d.processes * d.share.cpus for d in demands)
@@ -66,7 +70,7 @@ def check_processors(job: Job, demands: Sequence[Demand]) -> None:
     gpus, there = sum(d.processes * d.share.gpus for d in demands), torch.cuda.device_count()
     if gpus > there:
         listed = ", ".join(f"{d.role} {d.processes} x {d.share.gpus:g}" for d in demands if d.share.gpus)
-        do = "Lower resources.*.gpus (fractions share one), train.workers or actors, or join a larger cluster."
+        do = "Lower resources.*.gpus (fractions let endpoints share one), train.workers or actors, or join a larger cluster."
         raise Refusal("resources", f"{gpus:g} GPUs ({listed})", f"at most the {there} of this machine", do)
 
 

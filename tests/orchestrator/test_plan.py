@@ -234,3 +234,9 @@ def test_the_command_prints_a_good_plan(bench: Bench, capsys: pytest.CaptureFixt
     assert code == 0
     for word in ("Student", "Qwen3ForCausalLM", "Score(teacher)", "held out: 8 rows", "logical", "GiB", "First row"):
         assert word in said
+
+
+def test_workers_do_not_share_a_gpu(bench: Bench) -> None:
+    bench.cluster["resources"]["worker"]["gpus"] = 0.5
+    with pytest.raises(Refusal, match="0.5 with 2 workers; expected whole GPUs"):
+        bench.plan("train.workers=2", "train.layout=ddp")
