@@ -198,7 +198,11 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         cast=people,
         disk=room.on_disk(job, people, data, order, added),
         memory=memory,
-        fingerprints={**_fingerprints(people, data, text), **{SIGNALS + n: d for n, d in found_sources.digests.items()}},
+        fingerprints={
+            **_fingerprints(people, data, text),
+            **stores.identities(people, {**frozen, **endpoints}),
+            **{SIGNALS + n: d for n, d in found_sources.digests.items()},
+        },
         warnings=(*warnings, *heavy, *about_memory(strategy, order, data), *alarms.about_alarms(run, order.steps, data.held_out.rows)),
     )
     resumed.check_same_facts(folder, job, plan.facts)

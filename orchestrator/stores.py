@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -189,6 +191,12 @@ def teacher_identity(people: Cast, name: str, config: EndpointConfig) -> dict[st
     network = people.teachers.get(name)
     weights = {"weights": network.fingerprint, "dtype": str(network.dtype).removeprefix("torch.")} if network else {}
     return {**config.identity, **weights}
+
+
+def identities(people: Cast, endpoints: Mapping[str, EndpointConfig]) -> dict[str, str]:
+    """Fingerprints of what each endpoint's answers depend on; a run that goes on must find them again."""
+    told = {name: teacher_identity(people, name, config) for name, config in endpoints.items()}
+    return {f"endpoints.{name}.answers": sha256(json.dumps(t, sort_keys=True).encode()).hexdigest() for name, t in told.items()}
 
 
 def nearest_store(home: Folder, name: str, key: StoreKey) -> str:

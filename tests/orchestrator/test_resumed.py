@@ -50,6 +50,16 @@ def test_a_run_goes_on_with_other_resources(bench: Bench, override: str) -> None
     assert after.fingerprints == before.fingerprints and "goes on from the start" in plan_text(after)
 
 
+def test_a_teacher_of_the_cluster_stays_what_it_was(bench: Bench) -> None:
+    """The recipe says nothing of it, and its weights are the same."""
+    bench.recipe["endpoints"] = {"teacher": {}}
+    bench.cluster["endpoints"] = {"teacher": {"model": str(bench.folder / "teacher"), "attention": "sdpa"}}
+    before = begun(bench)
+    bench.cluster["endpoints"]["teacher"]["attention"] = "eager"
+    with pytest.raises(Refusal, match=r"another endpoints\.teacher|attention = 'eager'"):
+        make_plan(bench.job(), "recipe", resume=before.folder)
+
+
 def test_a_run_that_is_being_driven_is_refused(bench: Bench) -> None:
     before, parent = begun(bench), psutil.Process(os.getppid())
     home = Path(before.folder.root)
