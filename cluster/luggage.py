@@ -15,6 +15,8 @@ PACKED = "submitted"
 """Folder of the archive that holds what does not lie in the tree as it is."""
 _OVERRIDE = re.compile(r"[\w.]+=")
 _GLOB = re.compile(r"[*?\[]")
+_PATHS = ("student", "model", "tokenizer", "train", "held_out", "folder")
+"""Last words of settings that name a file or a folder; of others a plain word is no path, whatever lies here."""
 
 
 @dataclass
@@ -56,7 +58,9 @@ class Luggage:
 
     def _argument(self, word: str) -> str:
         if found := _OVERRIDE.match(word):
-            return word[: found.end()] + self._text(word[found.end() :])
+            setting, value = word[: found.end()], word[found.end() :]
+            named = "/" in value or Path(value).suffix or setting.rpartition(".")[2].removesuffix("=") in _PATHS
+            return setting + (self._text(value) if named else value)
         return self._text(word)
 
     def _text(self, text: str) -> str:

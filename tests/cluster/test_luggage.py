@@ -32,7 +32,7 @@ def test_a_path_of_the_tree_stays_and_one_that_is_ignored_becomes_absolute(lugga
 
 
 @pytest.mark.parametrize(
-    "word", ["Qwen/Qwen3-8B", "train.lr=2e-5", "--verbose", "-v", "s3://bucket/runs", "", "strategy=logits", "tags.a="]
+    "word", ["Qwen/Qwen3-8B", "train.lr=2e-5", "--verbose", "-v", "s3://bucket/runs", "", "strategy=logits", "tags.a=", "data.split=runs"]
 )
 def test_other_words_stay(luggage: Luggage, word: str) -> None:
     assert luggage.arguments([word]) == [word]
