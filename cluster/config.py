@@ -24,13 +24,10 @@ __all__ = [
     "Dtype",
     "EndpointConfig",
     "FakeEndpoint",
-    "Jobs",
-    "Mlflow",
     "ModelName",
     "OpenAIEndpoint",
     "ReplayEndpoint",
     "Resources",
-    "Roles",
     "SavedModel",
     "StoreEndpoint",
     "TransformersEndpoint",
@@ -126,6 +123,10 @@ class OpenAIEndpoint(EndpointModel):
     @property
     def own_tokenizer(self) -> str | None:
         return self.tokenizer
+
+    def shared_by(self, users: int) -> Self:
+        pace = self.requests_per_minute
+        return self if pace is None else self.model_copy(update={"requests_per_minute": max(1, pace // users)})
 
     def with_tokenizer(self, folder: str) -> Self:
         return self if self.tokenizer else self.model_copy(update={"tokenizer": folder})

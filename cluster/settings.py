@@ -86,6 +86,10 @@ class EndpointModel(ClusterModel):
         """What its answers depend on besides the weights and their dtype. Nothing secret."""
         return {"engine": self.engine}
 
+    def shared_by(self, users: int) -> Self:
+        """What each of so many users of one server may have of it; the same where each loads its own."""
+        return self
+
     def with_tokenizer(self, folder: str) -> Self:
         """The same with the student's tokenizer in `folder`, where it needs one of its own and names none."""
         return self

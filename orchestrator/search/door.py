@@ -126,7 +126,7 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
     _check_comparable(job.search, corners)
     teachers = pooled([c.plan for c in corners])
     spec = replace(spec, pooled=tuple(t.name for t in teachers))
-    corners = tuple(replace(c, plan=seated(c.plan, spec.pooled, own)) for c in corners)
+    corners = tuple(replace(c, plan=seated(c.plan, spec.pooled, own, spec.at_once)) for c in corners)
     found = SearchPlan(own, job.search, spec, corners, teachers)
     _check_objectives(found)
     _check_scheduler(found)
@@ -158,7 +158,7 @@ def _spec(name: str, content: Mapping[str, Any], cluster: Mapping[str, Any], job
         threads = max(1, machine_cpus() // (job.search.concurrent * job.run.train.most_workers))
         where["resources"] = {**_dict(cluster.get("resources"))}
         put(where, ["resources", "worker", "threads"], threads)
-    return Spec(name, kept, where, os.getcwd(), job.search.objective, every_steps=comparison_steps(job))
+    return Spec(name, kept, where, os.getcwd(), job.search.objective, at_once=job.search.concurrent, every_steps=comparison_steps(job))
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -61,12 +61,15 @@ def _of(plan: Plan, name: str) -> Pooled:
     return Pooled(name, config, vocabulary, Demand(name, config.actors, share), replace(memory, processes=config.actors))
 
 
-def seated(plan: Plan, teachers: Collection[str], search: str) -> Plan:
-    """The plan of a trial that asks these teachers of the search's pools, and holds nothing of them itself."""
+def seated(plan: Plan, teachers: Collection[str], search: str, at_once: int) -> Plan:
+    """The plan of one of `at_once` trials that asks these teachers of the search's pools, and holds nothing of them itself; of others it
+    takes its share."""
     here = {name: Seat(pool_name(search, name), plan.name) for name in teachers if name in set(_live(plan))}
     demands = tuple(replace(d, share=CLIENT) if d.role in here else d for d in plan.demands)
     clients = {d.role: small_process(d) for d in demands if d.role in here}
-    return replace(plan, seats=here, demands=demands, memory=tuple(clients.get(m.role, m) for m in plan.memory))
+    answering = {name: config.shared_by(at_once) for name, config in plan.sources.answering.items()}
+    sources = replace(plan.sources, answering=answering)
+    return replace(plan, sources=sources, seats=here, demands=demands, memory=tuple(clients.get(m.role, m) for m in plan.memory))
 
 
 def pool_name(search: str, teacher: str) -> str:

@@ -62,6 +62,8 @@ class Spec:
     objectives: tuple[Objective, ...]
     parent: str | None = None
     """MLflow run of the search."""
+    at_once: int = 1
+    """Trials that run side by side."""
     every_steps: int = 0
     """Steps from one comparison of a population to the next; 0 where trials do not restart from each other."""
     pooled: tuple[str, ...] = ()
@@ -243,7 +245,7 @@ def _plan(spec: Spec, trial: Trial) -> Plan:
     def planned(job: Job) -> Plan:
         return make_plan(job, name, begun)
 
-    plan = seated(with_texts(planned(spec.job(trial.settings, name)), planned, Display())[0], spec.pooled, spec.search)
+    plan = seated(with_texts(planned(spec.job(trial.settings, name)), planned, Display())[0], spec.pooled, spec.search, spec.at_once)
     if not trial.restarts:
         return plan
     begins, held_out = Folder(trial.restarts[-1].checkpoint), spec.folder(trial.number).child("held_out")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from cluster.config import OpenAIEndpoint
 from cluster.pool import Seat
 from orchestrator.config import load_job, to_yaml
 from orchestrator.errors import Refusal
@@ -16,6 +18,7 @@ from orchestrator.search import door
 from orchestrator.search.door import SearchPlan, search_plan
 from orchestrator.search.plan_text import search_text
 from orchestrator.search.settings import SearchConfig
+from orchestrator.search.sharing import seated
 from tests.orchestrator.bench import Bench
 
 LR = {"train.lr": {"log_uniform": [1e-4, 1e-2]}}
@@ -152,3 +155,12 @@ def asha(bench: Bench) -> None:
 def test_the_first_look_is_the_first_evaluation(bench: Bench, change: Callable[[Bench], None], first: int) -> None:
     change(bench)
     assert planned(bench, LR).first_evaluation == first
+
+
+def test_trials_side_by_side_share_what_a_server_takes(bench: Bench) -> None:
+    """Each has a connection of its own, and the limit is of all together."""
+    plan = planned(bench, LR, concurrent=2).plan
+    served = OpenAIEndpoint(engine="openai", base_url="http://server/v1", model="m", vocabulary=8, requests_per_minute=60)
+    plan = replace(plan, sources=replace(plan.sources, answering={"served": served}))
+    (config,) = seated(plan, (), "find", 4).sources.answering.values()
+    assert isinstance(config, OpenAIEndpoint) and config.requests_per_minute == 15
