@@ -17,8 +17,10 @@ import pytest
 
 from tests.orchestrator.arena import Arena, Run, arena
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SECONDS = float(os.environ.get("DISTILL_SOAK_SECONDS", "1800"))
+LAST_RUN_SECONDS = 900.0
+"""For the run that is under way when the time is over."""
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(SECONDS + LAST_RUN_SECONDS)]
 SEED = int(os.environ.get("DISTILL_SOAK_SEED", time.time()))
 NODES, STEPS, RESTARTS = 3, 40, 100
 PAUSE_SECONDS = (5.0, 40.0)
