@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from cluster.storage import Folder
 from orchestrator import watchdog
 from orchestrator.config import load_cluster, read_content, to_yaml
 from orchestrator.display import Display
@@ -20,6 +21,7 @@ from orchestrator.errors import Interrupted, Refusal, RunFailed
 from orchestrator.filling import Filled, fill
 from orchestrator.interrupts import interruptible
 from orchestrator.journal import MetricRow, RunRecord
+from orchestrator.mirror import mirrored
 from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, with_texts
 from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
@@ -74,14 +76,15 @@ def resume_search(
 
     `overrides` may change budgets (`search.trials=16`); `Refusal` for those that change what trials are.
     """
-    home = Path(folder).absolute()
-    if not (home / SEARCH).exists():
-        raise Refusal(f"--resume {folder}", f"a folder without {SEARCH}", "the folder of a search", "Look below the storage folder.")
+    home = Folder.of(str(folder))
+    own = local(home)
+    with mirrored(own, home):
+        if not (own / SEARCH).exists():
+            raise Refusal(f"--resume {folder}", f"a folder without {SEARCH}", "the folder of a search", "Look below the storage folder.")
     _check_free(overrides)
     where = cluster_content(Path(cluster) if isinstance(cluster, str) else cluster)
-    if "://" not in str(where.get("storage", "")):  # there, the search's small files lie in `runs` on this machine
-        where["storage"] = str(home.parent)
-    return _run(lambda: search_plan(home / SEARCH, overrides, where, home.name), where, display or Display())
+    where["storage"], _, name = home.root.rpartition("/")
+    return _run(lambda: search_plan(own / SEARCH, overrides, where, name), where, display or Display())
 
 
 FREE = ("search.trials", "search.tokens", "search.seconds", "search.concurrent", "search.baseline")
@@ -109,6 +112,11 @@ def _run(planned: Callable[[], SearchPlan], cluster: Mapping[str, Any], display:
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     plan = planned_with_ray(load_cluster(cluster), planned, display)
     display.plan(search_text(plan))
+    with mirrored(plan.folder, plan.spec.home_folder):
+        return _drive(plan, display)
+
+
+def _drive(plan: SearchPlan, display: Display) -> SearchResult:
     plan.folder.mkdir(parents=True, exist_ok=True)
     (plan.folder / SEARCH).write_text(
         to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json", exclude_defaults=True)}), encoding="utf-8"
@@ -244,6 +252,8 @@ def _conclude(plan: SearchPlan, court: Court, tracker: Tracker, spent: Spent) ->
     report = write_report(plan, court, spent)
     for name in (BEST, REPORT):
         tracker.log_text((plan.folder / name).read_text(encoding="utf-8"), name)
+    for picture in sorted(plan.folder.glob("*.png")):
+        tracker.log_file(picture)
     return SearchResult(
         name=plan.name,
         folder=str(plan.folder),

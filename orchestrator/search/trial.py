@@ -91,9 +91,14 @@ class Spec:
         return Folder.of(str(self.cluster["storage"]), run_name(self.search, number, generation))
 
     @property
+    def home_folder(self) -> Folder:
+        """The search's own."""
+        return Folder.of(str(self.cluster["storage"]), self.search)
+
+    @property
     def own(self) -> Path:
         """The search's own small files."""
-        return local(Folder.of(str(self.cluster["storage"]), self.search))
+        return local(self.home_folder)
 
     def trial(self, number: int, point: Point) -> Trial:
         """A trial as the book has it now, where it may restart; else `point` is all there is to know."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import yaml
 
 from orchestrator.config import load_job
 from orchestrator.errors import Refusal
@@ -48,11 +52,14 @@ def found(home: Path, ray_session: str) -> SearchResult:
 
 def runs(home: Path) -> dict[str, Any]:
     """Every MLflow run, by name."""
+    experiment = client(home).get_experiment_by_name("distill")
+    return {run.info.run_name: run for run in client(home).search_runs([experiment.experiment_id])}
+
+
+def client(home: Path) -> Any:
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{home / 'runs'}/mlflow.db")
-    experiment = client.get_experiment_by_name("distill")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    return MlflowClient(f"sqlite:///{home / 'runs'}/mlflow.db")
 
 
 def test_the_better_learning_rate_is_found(found: SearchResult) -> None:
@@ -67,7 +74,8 @@ def test_the_teacher_reads_the_rows_once(found: SearchResult, home: Path) -> Non
     (store,) = (home / "runs" / "signals").iterdir()
     plans = [json.loads((home / "runs" / f"find-{n:03d}" / "plan.json").read_text())["fingerprints"]["signals.teacher"] for n in (0, 1)]
     assert set(plans) == {store.name.rpartition("-")[2]}
-    assert found.spent.teacher_tokens > 0
+    data = json.loads(next((home / "runs" / "data").glob("data-*/manifest.json")).read_text())
+    assert found.spent.teacher_tokens == data["train"]["tokens"] + data["held_out"]["tokens"]
 
 
 def test_mlflow_has_one_parent_and_ended_children(found: SearchResult, home: Path) -> None:
@@ -78,6 +86,9 @@ def test_mlflow_has_one_parent_and_ended_children(found: SearchResult, home: Pat
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id == found.mlflow_run_id for run in children)
     assert {run.info.status for run in known.values()} == {"FINISHED"}
     assert parent.data.metrics[f"best/{METRIC}"] == pytest.approx(found.best.metrics[METRIC])
+    kept = {file.path for file in client(home).list_artifacts(parent.info.run_id)}
+    assert kept >= {"search.yaml", "plan.txt", "trials.jsonl", "best_recipe.yaml", "report.html", "curves.png", "parallel.png"}
+    assert {"recipe.yaml", "result.json", "curves.png"} <= {f.path for f in client(home).list_artifacts(children[0].info.run_id)}
 
 
 def test_the_best_recipe_runs_as_it_is_and_the_report_stands_alone(found: SearchResult) -> None:
@@ -114,3 +125,34 @@ def test_live_trials_take_turns_at_one_teacher_which_ends_with_the_search(found:
     assert [t.metrics[METRIC] for t in live.trials] == pytest.approx([stored[0], stored[1]], rel=1e-3)  # the store rounds
     with pytest.raises(ValueError, match="Failed to look up actor"):
         ray.get_actor("live/teacher")
+
+
+@pytest.mark.slow
+def test_trials_that_asha_stops_make_room_and_end_and_the_best_recipe_runs(home: Path, ray_session: str) -> None:
+    """On two CPUs, of which two trials at once leave nothing over; then the recipe that was found, as it is."""
+    rates = [1e-3, 1e-6, 1e-7, 1e-8]
+    asked = {"space": {"train.lr": {"choice": rates}}, "scheduler": {"type": "asha", "reduction": 2}, "concurrent": 2, "baseline": False}
+    content = recipe(home, **asked) | {"name": "halved", "train": {"steps": 8, "batch_rows": 4, "layout": "single"}}
+    (home / "halved.yaml").write_text(yaml.safe_dump(content))
+    (home / "two.yaml").write_text(yaml.safe_dump({"storage": str(home / "runs"), "address": "local"}))
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+    def command(verb: str, file: Path) -> str:
+        program = "import ray; start = ray.init; ray.init = lambda **more: start(**more, num_cpus=2); from jobs.cli import main; main()"
+        words = [verb, str(file), "--cluster", str(home / "two.yaml")]
+        done = subprocess.run([sys.executable, "-c", program, *words], env=alone, text=True, capture_output=True, timeout=500)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    command("search", home / "halved.yaml")
+    ends = {t["number"]: t["outcome"] for t in _events(home / "runs" / "halved" / TRIALS) if t["event"] == "ended"}
+    assert sorted(ends) == [0, 1, 2, 3] and "stopped" in ends.values() and ends[0] == "finished"
+    known = runs(home)
+    assert {n: known[f"halved-{n:03d}"].info.status for n in ends} == {
+        n: "FINISHED" if e == "finished" else "KILLED" for n, e in ends.items()
+    }
+    command("run", home / "runs" / "halved" / "best_recipe.yaml")
+
+
+def _events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
