@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from cluster.storage import Folder
+from cluster.stores.files import StoreFiles
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine
 from tests.benchmarks.searches import Metered, ended, filled, journal, metered, searched, sizes
@@ -39,13 +41,23 @@ def measure(settings: Settings) -> Figure:
             "teacher": vars(teacher),
             "search": vars(search),
             "apart": [vars(m) for m in apart],
-            "teacher_tokens_in_the_search": json.loads((folder / "spent.json").read_text(encoding="utf-8"))["teacher_tokens"],
+            "teacher_tokens_over_those_of_the_data": _scored(settings.folder / "runs", folder),
             "share_of_wall_time_outside_steps": {
                 "live runs": [1 - _steps(_storage(settings) / f"live{n}") / m.wall_seconds for n, m in enumerate(apart)],
                 "search": 1 - in_steps / search.wall_seconds,
             },
         },
     )
+
+
+def _scored(storage: Path, search: Path) -> float:
+    """Tokens that the teacher read for all trials, over those of all rows: of the store that was filled, and of the search itself."""
+    (store,) = (storage / "signals").iterdir()
+    (data,) = (storage / "data").glob("data-*/manifest.json")
+    splits = json.loads(data.read_text(encoding="utf-8"))
+    own = json.loads((search / "spent.json").read_text(encoding="utf-8"))["teacher_tokens"]
+    read = sum(part.tokens for part in StoreFiles(Folder(str(store))).complete_parts())
+    return float((read + own) / (splits["train"]["tokens"] + splits["held_out"]["tokens"]))
 
 
 def _storage(settings: Settings) -> Path:

@@ -38,7 +38,7 @@ SPACE = {
 }
 """Temperature, weights, divergence and learning rate."""
 TRIALS = 8
-STEPS = 700
+STEPS = 450
 """A live run of so many takes three minutes or more on two cores."""
 SCHEDULERS: dict[str, Any] = {"none": "none", "asha": {"type": "asha"}}
 
