@@ -56,7 +56,7 @@ def _scored(storage: Path, search: Path) -> float:
     (data,) = (storage / "data").glob("data-*/manifest.json")
     splits = json.loads(data.read_text(encoding="utf-8"))
     own = json.loads((search / "spent.json").read_text(encoding="utf-8"))["teacher_tokens"]
-    read = sum(part.tokens for part in StoreFiles(Folder(str(store))).complete_parts())
+    read = sum(part.tokens for part in StoreFiles(Folder(str(store))).parts)
     return float((read + own) / (splits["train"]["tokens"] + splits["held_out"]["tokens"]))
 
 
