@@ -3,8 +3,8 @@
 Every estimator is named by the gradient that it gives in expectation over tokens y drawn from the student q
 (strategies book C9). `d = log p(y) - log q(y)`, the teacher's advantage on the token, never carries a gradient here.
 The token must have been drawn from q at `temperature`, and the signal's log-probabilities must have been taken at the
-same one (C4), which is 1 for a signal that is a whole distribution; neither can be checked here. Text of anybody else
-makes all of them biased.
+same one, which is 1 for every signal of a run, so that a plan refuses any other; neither can be checked here. Text of
+anybody else makes all of them biased.
 
 | backpropagated | expected gradient | expected value | type |
 |---|---|---|---|

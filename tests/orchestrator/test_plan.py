@@ -149,6 +149,16 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
         terms({"objective": "reverse-kl-squared"}, near="topk"),
         ["log-probability of the given token", "'near'"],
     ),
+    (
+        "a warm token",
+        terms({"objective": {"type": "reverse-kl-squared", "temperature": 2}}, near="per-token"),
+        ["'reverse-kl-squared' at temperature 2", "temperature 1"],
+    ),
+    (
+        "warm draws",
+        terms({"objective": {"type": "forward-kl", "temperature": {"ramp": [2, 1]}}}, drawn="sampled"),
+        ["'forward-kl' at temperature ramp", "temperature 1"],
+    ),
     ("no signal named", terms({"objective": "jsd"}, one="topk", two="dense"), ["'jsd' to name its signal", "one of one, two", "got none"]),
     ("unknown signal", terms({"objective": "jsd", "signal": "techer"}), ["the signal 'techer'", "one of its signals"]),
     ("pairs of rows that come alone", terms({"objective": "simpo"}), ["'simpo'", "rows in pairs", "weights/simpo", "no preferences yet"]),
