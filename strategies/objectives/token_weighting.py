@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, InstanceOf, SerializeAsAny
 from torch import Tensor
 
 from strategies.core import Objective, ObjectiveSettings, Progress, Reads, TwoPass
+from strategies.cut import Together
 from strategies.head import TokenBatch, TokenLogits
 from strategies.objectives.divergence import ForwardKL, total_variation
 from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule
@@ -46,6 +47,8 @@ def _as_objective(value: Any) -> Any:
 def _of_single_tokens(value: ObjectiveSettings) -> ObjectiveSettings:
     if isinstance(value, TwoPass):
         raise ValueError(f"{value.type} looks at whole micro-batches itself; expected a divergence of single tokens")
+    if isinstance(value, Together) or value.reads not in ("nothing", "expectation", "pair"):
+        raise ValueError(f"{value.type} is no sum over tokens of what each is by itself; expected a divergence of single tokens")
     return value
 
 
