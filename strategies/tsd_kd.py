@@ -34,8 +34,8 @@ class TokenSelectiveDualKD(OnPolicy):
     type: Literal["token-selective-dual-kd"] = "token-selective-dual-kd"
     take: Annotated[TakeHidden | TakeDense, Field(discriminator="type")] = TakeHidden()
     """What is asked of the teacher."""
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Weight of the teacher in the mixture that both are compared with."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Weight of the teacher in the mixture that both are compared with; at 0 and 1 the unrescaled divergence would jump to a KL."""
     candidates: PositiveInt = 10
     """Tokens that the student proposes and the teacher ranks."""
     opener_share: Share = 0.1

@@ -47,3 +47,9 @@ def test_a_term_that_weighs_nothing_is_left_out() -> None:
 def test_a_ranking_of_tokens_that_the_teacher_did_not_keep_is_refused() -> None:
     with pytest.raises(ValidationError, match="'hidden', 'dense'"):
         TokenSelectiveDualKD.model_validate({"take": {"type": "topk"}})
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_beta_at_which_the_divergence_jumps_is_refused(beta: float) -> None:
+    with pytest.raises(ValidationError, match="beta"):
+        TokenSelectiveDualKD(beta=beta)
