@@ -28,7 +28,7 @@ class MiniLLM(OnPolicy):
     KL, which stand for the paper's loss on a plain corpus, by half each.
 
     One step is taken on each text, so there is no clipped ratio and q_old; a text of staler weights is corrected by
-    `importance_cap`, each token by its own ratio. Rewards are cut and never whitened (strategies book C16), unlike in the released
+    `importance_cap`, each token by its own ratio. Rewards are cut and never whitened, unlike in the released
     code. Does not mix the teacher into the sampling: the student writes alone (the paper's alpha is 0), at temperature 1 from all tokens.
     """
 

@@ -53,7 +53,7 @@ class Acting(OnPolicy):
 class OPD(Acting):
     """The reverse KL to the teacher as a reward: every token that the student wrote counts log p - log q, under stop-gradient.
 
-    Sampled-token on-policy distillation (strategies book, `opd-pg`): the expected gradient is that of the reverse KL of each token at
+    Sampled-token on-policy distillation: the expected gradient is that of the reverse KL of each token at
     the student's own prefixes (arXiv:2306.08543, single-step part).
     """
 

@@ -27,7 +27,7 @@ class TokenSelectiveDualKD(OnPolicy):
     is divided by all its tokens and not by the chosen ones. Rows that the student did not write count as those that it did. Asks for
     the teacher's whole distribution, which a server behind a URL does not give.
 
-    The weights are the book's, for a student that knows much already. The unrescaled divergence pulls with b(1-b) = 0.09 of a KL's
+    The weights are for a student that knows much already. The unrescaled divergence pulls with b(1-b) = 0.09 of a KL's
     strength, so that `entropy` at weight 1 makes a student that knows little sure of anything: give it 0.01 then, or leave it out.
     """
 

@@ -143,7 +143,7 @@ class TemperedPerToken(Distribution):
         log_q, log_p = self.signal.pair(outputs, 1.0)
         by, outcomes = self.temperatures[:, None], log_p.shape[-1]
         tempered, tokens = log_p / by, single_tokens(self.signal, log_p.shape[-1])
-        if tokens < outcomes:  # the bucket as a uniform tail: strategies book C8
+        if tokens < outcomes:  # the bucket as a uniform tail, as `TopK` tempers its own
             spread = (1.0 - 1.0 / by) * math.log(outputs.logits.shape[-1] - tokens)
             tempered = torch.cat([tempered[:, :tokens], tempered[:, tokens:] + spread], -1)
         return log_q, tempered.log_softmax(-1)

@@ -7,7 +7,7 @@ twice:
   split into micro-batches, which is not the same at another world size or token budget;
 - `selected-tokens-absolute` cuts at a number, in one pass, and does not depend on the split.
 
-The mask count stays the denominator (strategies book C5), so a term that keeps half of its tokens has about half of its
+The mask count stays the denominator, so a term that keeps half of its tokens has about half of its
 size; `average: kept` makes it the mean over the kept ones.
 """
 

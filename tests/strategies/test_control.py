@@ -26,7 +26,7 @@ from tests.strategies import reference_divergences as ref
 
 
 def distillm_phi(losses: list[float], phi: float, tolerance: float) -> list[float]:
-    """Strategies book: phi += 0.1, at most 1, whenever the validation loss >= previous + tolerance; then previous <- current."""
+    """phi += 0.1, at most 1, whenever the validation loss >= previous + tolerance; then previous <- current."""
     found, previous = [], losses[0]
     for loss in losses:
         if loss >= previous + tolerance and found:
@@ -37,7 +37,7 @@ def distillm_phi(losses: list[float], phi: float, tolerance: float) -> list[floa
 
 @pytest.mark.parametrize("tolerance", [0.1, 0.0, -0.3])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_share_follows_the_books_rule(seed: int, tolerance: float) -> None:
+def test_the_share_follows_the_papers_rule(seed: int, tolerance: float) -> None:
     losses = (3 + np.cumsum(np.random.default_rng(seed).normal(0.03, 0.2, 80))).tolist()
     share = AdaptiveShare(start=0.05, tolerance=tolerance)
     state, found = share.begin(), []

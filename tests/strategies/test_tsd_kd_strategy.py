@@ -1,4 +1,4 @@
-"""TSD-KD as a whole: its three terms by the book."""
+"""TSD-KD as a whole: its three terms as in the paper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def terms(**settings: Any) -> dict[str, Term]:
     return {t.name: t for t in found if isinstance(t, Term)}
 
 
-def test_the_terms_are_those_of_the_book() -> None:
+def test_the_terms_are_those_of_the_paper() -> None:
     direct = SelectedTokensAbsolute(divergence=JSD(beta=0.9, rescale=False), by="entropy-gap", keep="above", threshold=0.0, softness=1.0)
     found = {name: (t.objective, t.scale(START), t.signal) for name, t in terms().items()}
     assert found == {
