@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.authored import stop_tokens
 from orchestrator.checks.networks import Cast, conversations
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare
@@ -58,7 +59,7 @@ class Alignment:
         return (
             f"{self.endpoint} reads the text in its own tokens: {self.aligned:.1%} of the bytes to learn lie in spans that both cover, "
             f"{self.one_to_one:.1%} in spans of one token each; {self.ours:.2f} of the student's tokens to {self.theirs:.2f} of its own "
-            f"in a span ({self.rows:,} rows); {self.shared:,} tokens have the same bytes in both vocabularies"
+            f"in a span ({self.rows:,} rows); {self.shared:,} tokens have the same bytes or role in both vocabularies"
         )
 
 
@@ -77,11 +78,13 @@ def told(job: Job, strategy: Strategy, people: Cast) -> Strategy:
         if s.of in people.tokenizers
     }
 
+    end = stop_tokens(people.tokenizer)[-1] if conversations(job.run.data) else people.tokenizer.eos_token_id
+
     def whole(stage: Stage) -> Stage:
         if isinstance(stage, Align) and stage.of in readers:
             return replace(stage, reader=readers[stage.of])
         if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "topk":
-            return replace(stage, shared=shared_ids(readers[stage.endpoint].student, readers[stage.endpoint].teacher))
+            return replace(stage, shared=shared_ids(readers[stage.endpoint], end))
         if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "among":
             reader = readers[stage.endpoint]
             return replace(stage, units=(unit_ids(reader.student, people.tokenizer), unit_ids(reader.teacher, reader.tokenizer)))
@@ -182,7 +185,7 @@ def _measure(stage: Align, columns: Columns) -> Alignment:
         one_to_one=int(sizes[inside & _alone(found)].sum()) / learnt,
         ours=np.count_nonzero(inside) / max(1, found.count),
         theirs=np.count_nonzero(found.theirs != NONE) / max(1, found.count),
-        shared=sum(i != NONE for i in shared_ids(stage.reader.student, stage.reader.teacher)),
+        shared=sum(i != NONE for i in shared_ids(stage.reader)),
         expansion=_expansion(reading, columns),
     )
 

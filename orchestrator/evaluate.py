@@ -22,6 +22,7 @@ from strategies.objectives.likelihood import CrossEntropy
 from strategies.objectives.measures import TeacherCrossEntropy, measures
 from strategies.schedule import constant
 from strategies.sources import Taught
+from strategies.stages.align import NONE
 
 if TYPE_CHECKING:
     from orchestrator.stream import Stream
@@ -118,13 +119,21 @@ def evaluate(
 
 def teacher_cross_entropy(bundles: Sequence[Columns], measured: Mapping[str, Taught], domains: Sequence[str] = ()) -> dict[str, float]:
     """Own cross-entropy of teachers whose signals do not give it, from the log-probabilities kept beside them; also on each domain's
-    tokens. Collective."""
+    tokens. Of a teacher with another tokenizer it is for each of the student's tokens that lie in aligned spans, of which alone it tells.
+    Collective."""
     found = {}
     for signal, endpoint in ((name, s.endpoint) for name, s in measured.items() if "label" not in s.gives):
         for domain in (None, *_apart(domains)):
-            given = [b[f"{signal}/logprob"] if domain is None else b[f"{signal}/logprob"][_of_domain(b, domain)] for b in bundles]
+            given = [b[f"{signal}/logprob"][_answered(b, signal, domain)] for b in bundles]
             mine = [float(sum(-g.sum(dtype=np.float64) for g in given)), float(sum(len(g) for g in given))]
             value, tokens = total(torch.tensor(mine, dtype=torch.float64)).tolist()
             if tokens:
                 found[f"eval/{TEACHER_CROSS_ENTROPY}/{endpoint}" + (f"/{domain}" if domain else "")] = value / tokens
     return found
+
+
+def _answered(bundle: Columns, signal: str, domain: str | None) -> NDArray[np.bool_]:
+    """Loss tokens `(N,)`, of one domain or of all, that a teacher's log-probabilities are about."""
+    span = bundle.get(f"{signal}/span")
+    inside = np.ones(len(bundle[f"{signal}/logprob"]), np.bool_) if span is None else np.asarray(span != NONE)
+    return inside if domain is None else inside & _of_domain(bundle, domain)

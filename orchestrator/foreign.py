@@ -138,11 +138,17 @@ def roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) ->
     return found
 
 
-def shared_ids(student: TokenBytes, teacher: TokenBytes) -> tuple[int, ...]:
-    """By id of the teacher, the student's id of the very same bytes, or `NONE`."""
-    ours, flat = student.ids_by_bytes(), teacher.flat.tobytes()
-    starts = teacher.starts.tolist()
-    return tuple(ours.get(flat[a:b], NONE) if b > a else NONE for a, b in itertools.pairwise(starts))
+def shared_ids(reader: ForeignReader, end: int | None = None) -> tuple[int, ...]:
+    """By id of the teacher, the student's id of the very same bytes, or for a special token that of the same role; `NONE` without one.
+
+    Where several of the student's have one role, such as the ends of a text and of a turn, it is `end`, which ends what is learnt.
+    """
+    special = {theirs: ours for ours, theirs in reader.roles.items()}
+    if end is not None and end in reader.roles:
+        special[reader.roles[end]] = end
+    ours, flat, starts = reader.student.ids_by_bytes(), reader.teacher.flat.tobytes(), reader.teacher.starts.tolist()
+    by_bytes = (ours.get(flat[a:b], NONE) if b > a else NONE for a, b in itertools.pairwise(starts))
+    return tuple(special.get(i, same) for i, same in enumerate(by_bytes))
 
 
 class _Rows:

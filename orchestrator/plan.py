@@ -226,6 +226,7 @@ def _rows(job: Job, strategy: Strategy, people: Cast) -> tuple[Text | None, Prep
     cache, data = _data_cache(job), job.run.data
     text = authored.prepare_text(job, strategy, people, cache)
     offers, warnings = authors.check_authors(job, people, text)
+    authors.check_ends(job, strategy, people)
     told = replace(text, offers=offers) if text else None
     rows = prepare(told.data if told else data, people.tokenizer, data.split_seed, cache)
     return told, rows, warnings + curriculum.check_rows(job, rows)

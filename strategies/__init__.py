@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+from strategies.adakd import TokenAdaptiveKD
 from strategies.core import StrategyConfig
 from strategies.cross_tokenizer import ALM, GOLD, ULDStrategy
 from strategies.distillm import DistiLLM
@@ -29,6 +30,7 @@ from strategies.terms import Terms
 from strategies.tsd_kd import TokenSelectiveDualKD
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
+    "adakd": TokenAdaptiveKD,
     "alm": ALM,
     "cross-entropy": CrossEntropyOnly,
     "distillm": DistiLLM,

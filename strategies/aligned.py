@@ -57,7 +57,7 @@ class ForeignTopK(SpanLikelihoods):
     """The same, and at the first token of every span the teacher's K likeliest next tokens, of its own vocabulary."""
 
     ids: Tensor
-    """`(N, K)` int64 the student's ids of the very same bytes, -1 where it has none."""
+    """`(N, K)` int64 the student's ids of the very same bytes or special role, -1 where it has none."""
     kept: Tensor
     """`(N, K)` float32 log-probabilities at temperature 1, falling."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from strategies.core import Reads
-from strategies.signals import Dense, Distribution, Hidden, TopK
+from strategies.signals import Dense, Distribution, Hidden, Tail, TopK
 
 if TYPE_CHECKING:
     from strategies.head import TokenLogits
@@ -64,6 +64,16 @@ class Blend(Distribution):
     @property
     def whole(self) -> bool:
         return self.members[0].whole
+
+    @property
+    def ids(self) -> Tensor | None:
+        """`(N, K)` of members that are top-k: which outcomes are single tokens, and not the bucket of the rest."""
+        return self.members[0].ids if isinstance(self.members[0], TopK) else None
+
+    @property
+    def tail(self) -> Tail | None:
+        """What became of the rest of members that are top-k."""
+        return self.members[0].tail if isinstance(self.members[0], TopK) else None
 
     def chunk(self, start: int, stop: int) -> Blend:
         weights = tuple(w[start:stop] if isinstance(w, Tensor) else w for w in self.weights)

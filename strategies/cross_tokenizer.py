@@ -97,7 +97,7 @@ class ULDStrategy(CrossTokenizer):
 class GOLD(CrossTokenizer):
     """A divergence on the tokens that both vocabularies have, sorted probabilities for the others, and likelihoods of longer spans.
 
-    General on-policy logit distillation, as code of others has it: where both have read the same bytes, tokens of the very same bytes are
+    General on-policy logit distillation, after TRL's `GOLDTrainer`: where both have read the same bytes, tokens of the very same bytes are
     compared by `beta`'s divergence and the rest by universal logit distillation. Where a span has several tokens on either side, the
     chain rule merges them, and the merged likelihoods are compared as ALM does (arXiv:2503.20083). Unlike there, shared tokens and the
     rest add up to one on either side, and nothing is renormalised.

@@ -23,11 +23,12 @@ class MiniLLM(OnPolicy):
 
     MiniLLM (arXiv:2306.08543, section 2.2 and algorithm 1). On written rows two terms, whose gradients add up to that of the KL of
     whole texts: `single`, each token's reverse KL in closed form, and `long`, a policy gradient by what the tokens after it earn,
-    log p - log q each, discounted and divided by how many they are; with `discount` 1 and without `length_normalised` the sum is
-    exact. On given rows cross-entropy and forward KL, which stand for the paper's loss on a plain corpus, by half each.
+    log p - log q each, discounted and divided by how many they are. With `discount` 1, without `length_normalised`, uncut and with
+    `take: {type: dense}` the sum is exact; on top-k tokens `single` counts all others as one. On given rows cross-entropy and forward
+    KL, which stand for the paper's loss on a plain corpus, by half each.
 
     One step is taken on each text, so there is no clipped ratio and q_old; a text of staler weights is corrected by
-    `importance_cap`, each token by its own ratio. Rewards are cut and never whitened (strategies book C16), unlike in the released
+    `importance_cap`, each token by its own ratio. Rewards are cut and never whitened, unlike in the released
     code. Does not mix the teacher into the sampling: the student writes alone (the paper's alpha is 0), at temperature 1 from all tokens.
     """
 

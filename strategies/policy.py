@@ -53,15 +53,15 @@ class Acting(OnPolicy):
 class OPD(Acting):
     """The reverse KL to the teacher as a reward: every token that the student wrote counts log p - log q, under stop-gradient.
 
-    Sampled-token on-policy distillation (strategies book, `opd-pg`): the expected gradient is that of the reverse KL of each token at
+    Sampled-token on-policy distillation: the expected gradient is that of the reverse KL of each token at
     the student's own prefixes (arXiv:2306.08543, single-step part).
     """
 
     type: Literal["opd"] = "opd"
     clip_advantage: PositiveSchedule | None = None
     """Largest |log p - log q| that counts, in nats; None leaves the estimator unbiased."""
-    importance_cap: PositiveFloat | None = None
-    """Largest weight q / q_writer of a token that staler weights wrote, such as 2; None: no such weights."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Largest weight q / q_writer of a token that staler weights, or another engine, wrote; None: no such weights."""
 
     def objective(self) -> PolicyGradient:
         """What is told of each written token."""
@@ -83,6 +83,8 @@ class GOPD(OPD):
     """Name of the endpoint of the base: the student as it began, or what the teacher was before it learnt the task."""
     extrapolation: PositiveSchedule = 1.25
     """l: how far along the way from the base to the teacher."""
+    importance_cap: PositiveFloat | None = 5.0
+    """As in `opd`; the cap on tokens of the released code."""
 
     def objective(self) -> PolicyGradient:
         """What is told of each written token."""

@@ -21,8 +21,8 @@ from strategies.stages.write import Authored, Judge, JudgeSetting, Write
 class SODA(StrategyConfig):
     """Prefer the given text to what the student wrote before it learnt anything (DPO), pair by pair.
 
-    Semi-on-policy black-box distillation (strategies book, `soda`; DPO as in arXiv:2305.18290, eq. 7): of every prompt, the chosen text
-    is the data's own completion, or one that `teacher` writes before training, and the rejected one is drawn from the student's
+    *SODA: Semi On-Policy Black-Box Distillation for Large Language Models*, with DPO as in arXiv:2305.18290, eq. 7: of every prompt, the
+    chosen text is the data's own completion, or one that `teacher` writes before training, and the rejected one is drawn from the student's
     first weights, the same in every epoch. Those weights are the reference, too, so the loss begins at log 2. No probabilities of a
     teacher are read, unless `reference` names one: then its opinion is what the student's is compared with (LLaVA-MoD's second
     stage), which wants `length_normalised`. Logs -log q per token of both sides as `loss/chosen` and `loss/rejected`: DPO alone may

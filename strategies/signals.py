@@ -3,7 +3,7 @@ objective asks which signal it got. Teacher tensors never carry a gradient. `ble
 holds what is known of the student's own text.
 
 Where vocabularies differ in size (padding of one tokenizer), ids that the teacher lacks have probability 0 on its side, and
-mass on ids that the student lacks goes to the others in proportion (strategies book C12, `pad`); it is not measured here.
+mass on ids that the student lacks goes to the others in proportion; it is not measured here.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ class TopK(Distribution):
     """The teacher's K most likely tokens at temperature 1, and what becomes of the rest.
 
     `tail` names the treatment: `bucket` adds one outcome holding all other tokens on both sides, tempered as a uniform
-    tail (strategies book C7, C8); `renormalise` restricts both sides to the K tokens; `drop` is the bucket without its last
-    outcome: the K tokens at their own mass (not a divergence, may be negative).
+    tail (this project's derivation, `_tempered_tail`); `renormalise` restricts both sides to the K tokens; `drop` is the
+    bucket without its last outcome: the K tokens at their own mass (not a divergence, may be negative).
     """
 
     ids: Tensor

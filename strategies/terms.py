@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -11,6 +12,7 @@ from strategies.objectives import AnyObjective
 from strategies.schedule import ScheduleConfig, schedule
 from strategies.sources import Blended, Source, TakeConfig, TakeTopK, Taught
 from strategies.stages.score import Score
+from strategies.stages.support import SharedSupport
 
 
 def _named(value: Any) -> Any:
@@ -28,7 +30,7 @@ class SignalConfig(Settings):
     take: Annotated[TakeConfig, BeforeValidator(_named)] = TakeTopK()
     """What is taken of its predictions: `topk`, `dense`, `sampled`, `hidden` or `per-token`."""
     blend: dict[str, float] | None = None
-    """Weights of other signals by name."""
+    """Weights of other signals by name. Top-k answers of several are put on the ids of all of them first (`SharedSupport`)."""
     kind: Literal["mixture", "product"] = "mixture"
     """`mixture` averages probabilities; `product` averages their logarithms."""
 
@@ -39,10 +41,25 @@ class SignalConfig(Settings):
         return self
 
     @property
-    def source(self) -> Source:
-        if self.blend is not None:
-            return Blended(dict(self.blend), self.kind)
+    def taught(self) -> Taught:
+        """What the one teacher gives, of a signal that is no blend."""
         return Taught(self.take, endpoint=self.endpoint, player=self.player)
+
+
+def _check_blend(name: str, blend: SignalConfig, members: Mapping[str, SignalConfig]) -> None:
+    """`ValueError` for members that are not distributions over the same outcomes, and for weights that are no shares of a mixture."""
+    weights, where = list((blend.blend or {}).values()), f"expected signals.{name}"
+    if blend.kind == "mixture" and (any(w < 0 for w in weights) or sum(weights) <= 0):
+        raise ValueError(f"{where}.blend to be shares, none below 0 and one above (a product takes other weights), and got {weights}")
+    takes = [m.take for m in members.values()]
+    kept = [take for take in takes if isinstance(take, TakeTopK)]
+    if not takes or any("pair" not in take.gives for take in takes) or 0 < len(kept) < len(takes):
+        kinds = ", ".join(take.type for take in takes) or "none"
+        raise ValueError(f"{where} to blend whole distributions, all topk or all of dense and hidden, and got {kinds}")
+    if len(kept) > 1 and (any(m.player for m in members.values()) or any(take.tail != "bucket" for take in kept)):
+        raise ValueError(
+            f"{where} to blend topk answers of endpoints with tail: bucket, which are put on the same ids; take dense of players"
+        )
 
 
 class TermConfig(Settings):
@@ -83,6 +100,13 @@ class Terms(StrategyConfig):
         return self
 
     @model_validator(mode="after")
+    def _blends(self) -> Terms:
+        for name, signal in self.signals.items():
+            if signal.blend is not None:
+                _check_blend(name, signal, {m: self.signals[m] for m in signal.blend})
+        return self
+
+    @model_validator(mode="after")
     def _chosen(self) -> Terms:
         for term in self.terms:
             if term.objective.reads not in ("nothing", "states") and self._signal(term) is None:
@@ -98,10 +122,31 @@ class Terms(StrategyConfig):
         stages = [Score(name, endpoint, take.request) for endpoint, name, take in sorted(scored, key=lambda s: s[0])]
         return Strategy(
             players={"student": Player()} | {name: Player(model=name, trained=False) for name in sorted(frozen)},
-            stages=tuple(stages),
+            stages=(*stages, *(SharedSupport(tuple(s.blend or {}), f"{name}/") for name, s in self._on_shared_ids().items())),
             updates=(lm_update(*terms),),
-            signals={name: s.source for name, s in self.signals.items() if self._is_read(name)},
+            signals=self._sources(),
         )
+
+    def _on_shared_ids(self) -> dict[str, SignalConfig]:
+        """Blends that some term reads whose members' top-k answers are put on the same ids."""
+        blends = {name: s for name, s in self.signals.items() if s.blend and len(s.blend) > 1 and self._is_read(name)}
+        return {name: s for name, s in blends.items() if all(isinstance(self.signals[m].take, TakeTopK) for m in s.blend or {})}
+
+    def _sources(self) -> dict[str, Source]:
+        """Of the signals that are read; members of a blend on the same ids are signals behind its name."""
+        found: dict[str, Source] = {}
+        for name, signal in self.signals.items():
+            if not self._is_read(name):
+                continue
+            if signal.blend is None:
+                found[name] = signal.taught
+                continue
+            prefix = f"{name}/" if name in self._on_shared_ids() else ""
+            takes = {member: self.signals[member].take for member in signal.blend}
+            found |= {prefix + member: Taught(take) for member, take in takes.items() if prefix}
+            gives = frozenset.intersection(*(take.gives for take in takes.values()))
+            found[name] = Blended({prefix + member: weight for member, weight in signal.blend.items()}, signal.kind, gives)
+        return found
 
     def _is_read(self, name: str) -> bool:
         """Whether some term reads the signal, itself or in a blend."""

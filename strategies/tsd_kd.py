@@ -27,15 +27,15 @@ class TokenSelectiveDualKD(OnPolicy):
     is divided by all its tokens and not by the chosen ones. Rows that the student did not write count as those that it did. Asks for
     the teacher's whole distribution, which a server behind a URL does not give.
 
-    The weights are the book's, for a student that knows much already. The unrescaled divergence pulls with b(1-b) = 0.09 of a KL's
+    The weights are for a student that knows much already. The unrescaled divergence pulls with b(1-b) = 0.09 of a KL's
     strength, so that `entropy` at weight 1 makes a student that knows little sure of anything: give it 0.01 then, or leave it out.
     """
 
     type: Literal["token-selective-dual-kd"] = "token-selective-dual-kd"
     take: Annotated[TakeHidden | TakeDense, Field(discriminator="type")] = TakeHidden()
     """What is asked of the teacher."""
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Weight of the teacher in the mixture that both are compared with."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Weight of the teacher in the mixture that both are compared with; at 0 and 1 the unrescaled divergence would jump to a KL."""
     candidates: PositiveInt = 10
     """Tokens that the student proposes and the teacher ranks."""
     opener_share: Share = 0.1

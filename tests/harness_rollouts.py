@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cluster.config import TransformersEndpoint
 from cluster.endpoints import make_engine
 from orchestrator.config import load_job
+from orchestrator.controls import Controls
 from orchestrator.players import load_players
 from orchestrator.published import published_weights
 from orchestrator.rollouts import equipped
@@ -105,6 +106,7 @@ class Loop:
         self.endpoints: dict[str, Any] = {**engines, **endpoints}
         teachers = Teachers.load(self.strategy.players, self.strategy.signals, configs, VOCABULARY, False, CPU)
         self.networks = Networks(load_players(self.run, self.strategy.players, CPU, self.strategy.updates, teachers.shown), teachers, CPU)
+        self.controls = Controls(self.strategy.controllers, {}, 1)
         self.versions = [self._weights()]
         self.data = self._data()
 
@@ -115,7 +117,9 @@ class Loop:
         for stage in self.strategy.stages:
             columns = stage(columns, self.endpoints[stage.endpoint] if stage.endpoint else None)
         torch.manual_seed(done)
-        _, metrics = train_step(self.strategy, self.networks, [columns], Progress(done, self.steps), self.run, Wish.NOTHING)
+        progress = Progress(done, self.steps, self.controls.values)
+        _, metrics = train_step(self.strategy, self.networks, [columns], progress, self.run, Wish.NOTHING)
+        self.controls.after_step(metrics, progress)
         self.versions.append(self._weights())
         return metrics, columns
 

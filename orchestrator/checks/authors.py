@@ -1,4 +1,4 @@
-"""Checks of endpoints that write text which is not there yet: their processes fit, and their servers write."""
+"""Checks of who writes: processes of endpoints whose text is not there yet fit, their servers write, and texts end alike."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from cluster.endpoints import probe_writer
 from cluster.offers import Unfit, WritingOffer
 from cluster.resources import demands, machine_cpus
-from orchestrator.authored import Text, WantedText
+from orchestrator.authored import Text, WantedText, stop_tokens
 from orchestrator.checks import machine
 from orchestrator.checks.actors import check_endpoint
-from orchestrator.checks.networks import Cast
+from orchestrator.checks.networks import Cast, conversations
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.memory import author_memory, small_process, surroundings
 from orchestrator.prompts import Prompts
+from strategies.core import Strategy
+from strategies.sources import TakenActions, Taught
 
 
 def check_authors(job: Job, people: Cast, text: Text | None) -> tuple[dict[str, WritingOffer], list[str]]:
@@ -31,6 +33,21 @@ def check_authors(job: Job, people: Cast, text: Text | None) -> tuple[dict[str, 
             _check_length(job, offer, text.prompts, wanted)
             offers[name] = offer
     return offers, _unknown(job, offers)
+
+
+def check_ends(job: Job, strategy: Strategy, people: Cast) -> None:
+    """`Refusal` for a teacher whose texts end with another token than the student's, where the end is rewarded like any token that the
+    student writes: never likely to the teacher, it would be unlearnt."""
+    acted = [s for s in strategy.signals.values() if isinstance(s, TakenActions)]
+    asked = [strategy.signals[name] for s in acted for name in (s.teacher, s.reference) if name]
+    names = {s.endpoint for s in asked if isinstance(s, Taught) and s.endpoint is not None}
+    for name in sorted(names & people.tokenizers.keys()):
+        ours, theirs = people.tokenizer, people.tokenizers[name]
+        end = stop_tokens(ours)[-1] if conversations(job.run.data) else ours.eos_token_id
+        if end is not None and theirs.eos_token_id is not None and end not in stop_tokens(theirs):
+            got = f"{ours.convert_ids_to_tokens(end)!r}, and endpoint {name!r} never ends a text so"
+            expected = "an end that both have, because each token that the student writes is rewarded by how likely the teacher calls it"
+            raise Refusal("student.tokenizer", f"texts that end with {got}", expected, "Give both tokenizers the same eos_token.")
 
 
 def _check_fits(job: Job, people: Cast, name: str) -> None:

@@ -6,12 +6,13 @@ from orchestrator.config import Job
 from orchestrator.curricula import feedback_lag
 from orchestrator.data import PreparedData
 from orchestrator.errors import Refusal
-from orchestrator.evaluate import MOST_DOMAINS
+from orchestrator.evaluate import MOST_DOMAINS, TEACHER_CROSS_ENTROPY
 from orchestrator.explain import nearest
 from orchestrator.following import freshness, weight_sets
 from strategies.core import Strategy
 from strategies.curriculum import Curriculum, FixedMixture
 from strategies.schedule import values_of
+from strategies.stages.align import foreign
 
 WHERE = "curriculum"
 
@@ -33,7 +34,18 @@ def check_curriculum(job: Job, strategy: Strategy) -> None:
     for name in sorted(curriculum.controllers().keys() & job.run.strategy.build().controllers.keys()):
         got = f"a controller {name!r} beside one of the strategy's that is called so, too"
         raise Refusal(WHERE, got, "controllers of names of their own", "Rename that of the strategy.")
+    _check_gap(curriculum, strategy)
     _check_lag(job, curriculum, strategy)
+
+
+def _check_gap(curriculum: Curriculum, strategy: Strategy) -> None:
+    """Held-out losses that a mixture compares are of the same tokens: those of another tokenizer's spans leave out what does not align."""
+    heard = {metric for c in curriculum.controllers().values() for metric in c.hears}
+    for name in sorted(foreign(strategy.stages)):
+        if any(metric.startswith(f"eval/{TEACHER_CROSS_ENTROPY}/{name}/") for metric in heard):
+            got = f"{name!r}, whose tokenizer is another than the student's"
+            expected = "a teacher with the student's tokenizer, because held-out losses of the same tokens are compared"
+            raise Refusal(f"{WHERE}.mixture.teacher", got, expected, "Name another teacher, or take the mixture skills, by: loss.")
 
 
 def _check_lag(job: Job, curriculum: Curriculum, strategy: Strategy) -> None:

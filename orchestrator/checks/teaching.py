@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from orchestrator.rollout_metrics import FAILED
 from strategies.control import CONTROL, begun
 from strategies.core import AnyTerm, Progress, StatesTerm, Strategy, Term
 from strategies.domains import DOMAIN
+from strategies.schedule import values_of
 from strategies.sources import Taught, scored_columns
 
 ROW_COLUMNS = frozenset({"tokens", "lengths", "loss_mask", "row_id"})
@@ -113,12 +114,23 @@ def _check_reads(where: str, term: Term, strategy: Strategy) -> None:
     reads = term.objective.reads
     given = strategy.signals[term.signal].gives if term.signal else frozenset({"nothing"})
     if reads == "nothing" or reads in given:
+        _check_temperature(where, term, given)
         return
     having = f"with the signal {term.signal!r}" if term.signal else "without a signal"
     got = f"the term {term.name!r}, which reads {READS[reads]}, {having}"
     fitting = [name for name, source in strategy.signals.items() if reads in source.gives]
     expected = f"a signal that gives it: {', '.join(fitting) or 'none of the strategy does'}"
     raise Refusal(where, got, expected, "Name another signal, or take more of the teacher: `distill strategies terms` lists what.")
+
+
+def _check_temperature(where: str, term: Term, given: Container[str]) -> None:
+    """What is told of single tokens, or of draws alone, is told at temperature 1 and cannot be made warmer."""
+    reads, temperature = term.objective.reads, getattr(term.objective, "temperature", 1.0)
+    told_at_one = reads == "label" or (reads == "expectation" and "pair" not in given)
+    if told_at_one and any(value != 1.0 for value in values_of(temperature)):
+        got = f"the term {term.name!r} at temperature {temperature}, which reads {READS[reads]} with the signal {term.signal!r}"
+        do = "Leave its temperature out, or take an objective and a signal of whole distributions."
+        raise Refusal(where, got, "temperature 1, at which such a signal is told", do)
 
 
 def _check_columns(where: str, strategy: Strategy, rows: frozenset[str]) -> None:

@@ -1,14 +1,16 @@
 """AdaKD: only the hardest tokens, each at a temperature of its own. Xie et al., arXiv:2510.11615.
 
 Difficulty is the Hellinger distance of teacher and student at temperature 1. Two modules read it: LATF keeps the hardest
-share of the tokens, a share that follows the loss (`latf_update`); IDTS makes hard tokens cold and easy ones warm.
+share of the tokens, which follows the loss in the strategy `adakd` (`LATFController`) and a schedule elsewhere; IDTS makes
+hard tokens cold and easy ones warm.
 A falling loss narrows what is kept, so the training value is not comparable between runs: validate on all tokens.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -70,6 +72,36 @@ def latf_update(state: LATFState, loss: float, rule: LATF) -> LATFState:
     return state
 
 
+@dataclass(frozen=True)
+class LATFController:
+    """`latf_update` once per optimizer step, with the loss of `term` over the whole global step: its value is the share kept next."""
+
+    rule: LATF
+    term: str
+
+    @property
+    def hears(self) -> frozenset[str]:
+        return frozenset({f"loss/{self.term}"})
+
+    def begin(self) -> Mapping[str, float]:
+        return _numbers(LATFState())
+
+    def after_step(self, state: Mapping[str, float], metrics: Mapping[str, float], progress: Progress) -> Mapping[str, float]:
+        known = LATFState(state["share"], state.get("average"), state.get("reference"), int(state["updates"]))
+        return _numbers(latf_update(known, metrics[f"loss/{self.term}"], self.rule))
+
+    def after_evaluation(self, state: Mapping[str, float], metrics: Mapping[str, float]) -> Mapping[str, float]:
+        return state
+
+    def value(self, state: Mapping[str, float]) -> float:
+        return state["share"]
+
+
+def _numbers(state: LATFState) -> dict[str, float]:
+    """What of a state is known, by name."""
+    return {name: float(value) for name, value in asdict(state).items() if value is not None}
+
+
 def hellinger(log_q: Tensor, log_p: Tensor) -> Tensor:
     """`sqrt(sum (sqrt p - sqrt q)^2 / 2)` of log-probabilities `(N, M)`, `(N,)` from 0 to 1. Its gradient at 0 is not finite."""
     return (0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)).sqrt()
@@ -111,7 +143,7 @@ class TemperedPerToken(Distribution):
         log_q, log_p = self.signal.pair(outputs, 1.0)
         by, outcomes = self.temperatures[:, None], log_p.shape[-1]
         tempered, tokens = log_p / by, single_tokens(self.signal, log_p.shape[-1])
-        if tokens < outcomes:  # the bucket as a uniform tail: strategies book C8
+        if tokens < outcomes:  # the bucket as a uniform tail, as `TopK` tempers its own
             spread = (1.0 - 1.0 / by) * math.log(outputs.logits.shape[-1] - tokens)
             tempered = torch.cat([tempered[:, :tokens], tempered[:, tokens:] + spread], -1)
         return log_q, tempered.log_softmax(-1)
@@ -159,18 +191,22 @@ class AdaKD(ObjectiveSettings):
     divergence: Untempered = ReverseKL()
     """D, at no temperature of its own; the paper's is the reverse KL."""
     keep_share: Share = 1.0
-    """Share of the tokens that are kept, the hardest; what `latf_update` moves."""
+    """Share of the tokens that are kept, the hardest: a number or a schedule; the strategy `adakd` moves it by the loss."""
     temperature: PositiveSchedule = 1.0
     """Tau: of a token of median difficulty."""
     strength: ScheduleConfig = 0.5
     """c: temperatures lie within `tau exp(-c)` and `tau exp(c)`; 0 gives every token tau."""
+
+    def share(self, progress: Progress) -> float:
+        """Share kept at a step."""
+        return schedule(self.keep_share)(progress)
 
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         return _difficulty(outputs, given(signal, self.reads, self.type))[:, None]
 
     def settle(self, surveyed: Tensor, batch: TokenBatch, weights: Tensor, progress: Progress) -> Tensor:
         difficulty, live = surveyed[:, 0], weights != 0
-        kept = hardest(difficulty, live, schedule(self.keep_share)(progress))
+        kept = hardest(difficulty, live, self.share(progress))
         centre = difficulty[kept].median() if kept.any() else difficulty.new_ones(())
         temperatures = idts_temperatures(difficulty, centre, schedule(self.temperature)(progress), schedule(self.strength)(progress))
         return torch.stack([kept * live.sum() / kept.sum().clamp_min(1), temperatures], -1)
@@ -178,6 +214,16 @@ class AdaKD(ObjectiveSettings):
     def settled(self, outputs: TokenLogits, signal: Signal | None, weights: Tensor, progress: Progress, numbers: Tensor) -> Tensor:
         teacher = given(signal, self.reads, self.type)
         return tempered_sum(self.divergence, outputs, teacher, weights * numbers[:, 0], numbers[:, 1], progress)
+
+
+class FocusedAdaKD(AdaKD):
+    """The same with the share of a controller, `LATFController`."""
+
+    control: str
+    """Name of the controller."""
+
+    def share(self, progress: Progress) -> float:
+        return progress.controls[self.control]
 
 
 class AdaKDAbsolute(ObjectiveSettings):

@@ -120,9 +120,10 @@ def _foreign(signal: Signal | None, reader: str) -> ForeignTopK:
 class SharedTokens(ObjectiveSettings):
     """Weighted sum over first tokens of spans of the Jensen-Shannon divergence on the tokens that both vocabularies have.
 
-    GOLD's part for exactly mapped ids: the teacher's kept tokens that the student has with the very same bytes are an outcome each,
-    and everything else is one outcome together on either side, so that both sides add up to one. `beta` weighs the teacher: 0 is forward
-    KL, 1 reverse KL. What the two have in common but outside the kept tokens counts to the rest.
+    The part of GOLD (TRL's `GOLDTrainer`) for exactly mapped ids: the teacher's kept tokens that the student has with the very same
+    bytes or in the same special role are an outcome each, and everything else is one outcome together on either side, so that both
+    sides add up to one. `beta` weighs the teacher: 0 is forward KL, 1 reverse KL. What the two have in common but outside the kept
+    tokens counts to the rest.
     """
 
     reads: ClassVar[Reads] = "foreign"

@@ -63,7 +63,7 @@ def log_ratio(log_q: Tensor, log_p: Tensor) -> Tensor:
 class Divergence(ObjectiveSettings):
     """Weighted sum over tokens of `T^o D(p_T, q_T)`, both sides tempered; a subclass gives D.
 
-    o, the order, is the power that keeps the logit gradient's size as T grows (strategies book C3): 2 where D is smooth
+    o, the order, is the power that keeps the logit gradient's size as T grows: 2 where D is smooth
     at p = q (arXiv:1503.02531, section 2), 1 for absolute differences. `ValueError` when the signal is not one it reads.
     """
 

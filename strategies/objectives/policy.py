@@ -14,8 +14,8 @@ Per token, with q the student, p the teacher, b a reference, q_old the weights t
 | distil, then reinforce | both weights 1, `switch_after` |
 | GRPO, arXiv:2402.03300, without its KL term | `outcome_weight` 1, `teacher_weight` 0, `clip_ratio` |
 
-Everything here holds for text drawn at temperature 1, at which all log-probabilities are taken (strategies book C4). No sum that
-contains d is ever whitened (C16): Â comes normalised, on its own, from whoever verified.
+Everything here holds for text drawn at temperature 1, at which all log-probabilities are taken. No sum that
+contains d is ever whitened: Â comes normalised, on its own, from whoever verified.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PolicyGradient(ObjectiveSettings):
 
     - *q of d and of r.* Without `clip_ratio` both are the student in hand under stop-gradient: r has the value 1, the gradient is
       `-sg[A] grad log q` and one update per text is assumed. With it, both q_old of r and q of d are the signal's `behaviour`, so
-      that A stays the same over the updates of a text (strategies book C11, with one log-probability for q_old and q_roll).
+      that A stays the same over the updates of a text (one log-probability stands for q_old and for what the engine that wrote had).
     - *`teacher_form`.* `advantage` adds `w_T m d` to A. `squared` adds `w_T m d^2 / 2` to the loss instead, backpropagated beside
       the surrogate and never clipped by its ratio, with d of the student in hand (KDRL, arXiv:2506.02208). Both have the gradient
       `w_T m` times the reverse KL's in expectation, and are identical at q = q_old.

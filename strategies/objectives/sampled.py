@@ -1,10 +1,10 @@
 """Sampled-token divergences: what one log-probability per token of the student's own text can teach.
 
 Every estimator is named by the gradient that it gives in expectation over tokens y drawn from the student q
-(strategies book C9). `d = log p(y) - log q(y)`, the teacher's advantage on the token, never carries a gradient here.
+`d = log p(y) - log q(y)`, the teacher's advantage on the token, never carries a gradient here.
 The token must have been drawn from q at `temperature`, and the signal's log-probabilities must have been taken at the
-same one (C4), which is 1 for a signal that is a whole distribution; neither can be checked here. Text of anybody else
-makes all of them biased.
+same one, which is 1 for every signal of a run, so that a plan refuses any other; neither can be checked here. Text of
+anybody else makes all of them biased.
 
 | backpropagated | expected gradient | expected value | type |
 |---|---|---|---|
@@ -111,7 +111,7 @@ def mixed_importance(log_ratios: Tensor, teacher_share: float) -> Tensor:
 class ReverseKLPolicyGradient(ObjectiveSettings):
     """Token-level reverse KL by policy gradient: the gradient of `-sg[d] log q(y)`, weighted and summed.
 
-    Gu et al., arXiv:2306.08543, without the effect of a token on later ones (strategies book C10, horizon `token`);
+    Gu et al., arXiv:2306.08543, without the effect of a token on later ones;
     `ReverseKLRewardToGo` has it. The **value** is k1, the unclipped `-d`: an unbiased and loggable estimate of the
     divergence, where `-d log q` itself would mean nothing. It has no ratio to a behaviour policy: one update per
     rollout. A teacher that rules out a sampled token makes d infinite; `clip` bounds it.
@@ -133,7 +133,7 @@ class ReverseKLPolicyGradient(ObjectiveSettings):
 class ReverseKLRewardToGo(ObjectiveSettings):
     """Sequence-level reverse KL by policy gradient: the gradient of `-sg[G_t] log q(y_t)`, G the discounted sum of d from t on.
 
-    Gu et al., arXiv:2306.08543, section 2.2, which is this at `discount` 1 (strategies book C10, horizon `sequence`). The whole of
+    Gu et al., arXiv:2306.08543, section 2.2, which is this at `discount` 1. The whole of
     MiniLLM is `later_only` beside `reverse-kl`, which is the single step in closed form, with `length_normalised` and a
     `teacher_share` of 0.2; the single step then stays without its importance weight. Its released code doubles d and cuts it at
     100: that is `clip` 50 and twice the term's weight.
@@ -141,7 +141,7 @@ class ReverseKLRewardToGo(ObjectiveSettings):
     The **value** is k1 of each token, uncut, as in `ReverseKLPolicyGradient`, times the token's importance weight where there is
     one: it estimates the divergence of sequences, whatever G is. Looks at whole rows of the micro-batch; rows are never split
     over micro-batches, so the result does not depend on how a step is split. Tokens of weight 0 earn no d and count in no
-    length, and tokens that carry no loss take no step of discount. No baseline is subtracted, and nothing is whitened (C16). It
+    length, and tokens that carry no loss take no step of discount. No baseline is subtracted, and nothing is whitened. It
     has no ratio that is cut, so several updates on one text need `importance_cap`, which weighs a token by its own ratio and not
     by that of its prefix.
     """

@@ -7,7 +7,7 @@ twice:
   split into micro-batches, which is not the same at another world size or token budget;
 - `selected-tokens-absolute` cuts at a number, in one pass, and does not depend on the split.
 
-The mask count stays the denominator (strategies book C5), so a term that keeps half of its tokens has about half of its
+The mask count stays the denominator, so a term that keeps half of its tokens has about half of its
 size; `average: kept` makes it the mean over the kept ones.
 """
 
@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, InstanceOf, SerializeAsAny
 from torch import Tensor
 
 from strategies.core import Objective, ObjectiveSettings, Progress, Reads, TwoPass
+from strategies.cut import Together
 from strategies.head import TokenBatch, TokenLogits
 from strategies.objectives.divergence import ForwardKL, total_variation
 from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule
@@ -46,6 +47,8 @@ def _as_objective(value: Any) -> Any:
 def _of_single_tokens(value: ObjectiveSettings) -> ObjectiveSettings:
     if isinstance(value, TwoPass):
         raise ValueError(f"{value.type} looks at whole micro-batches itself; expected a divergence of single tokens")
+    if isinstance(value, Together) or value.reads not in ("nothing", "expectation", "pair"):
+        raise ValueError(f"{value.type} is no sum over tokens of what each is by itself; expected a divergence of single tokens")
     return value
 
 

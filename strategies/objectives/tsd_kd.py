@@ -3,7 +3,7 @@
 The method is the sum of three terms on text that the student wrote. Its direct term is `selected-tokens-absolute` with `softness` 1
 around `jsd` with `beta` 0.9 and `rescale: false`: each token weighs `sigmoid(H(q) - H(p))`, one half where both are equally sure.
 Here are the other two, `plackett-luce` (weight 0.1) and `entropy`. Both count by rows and not by micro-batch, so nothing depends on
-how a step is split. Two slips of the released code are mended (strategies book, tsd-kd): a ranking's likelihood sums over what is
+how a step is split. Two slips of the released code are mended: a ranking's likelihood sums over what is
 *not yet* ranked, and openers are counted in each text and not in a flattened batch.
 
 The denominator is the term's mask, not its chosen tokens: a term that chooses a tenth of them has about a tenth of their mean.

@@ -199,17 +199,17 @@ class ScoreAligned:
     Adds `<signal>/logprob` (N,) float32: at the first token of a span the teacher's log-probability of the whole span, by the chain
     rule, and 0 elsewhere. With a `topk` request also `<signal>/ids` (N*K,) int32 and `<signal>/logprobs` (N*K,) float32, its
     likeliest tokens at the first token of each span, where both have read the same bytes: as ids of the student where the student has a
-    token of the very same bytes, and -1 where not. Elsewhere their ids are -1 and their log-probabilities 0. With an `among` request also
-    `<signal>/begins` (N,) float32 (`strategies.aligned.BoundedSpans`). With a `hidden` request, instead of all these, its states at its
-    own tokens as `strategies.stages.laid` lays them: `<signal>/hidden`, `theirs`, `labels` and `reads`. Besides `<signal>/seconds` and
-    `<signal>/dropped_mass` of `Score`. Takes away what only the teacher needed of `Align`.
+    token of the very same bytes or special role, and -1 where not. Elsewhere their ids are -1 and their log-probabilities 0. With an
+    `among` request also `<signal>/begins` (N,) float32 (`strategies.aligned.BoundedSpans`). With a `hidden` request, instead of all these,
+    its states at its own tokens as `strategies.stages.laid` lays them: `<signal>/hidden`, `theirs`, `labels` and `reads`. Besides
+    `<signal>/seconds` and `<signal>/dropped_mass` of `Score`. Takes away what only the teacher needed of `Align`.
     """
 
     signal: str
     endpoint: str
     request: ScoreRequest
     shared: tuple[int, ...] = ()
-    """By id of the teacher the student's id of the same bytes, or -1; known to whoever runs the strategy."""
+    """By id of the teacher the student's id of the same bytes or role, or -1; known to whoever runs the strategy."""
     units: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """Ids of tokens that begin a unit of text: the student's and the teacher's; known to whoever runs the strategy."""
 

@@ -39,7 +39,7 @@ class Gate:
     are higher for a teacher that knows; `weight` has none. A member does not count for rows of other domains, and for rows that it did not
     answer. Where nobody counts nothing is learnt.
 
-    The book's combiners of several teachers (`lowest_ce` is cross-entropy with `best`). The entropy of top-k answers takes the rest as
+    This project's combiners of several teachers. The entropy of top-k answers takes the rest as
     one token. Beware: cross-entropy prefers teachers that have memorised the data.
 
     Adds `gate/<member>` (N,) float32, which add up to 1 or are all 0; `count/taught_tokens/<member>` (1,), their sums over tokens;

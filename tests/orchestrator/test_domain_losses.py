@@ -11,6 +11,7 @@ import torch
 
 from orchestrator.evaluate import domain_metrics, evaluate, evaluation_terms, teacher_cross_entropy, told_apart
 from orchestrator.microbatch import WEIGHTS, MicroBatch, cut
+from strategies.aligned import TakeSpans
 from strategies.core import Columns
 from strategies.domains import domain_id
 from strategies.sources import TakeHidden, TakeTopK, Taught
@@ -83,6 +84,15 @@ def test_a_teachers_loss_is_that_of_the_log_probabilities_beside_its_signal() ->
     expected = {"": values.mean(), "/code": values[OF_TOKEN == 0].mean(), "/prose": values[OF_TOKEN == 1].mean()}
     assert found == pytest.approx({f"eval/teacher_cross_entropy/big{name}": value for name, value in expected.items()})
     assert teacher_cross_entropy([bundle()], {"t": LABEL}, DOMAINS) == {}
+
+
+def test_a_teacher_with_another_tokenizer_is_measured_on_the_tokens_that_align() -> None:
+    span = np.asarray([0, 0, -1, 1, 2, -1, -1, 3, 4], np.int32)
+    spanned = {**bundle(), "t/span": span, "t/logprob": np.where(span < 0, 0.0, -np.arange(TOKENS)).astype(np.float32)}
+    values, inside = np.arange(TOKENS), span >= 0
+    expected = {"": inside, "/code": inside & (OF_TOKEN == 0), "/prose": inside & (OF_TOKEN == 1)}
+    found = teacher_cross_entropy([spanned], {"t": Taught(TakeSpans(), endpoint="far")}, DOMAINS)
+    assert found == pytest.approx({f"eval/teacher_cross_entropy/far{name}": values[of].mean() for name, of in expected.items()})
 
 
 def test_names_of_what_is_told_apart_are_known_before_and_of_too_many_domains_there_are_none() -> None:

@@ -19,7 +19,7 @@ from orchestrator.token_bytes import token_bytes
 from strategies.core import Columns
 from strategies.stages.align import NONE, Reading, Spans, spans, taught_spans
 from strategies.stages.rollout import LONGEST_ROW
-from tests.tokenizers import KINDS, bundle, kind, sentencepiece, shown_bytes
+from tests.tokenizers import KINDS, bundle, byte_level_bpe, kind, sentencepiece, shown_bytes
 
 TEXTS, CHARACTERS, ROW = 1000, 800, 96
 PAIRS = [
@@ -196,12 +196,23 @@ def test_an_empty_bundle_is_read_too_and_a_reader_travels() -> None:
 
 def test_tokens_are_shared_where_their_bytes_are_the_same() -> None:
     student, teacher = kind("bpe"), kind("sentencepiece")
-    shared = shared_ids(token_bytes(student, "student"), token_bytes(teacher, "teacher"))
+    shared = shared_ids(foreign_reader(student, teacher, "teacher", LONGEST_ROW))
     said, theirs = shown_bytes(student), shown_bytes(teacher)
-    assert len(shared) == len(theirs) and shared[teacher.eos_token_id] == shared[teacher.bos_token_id] == NONE
-    pairs = [(said[i], theirs[t]) for t, i in enumerate(shared) if i != NONE]
+    assert len(shared) == len(theirs) and shared[teacher.eos_token_id] == student.eos_token_id and shared[teacher.bos_token_id] == NONE
+    pairs = [(said[i], theirs[t]) for t, i in enumerate(shared) if i != NONE and t != teacher.eos_token_id]
     assert all(a == b for a, b in pairs) and len(pairs) > 300
     assert not {b for t, b in enumerate(theirs) if shared[t] == NONE and b} & {b for b in said if b}
+
+
+def test_the_teachers_end_is_that_of_what_the_student_learns() -> None:
+    student, teacher = (
+        kind("bpe"),
+        byte_level_bpe(400, template="{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}", turn="<|x|>"),
+    )
+    reader = foreign_reader(student, teacher, "teacher", LONGEST_ROW)
+    turn = student.convert_tokens_to_ids("<|im_end|>")
+    assert reader.roles[student.eos_token_id] == reader.roles[turn] == teacher.eos_token_id
+    assert [shared_ids(reader, end)[teacher.eos_token_id] for end in (student.eos_token_id, turn)] == [student.eos_token_id, turn]
 
 
 def test_a_tokenizer_whose_tokens_are_no_bytes_is_refused() -> None:

@@ -12,6 +12,7 @@ from tests.harness_rollouts import VOCABULARY, Loop, Says, make_toy
 DENSE = {"type": "dense"}
 ALONE = {"student_share": 1.0, "given_ce_weight": 0, "given_kl_weight": 0}
 CASES: dict[str, tuple[dict[str, Any], float]] = {
+    "adakd": ({"type": "adakd", "take": DENSE, "student_share": 1.0, "focus": {"warmup_updates": 3, "decay": 0.5}}, 0.3),
     "gkd": ({"type": "gkd", "take": DENSE}, 0.15),
     "gkd-half-stale": ({"type": "gkd", "take": DENSE, "student_share": 0.5, "staleness": 2}, 0.15),
     "opd": ({"type": "opd"}, 0.5),
@@ -37,6 +38,12 @@ def test_the_student_comes_closer_to_the_teacher_on_its_own_texts(toy: Path, nam
     loop.train()
     after = loop.divergence()
     assert after < left * before, f"{before:.3f} nats per token, then {after:.3f}"
+
+
+def test_fewer_tokens_are_kept_as_the_loss_falls(toy: Path) -> None:
+    loop = Loop(toy, CASES["adakd"][0])
+    shares = [loop.controls.values["kept_share"] for _ in range(12) if loop.step()]
+    assert shares[2] == 1.0 > shares[-1]
 
 
 def test_a_student_that_knows_nothing_seldom_says_what_a_verifier_wants(toy: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import T5Config, ViTConfig
 
 from jobs import cli
 from orchestrator.errors import Refusal
+from strategies.stages.support import SharedSupport
 from tests.orchestrator.bench import (
     DEEPSPEED,
     ROWS,
@@ -47,6 +48,12 @@ def terms(term: Any, **signals: Any) -> Callable[[Bench], None]:
     """A loss of one term on the teacher's `signals`, or on its top-k."""
     given = {"signals": {name: {"endpoint": "teacher", "take": take} for name, take in signals.items()}} if signals else {}
     return put("strategy", {"type": "terms", "terms": [term], **given})
+
+
+def blended(term: Any) -> dict[str, Any]:
+    """A loss of one term, which may read a blend of two top-k signals of the teacher."""
+    members: dict[str, Any] = {name: {"endpoint": "teacher", "take": {"type": "topk", "top_k": k}} for name, k in (("a", 4), ("b", 8))}
+    return {"type": "terms", "signals": members | {"both": {"blend": {"a": 0.5, "b": 0.5}}}, "terms": [term]}
 
 
 CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
@@ -149,6 +156,21 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
         terms({"objective": "reverse-kl-squared"}, near="topk"),
         ["log-probability of the given token", "'near'"],
     ),
+    (
+        "a blend for a token",
+        put("strategy", blended({"objective": "reverse-kl-squared", "signal": "both"})),
+        ["'reverse-kl-squared'", "log-probability of the given token", "'both'"],
+    ),
+    (
+        "a warm token",
+        terms({"objective": {"type": "reverse-kl-squared", "temperature": 2}}, near="per-token"),
+        ["'reverse-kl-squared' at temperature 2", "temperature 1"],
+    ),
+    (
+        "warm draws",
+        terms({"objective": {"type": "forward-kl", "temperature": {"ramp": [2, 1]}}}, drawn="sampled"),
+        ["'forward-kl' at temperature ramp", "temperature 1"],
+    ),
     ("no signal named", terms({"objective": "jsd"}, one="topk", two="dense"), ["'jsd' to name its signal", "one of one, two", "got none"]),
     ("unknown signal", terms({"objective": "jsd", "signal": "techer"}), ["the signal 'techer'", "one of its signals"]),
     ("pairs of rows that come alone", terms({"objective": "simpo"}), ["'simpo'", "rows in pairs", "weights/simpo", "no preferences yet"]),
@@ -163,6 +185,13 @@ CASES: list[tuple[str, Callable[[Bench], None], list[str]]] = [
     ("adapter without targets", put(LORA, ["nothing"]), [LORA, "'nothing'", "q_proj"]),
     ("adapter on the head", put(LORA, ["q_proj", "lm_head"]), [LORA, "lm_head", "all-linear"]),
 ]
+
+
+def test_a_blend_of_top_k_answers_is_planned_for(bench: Bench) -> None:
+    bench.recipe["strategy"] = blended({"objective": "forward-kl", "signal": "both"})
+    plan = bench.plan()
+    (support,) = (s for s in plan.strategy.stages if isinstance(s, SharedSupport))
+    assert support.vocabulary == 512 and list(plan.measured) == ["a"]
 
 
 @pytest.mark.parametrize(("spoil", "words"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])

@@ -102,6 +102,13 @@ def test_domains_and_what_moves_them_must_be_there(bench: Bench, mixture: Mappin
     assert said in refused(bench, {"mixture": mixture})
 
 
+def test_a_gap_to_a_teacher_of_other_tokens_is_no_gap(bench: Bench) -> None:
+    marked(bench)
+    bench.recipe["strategy"] = {"type": "alm"}
+    bench.recipe["endpoints"]["teacher"]["model"] = str(bench.folder / "foreign")
+    assert "losses of the same tokens are compared" in refused(bench, {"mixture": DDK})
+
+
 def test_a_domain_that_nobody_named_is_refused(bench: Bench) -> None:
     marked(bench)
     bench.recipe["data"]["train"] = bench.rows(

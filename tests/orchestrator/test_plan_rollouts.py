@@ -71,6 +71,16 @@ def test_what_cannot_be_written_is_refused(bench: Bench, overrides: tuple[str, .
     assert [w for w in words if w not in str(caught.value)] == [], str(caught.value)
 
 
+def test_an_end_that_the_teacher_never_writes_is_not_rewarded(bench: Bench) -> None:
+    settings = bench.folder / "teacher" / "tokenizer_config.json"
+    other = bench.copy("teacher", "other")
+    (other / "tokenizer_config.json").write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": "<|im_start|>"}))
+    where = f"endpoints.teacher.model={other}"
+    with pytest.raises(Refusal, match="never ends a text so"):
+        bench.plan("strategy=opd", *WRITES[1:], where)
+    assert any("EOS is" in w for w in bench.plan(*WRITES, where).warnings), "a divergence learns the teacher's own end"
+
+
 JUDGED = ("strategy={type: kdrl, max_new_tokens: 16, samples: 4}", "endpoints.verifier={engine: verifier, kind: exact}")
 
 

@@ -11,9 +11,13 @@ import torch
 
 from strategies.blend import Blend
 from strategies.head import Head
+from strategies.objectives.adakd import AdaKD
+from strategies.objectives.atkd import ATKD, ATKDAbsolute
 from strategies.objectives.divergence import ForwardKL, ReverseKL
+from strategies.objectives.token_weighting import score
 from strategies.signals import Dense, Hidden, PerToken, TopK
 from tests.strategies import reference
+from tests.strategies.chunking import Tokens, run, same
 from tests.strategies.families import dense, logits, loss_and_gradient, student
 
 TEACHERS = [logits(s) for s in (100, 200, 300)]
@@ -118,6 +122,28 @@ def test_top_k_members_on_the_same_tokens_blend_outcome_by_outcome(tail: Any) ->
     wanted = sum(w * m.teacher(19, 1.0).exp() for w, m in zip(WEIGHTS, members, strict=True))
     torch.testing.assert_close(log_p.exp(), wanted)
     assert signal.whole == (tail != "drop") and "label" not in signal.gives and "label" in blend("mixture").gives
+
+
+@pytest.mark.parametrize("objective", [AdaKD(strength=1.0), AdaKD(temperature=2.0), ATKD(), ATKDAbsolute()])
+def test_objectives_that_tell_tokens_from_the_bucket_do_so_in_a_blend(objective: Any) -> None:
+    ids, _ = reference.top(TEACHERS[0], 5)
+    one = top_k(TEACHERS[0], ids)
+    blended, alone = (run(objective, logits(0), Tokens(signal=s, labels=ids[:, 0])) for s in (Blend((one, one), (0.5, 0.5)), one))
+    same(blended, alone)
+
+
+def test_the_bucket_of_a_blend_is_no_token_to_be_sure_of() -> None:
+    ids = np.tile(np.arange(3), (6, 1))
+    members = tuple(top_k(np.zeros((6, 19), np.float32), ids) for _ in range(2))
+    sure = score("teacher-confidence", student(logits(0)), Blend(members, (0.5, 0.5)), "test")
+    np.testing.assert_allclose(sure.numpy(), 1 / 19, rtol=1e-5)
+
+
+def test_a_blend_whose_rest_is_dropped_cannot_be_tempered_per_token_either() -> None:
+    ids, _ = reference.top(TEACHERS[0], 5)
+    signal = Blend(tuple(top_k(z, ids, "drop") for z in TEACHERS), WEIGHTS)
+    with pytest.raises(ValueError, match="rest is dropped cannot be tempered"):
+        run(AdaKD(), logits(0), Tokens(signal=signal))
 
 
 def test_first_choices_and_kept_mass_are_those_of_the_blend() -> None:

@@ -6,11 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
+from strategies.adakd import TokenAdaptiveKD
 from strategies.control import AdaptiveShare, Controlled, begun, told
-from strategies.core import Progress
+from strategies.core import Progress, TwoPass
 from strategies.distillm import DistiLLM
+from strategies.head import TokenBatch
+from strategies.objectives.adakd import LATF, AdaKD, LATFController, LATFState, latf_update
 from strategies.objectives.mixtures import SkewKL, SkewReverseKL
 from strategies.objectives.taid import TaidController, TaidPace
 from strategies.on_policy import GKD
@@ -22,7 +26,7 @@ from tests.strategies import reference_divergences as ref
 
 
 def distillm_phi(losses: list[float], phi: float, tolerance: float) -> list[float]:
-    """Strategies book: phi += 0.1, at most 1, whenever the validation loss >= previous + tolerance; then previous <- current."""
+    """phi += 0.1, at most 1, whenever the validation loss >= previous + tolerance; then previous <- current."""
     found, previous = [], losses[0]
     for loss in losses:
         if loss >= previous + tolerance and found:
@@ -33,7 +37,7 @@ def distillm_phi(losses: list[float], phi: float, tolerance: float) -> list[floa
 
 @pytest.mark.parametrize("tolerance", [0.1, 0.0, -0.3])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_share_follows_the_books_rule(seed: int, tolerance: float) -> None:
+def test_the_share_follows_the_papers_rule(seed: int, tolerance: float) -> None:
     losses = (3 + np.cumsum(np.random.default_rng(seed).normal(0.03, 0.2, 80))).tolist()
     share = AdaptiveShare(start=0.05, tolerance=tolerance)
     state, found = share.begin(), []
@@ -62,6 +66,34 @@ def test_taids_pace_is_its_recurrence_with_nothing_but_its_state() -> None:
         assert controller.after_evaluation(state, {"eval/cross_entropy": 9.0}) == state
         found.append(controller.value(state))
     np.testing.assert_allclose(found, ref.taid_shares(losses, 0.2, 0.95, 0.05, 0.9), rtol=1e-12)
+
+
+def test_latf_is_its_update_with_nothing_but_its_state() -> None:
+    losses = (5 * np.exp(-np.arange(60) / 20) + np.random.default_rng(1).random(60)).tolist()
+    rule = LATF(tolerance=0.02, step=0.1, decay=0.5, warmup_updates=3, smallest=0.4)
+    controller, known = LATFController(rule, "kd"), LATFState()
+    state, found = controller.begin(), []
+    assert controller.value(state) == 1.0
+    for step, loss in enumerate(losses):
+        told_of = {"loss/kd": loss, "loss": 99.0}
+        state = json.loads(json.dumps(dict(controller.after_step(state, told_of, Progress(step, len(losses))))))
+        known = latf_update(known, loss, rule)
+        found.append(controller.value(state))
+        assert found[-1] == known.share
+    assert found[3] == 1.0 and min(found) == 0.4
+
+
+def test_adakd_keeps_the_share_that_the_loss_moved() -> None:
+    strategy = TokenAdaptiveKD(strength=0.2).build()
+    assert [type(s) for s in strategy.stages] == [Score] and begun(strategy.controllers) == {"kept_share": 1.0}
+    (term,) = strategy.updates[0].terms
+    assert isinstance(term.objective, TwoPass) and isinstance(term.objective, AdaKD) and term.objective.strength == 0.2
+    surveyed, weights = torch.tensor([[0.1], [0.4], [0.3], [0.2]]), torch.ones(4)
+    batch = TokenBatch(torch.zeros(4, dtype=torch.int64), {}, {"kd": weights})
+    kept = term.objective.settle(surveyed, batch, weights, Progress(0, 1, {"kept_share": 0.5}))[:, 0]
+    assert kept.tolist() == [0.0, 2.0, 2.0, 0.0]
+    with pytest.raises(ValidationError, match="tempered one by one"):
+        TokenAdaptiveKD.model_validate({"take": {"type": "topk", "tail": "drop"}})
 
 
 def test_values_come_by_name() -> None:

@@ -218,7 +218,7 @@ def test_a_whole_vocabulary_at_top_k_costs_may_go_below_zero_only_without_its_ta
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_truncated_reverse_gradient_pulls_on_every_logit(seed: int) -> None:
-    """Strategies book, reverse-kl: outside S it is `-q (L + Q_S)` with `L = sum_S q (log q - log p)`."""
+    """Outside S it is `-q (L + Q_S)` with `L = sum_S q (log q - log p)`."""
     z_q, z_p = logits(seed), logits(seed + 100)
     ids, logprobs = reference.top(z_p, 5)
     q = reference.softmax(z_q)

@@ -1,4 +1,4 @@
-"""MiniLLM as a whole: its terms by the book, on which rows they count, and the gradient that they add up to."""
+"""MiniLLM as a whole: its terms as in the paper, on which rows they count, and the gradient that they add up to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def terms(**settings: Any) -> dict[str, Term]:
     return {t.name: t for t in found if isinstance(t, Term)}
 
 
-def test_the_terms_are_those_of_the_book() -> None:
+def test_the_terms_are_those_of_the_paper() -> None:
     found = {name: (t.objective, t.scale(START), t.signal) for name, t in terms().items()}
     assert found == {
         "single": (ReverseKL(), 1.0, "teacher"),

@@ -128,7 +128,7 @@ def test_a_token_impossible_on_both_sides_changes_nothing(case: Case) -> None:
 
 @every
 def test_a_narrow_teacher_gives_no_mass_to_the_ids_it_lacks(case: Case) -> None:
-    """C12: like a teacher whose logits there are -inf. Reverse KLs leave those ids out on both sides."""
+    """Like a teacher whose logits there are -inf. Reverse KLs leave those ids out on both sides."""
     z_q, z_p = logits(0), logits(100)[:, :15]
     padded = np.concatenate([z_p, np.full((6, 4), -np.inf, dtype=np.float32)], -1)
     loss, slope = loss_and_gradient(case.objective, z_q, dense(z_p))

@@ -14,6 +14,7 @@ from strategies.acted import Acted
 from strategies.core import Progress, TwoPass
 from strategies.objectives.policy import PolicyGradient, anchored, extrapolated, ratio_surrogate
 from strategies.objectives.sampled import clipped_surrogate, importance
+from strategies.policy import GOPD, OPD
 from strategies.schedule import Ramp
 from tests.strategies import reference
 from tests.strategies import reference_policy as exact
@@ -297,6 +298,12 @@ def test_a_column_that_a_setting_needs_and_nobody_measured_is_named(settings: di
     run(PolicyGradient(**settings), z_q, tokens)
     with pytest.raises(ValueError, match=f"policy-gradient reads '{missing}' of written tokens"):
         run(PolicyGradient(**settings), z_q, replace(tokens, signal=replace(tokens.signal, **{missing: None})))
+
+
+@pytest.mark.parametrize(("strategy", "cap"), [(OPD(), 2.0), (GOPD(), 5.0), (OPD(importance_cap=None), None)])
+def test_stale_text_is_corrected_unless_told_otherwise(strategy: OPD, cap: float | None) -> None:
+    (term,) = strategy.build().updates[0].terms
+    assert isinstance(term.objective, PolicyGradient) and term.objective.importance_cap == cap
 
 
 def test_another_signal_is_refused() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
-from strategies.core import Progress, StatesTerm
+from strategies.core import Columns, Progress, StatesTerm
 from strategies.objectives import OBJECTIVES
 from strategies.sources import Blended, Taught
+from strategies.stages.score import Score
+from strategies.stages.support import SharedSupport
 from strategies.terms import Terms
 
 
@@ -43,6 +47,38 @@ def test_stages_of_one_endpoint_stand_together_and_signals_nobody_reads_are_not_
     assert isinstance(strategy.signals["c"], Taught) and strategy.signals["c"].take.request.exponent == 0.8
 
 
+def test_a_blend_of_top_k_answers_is_on_the_ids_of_all_of_them() -> None:
+    signals = {
+        "a": {"endpoint": "x"},
+        "b": {"endpoint": "y", "take": {"type": "topk", "top_k": 2}},
+        "both": {"blend": {"a": 0.5, "b": 0.5}},
+    }
+    strategy = build(signals=signals, terms=[{"objective": "forward-kl", "signal": "both"}])
+    *scores, support = strategy.stages
+    assert [type(s) for s in scores] == [Score, Score] and support == SharedSupport(("a", "b"), "both/")
+    rows = {"a": ([5, 3], [0.6, 0.3]), "b": ([3, 7], [0.5, 0.4])}
+    columns: Columns = {f"{m}/logprob": np.zeros(1, np.float32) for m in rows}
+    for member, (ids, p) in rows.items():
+        columns |= {f"{member}/ids": np.asarray(ids, np.int32), f"{member}/logprobs": np.log(np.asarray(p, np.float32))}
+    laid = {n: torch.from_numpy(v.reshape(1, -1)) for n, v in support(columns, None).items()}
+    members = {n: s.take.read({c: laid[f"{n}/{c}"] for c in s.take.columns}, None) for n, s in strategy.signals.items() if "/" in n}
+    blend = strategy.signals["both"]
+    assert blend.gives == {"pair", "expectation"}
+    log_p = blend.of(members, {}).teacher(9, 1.0).exp()[0]
+    found = dict(zip(laid["both/a/ids"][0].tolist(), log_p.tolist(), strict=False))
+    assert found[3] == pytest.approx(0.4, rel=1e-5) and found[5] == pytest.approx(0.5 * 0.6 + 0.5 * 0.1 / 6, rel=1e-4)
+
+
+def test_a_blend_gives_what_all_of_its_members_give() -> None:
+    signals = {
+        "a": {"endpoint": "x", "take": "dense"},
+        "b": {"player": "y", "take": "hidden"},
+        "both": {"blend": {"a": 2, "b": -1}, "kind": "product"},
+    }
+    strategy = build(signals=signals, terms=[{"objective": "forward-kl", "signal": "both"}])
+    assert strategy.signals["both"].gives == {"pair", "expectation", "label"} and [type(s) for s in strategy.stages] == [Score]
+
+
 def test_inner_states_are_compared_with_a_frozen_player() -> None:
     strategy = build(terms=[{"objective": "hidden-states", "signal": "guide"}])
     (term,) = strategy.updates[0].terms
@@ -55,6 +91,13 @@ def test_every_objective_can_be_named_in_a_recipe_and_has_a_doc(name: str) -> No
     assert (OBJECTIVES[name].__doc__ or "").strip()
 
 
+def blending(*takes: Any, weights: tuple[float, float] = (0.5, 0.5), where: str = "endpoint") -> dict[str, Any]:
+    """A recipe whose one term reads a blend of two signals."""
+    members: dict[str, Any] = {name: {where: name, "take": take} for name, take in zip("ab", takes, strict=True)}
+    signals = members | {"both": {"blend": dict(zip("ab", weights, strict=True))}}
+    return {"signals": signals, "terms": [{"objective": "forward-kl", "signal": "both"}]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -64,6 +107,13 @@ def test_every_objective_can_be_named_in_a_recipe_and_has_a_doc(name: str) -> No
         ({"signals": {"t": {}}, "terms": [{"objective": "cross-entropy"}]}, "one of endpoint, player and blend"),
         ({"signals": {"t": {"endpoint": "a", "player": "b"}}, "terms": [{"objective": "cross-entropy"}]}, "one of endpoint"),
         ({"signals": {"t": {"blend": {"ghost": 1.0}}}, "terms": [{"objective": "cross-entropy"}]}, "ghost"),
+        (blending("dense", "dense", weights=(1.5, -0.5)), "shares, none below 0"),
+        (blending("dense", "dense", weights=(0.0, 0.0)), "shares, none below 0"),
+        (blending("sampled", "sampled"), "whole distributions"),
+        (blending("dense", "per-token"), "whole distributions"),
+        (blending("topk", "hidden"), "all topk or all of dense and hidden"),
+        (blending("topk", {"type": "topk", "tail": "renormalise"}), "tail: bucket"),
+        (blending("topk", "topk", where="player"), "of endpoints"),
     ],
 )
 def test_a_mistake_is_named(content: dict[str, Any], message: str) -> None:

@@ -186,6 +186,7 @@ def test_the_wrapped_objective_is_written_as_its_own_settings_and_comes_back_equ
         ({"type": "forward-kl", "temprature": 2.0}, "temprature"),
         ({"type": "selected-tokens"}, "selected-tokens looks at whole micro-batches itself"),
         (SelectedTokens(), "selected-tokens looks at whole micro-batches itself"),
+        *(({"type": name}, f"{name} is no sum over tokens") for name in ("sinkhorn", "hidden-states", "reverse-kl-squared")),
         (3, "instance of ObjectiveSettings"),
     ],
 )

@@ -1,4 +1,4 @@
-"""TSD-KD as a whole: its three terms by the book."""
+"""TSD-KD as a whole: its three terms as in the paper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def terms(**settings: Any) -> dict[str, Term]:
     return {t.name: t for t in found if isinstance(t, Term)}
 
 
-def test_the_terms_are_those_of_the_book() -> None:
+def test_the_terms_are_those_of_the_paper() -> None:
     direct = SelectedTokensAbsolute(divergence=JSD(beta=0.9, rescale=False), by="entropy-gap", keep="above", threshold=0.0, softness=1.0)
     found = {name: (t.objective, t.scale(START), t.signal) for name, t in terms().items()}
     assert found == {
@@ -47,3 +47,9 @@ def test_a_term_that_weighs_nothing_is_left_out() -> None:
 def test_a_ranking_of_tokens_that_the_teacher_did_not_keep_is_refused() -> None:
     with pytest.raises(ValidationError, match="'hidden', 'dense'"):
         TokenSelectiveDualKD.model_validate({"take": {"type": "topk"}})
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_beta_at_which_the_divergence_jumps_is_refused(beta: float) -> None:
+    with pytest.raises(ValidationError, match="beta"):
+        TokenSelectiveDualKD(beta=beta)
