@@ -22,9 +22,7 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as jobs/recipes/tiny_logits.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides: student=Qwen/Qwen3-0.6B train.lr=2e-5", show_default=False)]
-Cluster = Annotated[
-    Path | None, typer.Option(help="Where to run. [default: ray_config.yaml of this folder, if there is one]", show_default=False)
-]
+Cluster = Annotated[Path | None, typer.Option(help="Where to run.", show_default="ray_config.yaml of this folder, if there is one")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers say.")]
 
 
@@ -114,12 +112,12 @@ def evaluate(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="Of `--verifier regex`: its first group is the answer.")] = None,
     function: Annotated[str | None, typer.Option(help="Of `--verifier callable`: package.module:function.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt. [default: 1]", show_default=False)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt.", show_default="1")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 writes the likeliest token. [default: 0; 1 with --samples]", show_default=False)
+        float | None, typer.Option(min=0, help="0 writes the likeliest token.", show_default="0; 1 with --samples")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. [default: 256]", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of their draws. [default: 0]", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="256")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of their draws.", show_default="0")] = None,
 ) -> None:
     """Compare models on held-out rows: cross-entropy, both KLs to a teacher, agreement; with a verifier, how often they are right."""
     from jobs.evaluate import Generate, show_evaluation
@@ -131,7 +129,7 @@ def evaluate(
 @app.command()
 def export(
     run_folder: Annotated[str, typer.Argument(help="Folder of a run, or its address in remote storage.")],
-    to: Annotated[Path | None, typer.Option(help="New folder for the model. [default: RUN_FOLDER/export]", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option(help="New folder for the model.", show_default="RUN_FOLDER/export")] = None,
     checkpoint: Annotated[str, typer.Option(help="`best`, `last`, or the name of a checkpoint in the run folder.")] = "best",
     adapter: Annotated[bool, typer.Option("--adapter", help="Keep a LoRA student as an adapter instead of merging it.")] = False,
     dtype: Annotated[
@@ -174,7 +172,7 @@ def quickstart(
 @app.command()
 def task(
     name: Annotated[Literal["arithmetic", "specialists"], typer.Argument(help="Which one.")],
-    folder: Annotated[Path | None, typer.Option(help="Where data, models and runs go. [default: runs/NAME]", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where data, models and runs go.", show_default="runs/NAME")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Make data, a tokenizer and teachers to try methods on: `arithmetic`, whose answers can be judged, or two `specialists`."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from jobs.cli import main
+from jobs.cli import app, main
 from strategies import STRATEGIES
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, columns: int = 120) -> int:
     """Exit code of `distill ARGUMENTS`."""
     monkeypatch.setattr("sys.argv", ["distill", *arguments])
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", str(columns))
     try:
         main()
     except SystemExit as stop:
@@ -27,6 +30,26 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_every_command_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert "Usage" in capsys.readouterr().out
+
+
+def leaves(command: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below one, by the words that call it."""
+    if not hasattr(command, "commands"):
+        yield words, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves(inner, *words, name)
+
+
+@pytest.mark.parametrize(("words", "command"), [pytest.param(w, c, id=" ".join(w)) for w, c in leaves(typer.main.get_command(app))])
+def test_all_that_is_said_of_an_option_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], command: Any
+) -> None:
+    assert command.help
+    assert run(monkeypatch, *words, "--help", columns=1000) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for param in command.params:
+        assert param.help and param.help in printed, param.name
+        assert not isinstance(param.show_default, str) or f"[default: ({param.show_default})]" in printed, param.name
 
 
 def test_the_list_of_strategies_names_each_and_one_shows_its_settings(
