@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from jobs.cli_cluster import cluster_app, doctor, jobs_app, submit
+from orchestrator.display import console
 from orchestrator.errors import DistillError
 
 app = typer.Typer(
@@ -194,7 +195,7 @@ def main() -> None:
     try:
         app()
     except DistillError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        console(stderr=True).print(Text.assemble((type(error).__name__, "bold red"), f": {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
 
 

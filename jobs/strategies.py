@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from orchestrator.config import strategy_settings
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
 from strategies import known_strategies
@@ -37,24 +37,24 @@ def show_objectives(name: str | None) -> None:
 
 
 def _list(what: str, known: Mapping[str, type[Settings]], more: str) -> None:
-    console = Console()
+    out = console()
     table = Table(what, "what it does", box=None, pad_edge=False)
     for type_name, config in sorted(known.items()):
         table.add_row(Text(type_name, style="bold"), Text(_first_sentence(config)))
-    console.print(table)
-    console.print(f"\nSettings of one: {more}", highlight=False)
+    out.print(table)
+    out.print(f"\nSettings of one: {more}")
 
 
 def _show(name: str, config: type[Settings], prefix: str) -> None:
-    console = Console()
-    console.print(Text(name, style="bold"))
+    out = console()
+    out.print(Text(name, style="bold"))
     for paragraph in (inspect.getdoc(config) or "").split("\n\n"):
-        console.print(Text(f"{' '.join(paragraph.split())}\n"))
+        out.print(Text(f"{' '.join(paragraph.split())}\n"))
     table = Table("setting", "default", "meaning", box=None, pad_edge=False)
     for field, info in config.model_fields.items():
         default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
         table.add_row(*(Text(cell) for cell in (f"{prefix}{field}", default, info.description or "")))
-    console.print(table)
+    out.print(table)
 
 
 def _first_sentence(config: type[Settings]) -> str:

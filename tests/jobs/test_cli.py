@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import pytest
 import typer
 
+from jobs import generate as generating
 from jobs.cli import app, main
+from orchestrator.display import Display, comparison_table, console
+from orchestrator.generate import Generated
+from orchestrator.result import Row
 from strategies import STRATEGIES
 
 
@@ -80,6 +85,22 @@ def test_a_refusal_exits_with_2_and_says_what_to_do(
     assert run(monkeypatch, "strategies", "logit") == 2
     assert "Did you mean 'logits'" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_brackets_of_others_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "plan", "data/[a-c]*.[vllm] [/x] :key:.yaml") == 2
+    assert "data/[a-c]*.[vllm] [/x] :key:.yaml: got " in capsys.readouterr().err
+    Display().say("runs/[red]x[/red]")
+    assert capsys.readouterr().err == "runs/[red]x[/red]\n"
+    console().print(comparison_table([Row("[/x] [a]", 1.0, 0.0, 0.0, 1, 1.0, 1.0)]))
+    assert "[/x] [a]" in capsys.readouterr().out
+
+
+def test_what_to_type_after_generate_can_be_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(generating, "generate", lambda *_: Generated((), (), None))
+    generating.run_generate(Path("my recipe.yaml"), ["strategy.teachers=[a, b]", "train.lr=1e-3"], None, False)
+    typed = capsys.readouterr().out.removeprefix("Next     ")
+    assert shlex.split(typed) == ["distill", "run", "my recipe.yaml", "strategy.teachers=[a, b]", "train.lr=1e-3"]
 
 
 def test_wrong_usage_of_the_command_exits_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
