@@ -18,7 +18,7 @@ def show_search(recipe: Path, overrides: Sequence[str], cluster: Path | None) ->
     from orchestrator.search.plan_text import search_text
 
     plan = search_plan(recipe, overrides, cluster_content(cluster_file(cluster)))
-    Display().plan(search_text(plan))
+    console().print(search_text(plan), soft_wrap=True)
 
 
 def start_search(recipe: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:

@@ -96,6 +96,17 @@ def test_brackets_of_others_are_printed_as_they_are(monkeypatch: pytest.MonkeyPa
     assert "[/x] [a]" in capsys.readouterr().out
 
 
+def test_plans_go_to_standard_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("student: x\nstrategy: cross-entropy\ndata: rows.jsonl\ntrain: {steps: 3}\n")
+    monkeypatch.setattr("orchestrator.plan.make_plan", lambda *_: None)
+    monkeypatch.setattr("orchestrator.plan.plan_text", lambda _: "what a run would do [/x]")
+    monkeypatch.setattr("orchestrator.search.door.search_plan", lambda *_: None)
+    monkeypatch.setattr("orchestrator.search.plan_text.search_text", lambda _: "what a search would do [/x]")
+    assert run(monkeypatch, "plan", str(recipe)) == run(monkeypatch, "search", "--plan", str(recipe)) == 0
+    assert capsys.readouterr() == ("what a run would do [/x]\nwhat a search would do [/x]\n", "")
+
+
 def test_what_to_type_after_generate_can_be_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(generating, "generate", lambda *_: Generated((), (), None))
     generating.run_generate(Path("my recipe.yaml"), ["strategy.teachers=[a, b]", "train.lr=1e-3"], None, False)
