@@ -18,7 +18,7 @@ from strategies.core import Columns, Endpoint, Player, Strategy, Term, lm_update
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
 from strategies.sources import TakeTopK, Taught
-from tests.orchestrator.bench import WORKERS_2, Bench, both, cluster, machine_of, other_template, own_model, put, spoilt
+from tests.orchestrator.bench import WORKERS_2, Bench, both, cluster, gpus, machine_of, other_template, own_model, put, spoilt
 
 
 def twin(bench: Bench) -> None:
@@ -42,6 +42,7 @@ WARNINGS: list[tuple[str, Callable[[Bench], None], str]] = [
     ("golden measured once", put("alarms.golden", "eval/cross_entropy"), "alarms.golden is measured 1 times and its alarm wants 10"),
     ("defined in two files", lambda b: b.cluster.update(endpoints=b.recipe["endpoints"]), "in ray_config.yaml and in the recipe"),
     ("baseline of itself", both(put("strategy", "cross-entropy"), put("endpoints", {}), put("baseline", True)), "no teacher"),
+    ("idle GPUs", gpus(2), "take none of the 2 GPUs here"),
     ("batch smaller than its workers", both(WORKERS_2, put("train.batch_tokens", 36)), "less than a row for each of 2 workers"),
 ]
 
