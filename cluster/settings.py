@@ -16,7 +16,10 @@ class ClusterModel(BaseModel):
 
 
 def _located(model: str) -> str:
-    """A folder that is there becomes absolute: processes of a cluster work in other directories. A hub name stays one."""
+    """A folder that is there becomes absolute: processes of a cluster work in other directories. A hub name stays one. Nothing at
+    all would be the current folder."""
+    if not model.strip():
+        raise ValueError("expected a folder of a saved model, or a hub name")
     folder = Path(model).expanduser()
     return str(folder.absolute()) if folder.is_dir() else model
 
