@@ -27,7 +27,7 @@ Cluster = Annotated[Path | None, typer.Option(help="Where to run.", show_default
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers say.")]
 
 
-@app.command()
+@app.command(epilog="For example: distill plan jobs/recipes/tiny_logits.yaml train.steps=20")
 def plan(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None) -> None:
     """Check a run and print what it would do, hold and write. Loads no model."""
     from jobs.run import show_plan
@@ -35,7 +35,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None) -
     show_plan(recipe, overrides or [], cluster)
 
 
-@app.command()
+@app.command(epilog="For example: distill run jobs/recipes/tiny_logits.yaml train.lr=1e-3")
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe; leave it out with --resume.")] = None,
     overrides: Overrides = None,
@@ -55,7 +55,7 @@ def run(
         raise typer.BadParameter("give a recipe, or --resume with a run folder")
 
 
-@app.command()
+@app.command(epilog="For example: distill search jobs/recipes/tiny_search.yaml --plan")
 def search(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe with a `search:` block; leave it out with --resume.")] = None,
     overrides: Overrides = None,
@@ -78,7 +78,7 @@ def search(
         start_search(recipe, given, cluster, verbose)
 
 
-@app.command()
+@app.command(epilog="For example: distill generate jobs/recipes/tiny_logits.yaml")
 def generate(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None, verbose: Verbose = False) -> None:
     """Ask a recipe's teachers once and keep what they say: later runs read it instead."""
     from jobs.generate import run_generate
@@ -99,7 +99,7 @@ def stores(
     show_stores(action, names or [], cluster, unfinished)
 
 
-@app.command()
+@app.command(epilog="For example: distill evaluate runs/NAME --recipe runs/NAME/recipe.yaml")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Saved models or adapters, folders of runs, or hub names.")],
     teacher: Annotated[str | None, typer.Option(help="Folder or hub name; adds exact KL and agreement.")] = None,
@@ -127,7 +127,7 @@ def evaluate(
     show_evaluation(models, teacher, data, recipe, overrides or [], rows, asked)
 
 
-@app.command()
+@app.command(epilog="For example: distill export runs/NAME --to my-student")
 def export(
     run_folder: Annotated[str, typer.Argument(help="Folder of a run, or its address in remote storage.")],
     to: Annotated[Path | None, typer.Option(help="New folder for the model.", show_default="RUN_FOLDER/export")] = None,
@@ -184,7 +184,9 @@ def task(
     makers[name](folder or Path("runs") / name, verbose)
 
 
-app.command(context_settings={"ignore_unknown_options": True})(submit)
+app.command(
+    context_settings={"ignore_unknown_options": True}, epilog="For example: distill submit run jobs/recipes/tiny_logits.yaml --retries 2"
+)(submit)
 app.command()(doctor)
 app.add_typer(jobs_app)
 app.add_typer(cluster_app)

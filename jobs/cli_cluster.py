@@ -22,7 +22,7 @@ Name = Annotated[str, typer.Option(help="Several clusters have several names.")]
 
 
 def submit(
-    command: Annotated[str, typer.Argument(help="run, generate, evaluate or doctor.")],
+    command: Annotated[str, typer.Argument(help="run, search, generate, evaluate or doctor.")],
     words: Annotated[list[str] | None, typer.Argument(help="What the command takes: a recipe, overrides, options.")] = None,
     address: Address = None,
     cluster: Settings = None,
@@ -104,7 +104,10 @@ def down(name: Name = "loopback") -> None:
     end(name)
 
 
-@cluster_app.command(context_settings={"ignore_unknown_options": True})
+@cluster_app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="For example: distill cluster render rayjob run jobs/recipes/seq_kd_qwen3_0.6b_from_8b_1gpu.yaml --output job.yaml",
+)
 def render(
     what: Annotated[Literal["raycluster", "rayjob", "launcher", "docker"], typer.Argument(help="Which file.")],
     words: Annotated[list[str] | None, typer.Argument(help="With rayjob: the command and what it takes.", show_default=False)] = None,

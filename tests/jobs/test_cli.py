@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,13 @@ import typer
 
 from jobs import generate as generating
 from jobs.cli import app, main
+from jobs.submit import COMMANDS
 from orchestrator.display import Display, comparison_table, console
 from orchestrator.generate import Generated
 from orchestrator.result import Row
 from strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, columns: int = 120) -> int:
@@ -55,6 +59,20 @@ def test_all_that_is_said_of_an_option_is_printed(
     for param in command.params:
         assert param.help and param.help in printed, param.name
         assert not isinstance(param.show_default, str) or f"[default: ({param.show_default})]" in printed, param.name
+    assert (command.epilog or "") in printed
+    assert all((ROOT / path).is_file() for path in re.findall(r"jobs/recipes/\S+?\.yaml", printed))
+
+
+@pytest.mark.parametrize("name", ["plan", "run", "search", "generate", "evaluate", "export", "submit"])
+def test_a_main_command_shows_how_it_is_called(name: str) -> None:
+    command: Any = typer.main.get_command(app)
+    assert command.commands[name].epilog.startswith(f"For example: distill {name} ")
+
+
+def test_submit_names_every_command_that_it_takes() -> None:
+    command: Any = typer.main.get_command(app)
+    said = next(param.help for param in command.commands["submit"].params if param.name == "command")
+    assert set(re.findall(r"\w+", said)) - {"or"} == set(COMMANDS)
 
 
 def test_the_list_of_strategies_names_each_and_one_shows_its_settings(
