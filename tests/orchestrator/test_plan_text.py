@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from jobs.strategies import show_strategies
 from orchestrator.plan import plan_text
 from strategies.core import Columns, Endpoint, Player, Strategy, Term, lm_update
 from strategies.objectives.likelihood import CrossEntropy
@@ -110,6 +113,26 @@ GOOD = Strategy(players={"student": Player()}, updates=(lm_update(CE),))
 def test_a_strategy_whose_parts_do_not_meet_is_refused(bench: Bench, strategy: Strategy, words: list[str]) -> None:
     said = bench.refusal_of(strategy)
     assert [word for word in words if word not in said] == [], said
+
+
+def test_the_strategy_that_the_readme_writes_is_found_when_it_is_installed_and_plans(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "strategies" / "README.md").read_text("utf-8")
+    code, project = (re.findall(rf"```{kind}\n(.+?)```", readme, re.DOTALL)[0] for kind in ("python", "toml"))
+    points = tomllib.loads(project)["project"]["entry-points"]["distill.strategies"]
+    for name, text in {
+        "mine/reverse_logits.py": code,
+        "mine-1.dist-info/METADATA": "Name: mine\nVersion: 1\n",
+        "mine-1.dist-info/entry_points.txt": "[distill.strategies]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()),
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    bench.patch.syspath_prepend(tmp_path)
+    show_strategies("reverse-logits")
+    assert "Weight of the reverse KL." in capsys.readouterr().out
+    put("strategy", "reverse-logits")(bench)
+    assert bench.plan().strategy.updates[0].player == "student"
 
 
 def test_the_plan_fits_a_hundred_columns_and_names_everything(bench: Bench) -> None:
