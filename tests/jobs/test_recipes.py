@@ -27,6 +27,13 @@ def test_a_shipped_recipe_opens_with_the_command_that_makes_what_it_reads(recipe
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_no_shipped_recipe_asks_for_a_package_that_no_requirement_brings(recipe: Path) -> None:
+    job = load_job(recipe)
+    asked = [job.run.student, *job.run.endpoints.values()]
+    assert {getattr(who, "attention", "sdpa") for who in asked} == {"sdpa"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_a_shipped_recipe_loads_builds_and_survives_a_round_trip(recipe: Path, tmp_path: Path) -> None:
     job = load_job(recipe, cluster=ROOT / "ray_config.yaml")
     strategy = job.run.build()
