@@ -66,8 +66,11 @@ class EndpointModel(ClusterModel):
     follows: ClassVar[bool] = False
     """Whether its engine takes weights that training publishes."""
     engine: str
+    """What answers: `transformers`, `vllm`, `openai`, `store`, `verifier` or `fake`."""
     actors: PositiveInt = 1
+    """Processes that answer, each for itself."""
     resources: Resources = Resources()
+    """What each of them holds on the Ray cluster."""
 
     @property
     def saved_model(self) -> SavedModel | None:

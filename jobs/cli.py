@@ -151,6 +151,18 @@ def strategies(name: Annotated[str | None, typer.Argument(help="Show the setting
     show_strategies(name)
 
 
+@app.command(epilog="For example: distill settings train")
+def settings(path: Annotated[str | None, typer.Argument(help="A section, such as data, train.layout or endpoints.vllm.")] = None) -> None:
+    """Explain what a recipe may say, section by section, with defaults."""
+    from jobs.settings import show_settings
+    from jobs.strategies import show_strategies
+
+    if path is not None and path.split(".")[0] == "strategy":
+        show_strategies(path.partition(".")[2] or None)
+    else:
+        show_settings(path)
+
+
 @app.command()
 def objectives(name: Annotated[str | None, typer.Argument(help="Show the settings of one.")] = None) -> None:
     """List what a term of the strategy `terms` can compute, with settings and defaults."""

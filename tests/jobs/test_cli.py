@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 from jobs import generate as generating
 from jobs.cli import app, main
+from jobs.settings import meaning
 from jobs.submit import COMMANDS
+from orchestrator.config import RunConfig
 from orchestrator.display import Display, comparison_table, console
+from orchestrator.explain import models_in
 from orchestrator.generate import Generated
 from orchestrator.result import Row
+from orchestrator.search.settings import SearchConfig
 from strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +93,42 @@ def test_the_list_of_strategies_names_each_and_one_shows_its_settings(
     assert run(monkeypatch, "strategies", "multi-teacher") == 0
     shown = capsys.readouterr().out
     assert shown.startswith("multi-teacher\n") and "a list of" in shown and "{type: seq-kd," in " ".join(shown.split())
+
+
+def sections(model: type[BaseModel], found: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """All classes of settings below one."""
+    if model not in found:
+        found.append(model)
+        for info in model.model_fields.values():
+            for inner in models_in(info.annotation):
+                sections(inner, found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [m for m in sections(RunConfig, sections(SearchConfig, [])) if not m.__module__.startswith("strategies.")],
+    ids=lambda m: m.__name__,
+)
+def test_every_setting_has_a_sentence(model: type[BaseModel]) -> None:
+    fields = [f for f in model.model_fields if f not in ("engine", "type")]
+    assert [field for field in fields if not meaning(model, field)] == []
+
+
+def test_settings_are_found_by_their_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for path in ("", "train", "student.lora", "train.steps", "endpoints", "endpoints.vllm", "search.space", "strategy", "strategy.gkd"):
+        assert run(monkeypatch, "settings", *path.split(), columns=200) == 0
+        shown[path] = " ".join(capsys.readouterr().out.split())
+    assert all(f"see distill settings {section} " in shown[""] for section in ("train", "student", "strategy", "endpoints"))
+    assert "train.gradient_checkpointing" in shown["train"] and "May be a schedule." in shown["train"]
+    assert "student.lora.target_modules" in shown["student.lora"]
+    assert shown["train.steps"] == shown["train"]
+    assert "openai" in shown["endpoints"] and "endpoints.vllm.tensor_parallel" in shown["endpoints.vllm"]
+    assert "search.space.log_uniform" in shown["search.space"]
+    assert "what it does" in shown["strategy"] and "strategy.staleness" in shown["strategy.gkd"]
+    assert run(monkeypatch, "settings", "train.layuot") == 2
+    assert "Did you mean 'layout'" in capsys.readouterr().err
 
 
 def test_a_refusal_exits_with_2_and_says_what_to_do(
