@@ -47,6 +47,7 @@ class TransformersEndpoint(EndpointModel):
     model: ModelName
     """Folder of a saved model, or a hub name."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model; the newest of its main branch when absent."""
     follows_student: bool = False
     """Takes the weights that training publishes instead of the saved ones, as the endpoint `student` does."""
     dtype: Dtype = "auto"
@@ -59,7 +60,9 @@ class TransformersEndpoint(EndpointModel):
     forward_tokens: PositiveInt = 8192
     """Padded tokens in one forward."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Which kernel computes attention; `flash_attention_2` needs the package flash-attn."""
     trust_remote_code: bool = False
+    """Runs the Python code that a model brings."""
     max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Most probability of one token that may lie on ids which the student lacks; it is dropped and the rest renormalised."""
 
@@ -111,6 +114,7 @@ class OpenAIEndpoint(EndpointModel):
     price_per_million_tokens: NonNegativeFloat = 0.0
     """Of prompts, in any currency; what a step cost is logged as `cost/NAME`."""
     price_per_million_written_tokens: NonNegativeFloat = 0.0
+    """The same, of texts."""
     actors: PositiveInt = 1
     resources: Resources = Resources()
     max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
@@ -144,6 +148,7 @@ class FakeEndpoint(EndpointModel):
     follows: ClassVar[bool] = True
     engine: Literal["fake"]
     vocabulary: PositiveInt
+    """Ids it answers with."""
     actors: PositiveInt = 1
     resources: Resources = Resources()
     seconds_per_bundle: NonNegativeFloat = 0.0

@@ -16,7 +16,10 @@ class ClusterModel(BaseModel):
 
 
 def _located(model: str) -> str:
-    """A folder that is there becomes absolute: processes of a cluster work in other directories. A hub name stays one."""
+    """A folder that is there becomes absolute: processes of a cluster work in other directories. A hub name stays one. Nothing at
+    all would be the current folder."""
+    if not model.strip():
+        raise ValueError("expected a folder of a saved model, or a hub name")
     folder = Path(model).expanduser()
     return str(folder.absolute()) if folder.is_dir() else model
 
@@ -63,8 +66,11 @@ class EndpointModel(ClusterModel):
     follows: ClassVar[bool] = False
     """Whether its engine takes weights that training publishes."""
     engine: str
+    """What answers: `transformers`, `vllm`, `openai`, `store`, `verifier` or `fake`."""
     actors: PositiveInt = 1
+    """Processes that answer, each for itself."""
     resources: Resources = Resources()
+    """What each of them holds on the Ray cluster."""
 
     @property
     def saved_model(self) -> SavedModel | None:

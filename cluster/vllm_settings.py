@@ -23,6 +23,7 @@ class VllmEndpoint(EndpointModel):
     model: ModelName
     """Folder of a saved model, or a hub name."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model; the newest of its main branch when absent."""
     follows_student: bool = False
     """Takes the weights that training publishes instead of the saved ones."""
     dtype: Dtype = "auto"
@@ -48,6 +49,7 @@ class VllmEndpoint(EndpointModel):
     """Actors in the stage's pool, each with its own copy of the model."""
     resources: Resources = Resources(gpus=1.0)
     trust_remote_code: bool = False
+    """Runs the Python code that a model brings."""
     max_dropped_mass: Annotated[float, Field(ge=0, le=1)] = 1e-3
     """Most probability of one token that may lie on ids which the student lacks; it is dropped and the rest renormalised."""
 

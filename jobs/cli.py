@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from jobs.cli_cluster import cluster_app, doctor, jobs_app, submit
+from orchestrator.display import console
 from orchestrator.errors import DistillError
 
 app = typer.Typer(
@@ -22,13 +23,11 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as jobs/recipes/tiny_logits.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides: student=Qwen/Qwen3-0.6B train.lr=2e-5", show_default=False)]
-Cluster = Annotated[
-    Path | None, typer.Option(help="Where to run. [default: ray_config.yaml of this folder, if there is one]", show_default=False)
-]
+Cluster = Annotated[Path | None, typer.Option(help="Where to run.", show_default="ray_config.yaml of this folder, if there is one")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what Ray and its workers say.")]
 
 
-@app.command()
+@app.command(epilog="For example: distill plan jobs/recipes/tiny_logits.yaml train.steps=20")
 def plan(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None) -> None:
     """Check a run and print what it would do, hold and write. Loads no model."""
     from jobs.run import show_plan
@@ -36,7 +35,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None) -
     show_plan(recipe, overrides or [], cluster)
 
 
-@app.command()
+@app.command(epilog="For example: distill run jobs/recipes/tiny_logits.yaml train.lr=1e-3")
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe; leave it out with --resume.")] = None,
     overrides: Overrides = None,
@@ -56,7 +55,7 @@ def run(
         raise typer.BadParameter("give a recipe, or --resume with a run folder")
 
 
-@app.command()
+@app.command(epilog="For example: distill search jobs/recipes/tiny_search.yaml --plan")
 def search(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe with a `search:` block; leave it out with --resume.")] = None,
     overrides: Overrides = None,
@@ -79,7 +78,7 @@ def search(
         start_search(recipe, given, cluster, verbose)
 
 
-@app.command()
+@app.command(epilog="For example: distill generate jobs/recipes/tiny_logits.yaml")
 def generate(recipe: Recipe, overrides: Overrides = None, cluster: Cluster = None, verbose: Verbose = False) -> None:
     """Ask a recipe's teachers once and keep what they say: later runs read it instead."""
     from jobs.generate import run_generate
@@ -100,7 +99,7 @@ def stores(
     show_stores(action, names or [], cluster, unfinished)
 
 
-@app.command()
+@app.command(epilog="For example: distill evaluate runs/NAME --recipe runs/NAME/recipe.yaml")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Saved models or adapters, folders of runs, or hub names.")],
     teacher: Annotated[str | None, typer.Option(help="Folder or hub name; adds exact KL and agreement.")] = None,
@@ -114,12 +113,12 @@ def evaluate(
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="Of `--verifier regex`: its first group is the answer.")] = None,
     function: Annotated[str | None, typer.Option(help="Of `--verifier callable`: package.module:function.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt. [default: 1]", show_default=False)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each prompt.", show_default="1")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 writes the likeliest token. [default: 0; 1 with --samples]", show_default=False)
+        float | None, typer.Option(min=0, help="0 writes the likeliest token.", show_default="0; 1 with --samples")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer. [default: 256]", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of their draws. [default: 0]", show_default=False)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="256")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of their draws.", show_default="0")] = None,
 ) -> None:
     """Compare models on held-out rows: cross-entropy, both KLs to a teacher, agreement; with a verifier, how often they are right."""
     from jobs.evaluate import Generate, show_evaluation
@@ -128,10 +127,10 @@ def evaluate(
     show_evaluation(models, teacher, data, recipe, overrides or [], rows, asked)
 
 
-@app.command()
+@app.command(epilog="For example: distill export runs/NAME --to my-student")
 def export(
     run_folder: Annotated[str, typer.Argument(help="Folder of a run, or its address in remote storage.")],
-    to: Annotated[Path | None, typer.Option(help="New folder for the model. [default: RUN_FOLDER/export]", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option(help="New folder for the model.", show_default="RUN_FOLDER/export")] = None,
     checkpoint: Annotated[str, typer.Option(help="`best`, `last`, or the name of a checkpoint in the run folder.")] = "best",
     adapter: Annotated[bool, typer.Option("--adapter", help="Keep a LoRA student as an adapter instead of merging it.")] = False,
     dtype: Annotated[
@@ -150,6 +149,18 @@ def strategies(name: Annotated[str | None, typer.Argument(help="Show the setting
     from jobs.strategies import show_strategies
 
     show_strategies(name)
+
+
+@app.command(epilog="For example: distill settings train")
+def settings(path: Annotated[str | None, typer.Argument(help="A section, such as data, train.layout or endpoints.vllm.")] = None) -> None:
+    """Explain what a recipe may say, section by section, with defaults."""
+    from jobs.settings import show_settings
+    from jobs.strategies import show_strategies
+
+    if path is not None and path.split(".")[0] == "strategy":
+        show_strategies(path.partition(".")[2] or None)
+    else:
+        show_settings(path)
 
 
 @app.command()
@@ -174,7 +185,7 @@ def quickstart(
 @app.command()
 def task(
     name: Annotated[Literal["arithmetic", "specialists"], typer.Argument(help="Which one.")],
-    folder: Annotated[Path | None, typer.Option(help="Where data, models and runs go. [default: runs/NAME]", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where data, models and runs go.", show_default="runs/NAME")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Make data, a tokenizer and teachers to try methods on: `arithmetic`, whose answers can be judged, or two `specialists`."""
@@ -185,7 +196,9 @@ def task(
     makers[name](folder or Path("runs") / name, verbose)
 
 
-app.command(context_settings={"ignore_unknown_options": True})(submit)
+app.command(
+    context_settings={"ignore_unknown_options": True}, epilog="For example: distill submit run jobs/recipes/tiny_logits.yaml --retries 2"
+)(submit)
 app.command()(doctor)
 app.add_typer(jobs_app)
 app.add_typer(cluster_app)
@@ -196,7 +209,7 @@ def main() -> None:
     try:
         app()
     except DistillError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        console(stderr=True).print(Text.assemble((type(error).__name__, "bold red"), f": {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
 
 

@@ -12,20 +12,22 @@ cluster_app = typer.Typer(name="cluster", help="Start a cluster on this machine,
 
 Address = Annotated[
     str | None,
-    typer.Option(help="A Jobs URL (http://host:8265), host:port, auto, or local. [default: ray_config.yaml's]", show_default=False),
+    typer.Option(help="A Jobs URL (http://host:8265), host:port, auto, or local.", show_default="that of the settings"),
 ]
-Settings = Annotated[Path | None, typer.Option("--cluster", help="[default: ray_config.yaml of this folder]", show_default=False)]
+Settings = Annotated[
+    Path | None, typer.Option("--cluster", help="The settings to use.", show_default="ray_config.yaml of this folder, if there is one")
+]
 JobId = Annotated[str, typer.Argument(help="As `distill jobs list` shows it.")]
 Name = Annotated[str, typer.Option(help="Several clusters have several names.")]
 
 
 def submit(
-    command: Annotated[str, typer.Argument(help="run, generate, evaluate or doctor.")],
+    command: Annotated[str, typer.Argument(help="run, search, generate, evaluate or doctor.")],
     words: Annotated[list[str] | None, typer.Argument(help="What the command takes: a recipe, overrides, options.")] = None,
     address: Address = None,
     cluster: Settings = None,
     retries: Annotated[
-        int | None, typer.Option(min=0, help="Start it again when it fails. [default: jobs.retries]", show_default=False)
+        int | None, typer.Option(min=0, help="Times to start it again when it fails.", show_default="jobs.retries of the settings")
     ] = None,
     follow: Annotated[bool, typer.Option(help="Print what it says until it ends.")] = True,
 ) -> None:
@@ -102,12 +104,15 @@ def down(name: Name = "loopback") -> None:
     end(name)
 
 
-@cluster_app.command(context_settings={"ignore_unknown_options": True})
+@cluster_app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="For example: distill cluster render rayjob run jobs/recipes/seq_kd_qwen3_0.6b_from_8b_1gpu.yaml --output job.yaml",
+)
 def render(
     what: Annotated[Literal["raycluster", "rayjob", "launcher", "docker"], typer.Argument(help="Which file.")],
     words: Annotated[list[str] | None, typer.Argument(help="With rayjob: the command and what it takes.", show_default=False)] = None,
     cluster: Settings = None,
-    output: Annotated[Path | None, typer.Option(help="A file. [default: standard output]", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="A file.", show_default="standard output")] = None,
 ) -> None:
     """Write the file that starts a cluster elsewhere, from ray_config.yaml."""
     from jobs.render import write

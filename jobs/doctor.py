@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.config import ClusterConfig
 from cluster.health import Finding, checks
 from jobs.run import cluster_file
 from orchestrator.config import load_cluster
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.roundtrip import roundtrip
 
@@ -26,9 +27,9 @@ def examine(cluster: Path | None) -> int:
     for name in ("check", "state", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for finding in found:
-        state = f"[{STYLES[finding.state]}]{finding.state}[/]"
+        state = Text(finding.state, style=STYLES[finding.state])
         table.add_row(finding.name, state, finding.says, finding.do)
-    Console(highlight=False).print(table)
+    console().print(table)
     return int(any(finding.state == "failed" for finding in found))
 
 

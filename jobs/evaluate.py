@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from cluster.config import VerifierEndpoint
 from jobs.run import cluster_file
 from orchestrator.compare import Measuring, ModelScores, evaluate_models
 from orchestrator.comparison_rows import ChosenRows, rows_of_recipe, rows_of_source, saved_student
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.explain import refusal
 from orchestrator.written import Writing, WrittenScores, evaluate_written
@@ -85,12 +85,12 @@ def show_evaluation(
     written = [] if writing is None else evaluate_written(names, teacher, chosen.rows, chosen.indices, writing, measuring)
     scores = evaluate_models(names, teacher, chosen.rows, chosen.indices, measuring)
     lines = _lines(scores, measuring.top_k) + ([] if writing is None else _written_lines(written, writing.samples))
-    console = Console(highlight=False)
-    console.print(f"{len(chosen.indices):,} rows, {scores[0].tokens:,} predicted tokens of {chosen.what}")
-    console.print(_table([s.model for s in scores], teacher is not None, lines))
-    console.print("Cross-entropy and KL in nats per token; exact over the whole vocabulary that all models share.", style="dim")
+    out = console()
+    out.print(f"{len(chosen.indices):,} rows, {scores[0].tokens:,} predicted tokens of {chosen.what}")
+    out.print(_table([s.model for s in scores], teacher is not None, lines))
+    out.print("Cross-entropy and KL in nats per token; exact over the whole vocabulary that all models share.", style="dim")
     for note in _notes(written):
-        console.print(note, style="dim")
+        out.print(note, style="dim")
 
 
 def _rows(names: Sequence[str], data: str | None, recipe: Path | None, overrides: Sequence[str], rows: int) -> ChosenRows:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
 
 from cluster.storage import Folder
+from orchestrator.display import console
 from orchestrator.export import ExportDtype, export_from_run
 from orchestrator.model_card import Manifest
 
@@ -18,8 +19,10 @@ def export_run(run_folder: str, to: Path | None, checkpoint: str, adapter: bool,
     made = Manifest.load(folder)
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     kind = "LoRA adapter" if made.adapter else "student"
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{folder}[/]: {kind} of {made.checkpoint}, {made.parameters:,} parameters in {made.dtype}, {megabytes:,.1f} MB")
-    console.print(f"Reloaded in a fresh process: logits differ by {made.difference:.2g} of the largest (at most {made.bound:g} passes)")
+    out = console()
+    says = f": {kind} of {made.checkpoint}, {made.parameters:,} parameters in {made.dtype}, {megabytes:,.1f} MB"
+    out.print(Text.assemble((str(folder), "bold"), says), soft_wrap=True)
+    proof = f"Reloaded in a fresh process: logits differ by {made.difference:.2g} of the largest (at most {made.bound:g} passes)"
+    out.print(proof, soft_wrap=True)
     rows = f"--recipe {home.root}/recipe.yaml" if home.local else "--data SOURCE"
-    console.print(f"Next: distill evaluate {folder} {rows}")
+    out.print(f"Next: distill evaluate {folder} {rows}", soft_wrap=True)

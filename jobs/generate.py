@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,19 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.run import cluster_file
-from orchestrator.display import Display
+from orchestrator.display import Display, console
 from orchestrator.generate import Generated, generate
 
 
 def run_generate(recipe: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
     """Fills the stores of a recipe and says what they hold and what to type next."""
     generated = generate(recipe, overrides, cluster_file(cluster), Display(verbose))
-    out = Console(highlight=False)
+    out = console()
     if generated.texts:
         _show_texts(generated, out)
     if generated.signals:
         _show_signals(generated, out)
-    out.print(f"Next     distill run {recipe} {' '.join(overrides)}".rstrip(), soft_wrap=True)
+    out.print(f"Next     {shlex.join(['distill', 'run', str(recipe), *overrides])}", soft_wrap=True)
 
 
 def _show_signals(generated: Generated, out: Console) -> None:

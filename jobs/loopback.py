@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from cluster import loopback
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 
 
 def start(name: str, nodes: int, cpus: int, gpus: int, object_store_mib: int) -> None:
     """Starts a cluster on this machine and says how to use it."""
-    out = Console(highlight=False)
+    out = console()
     out.print(f"Starting {nodes} nodes; this takes some ten seconds ...")
     size = loopback.NodeSize(cpus, gpus, object_store_mib)
     try:
@@ -30,7 +30,7 @@ def start(name: str, nodes: int, cpus: int, gpus: int, object_store_mib: int) ->
 
 def show() -> None:
     """The clusters of this machine, with what of them is alive."""
-    out = Console(highlight=False)
+    out = console()
     found = loopback.running()
     if not found:
         out.print("No cluster runs here. `distill cluster up --nodes 3` starts one.")
@@ -51,7 +51,7 @@ def end(name: str) -> None:
     if cluster is None:
         raise Refusal("distill cluster down", f"no cluster named {name!r}", "one that `up` started", "`distill cluster status` lists them.")
     ended = loopback.down(cluster)
-    Console(highlight=False).print(f"Ended {len(ended)} processes of {name}.")
+    console().print(f"Ended {len(ended)} processes of {name}.")
 
 
 def _alive(cluster: loopback.Loopback) -> str:

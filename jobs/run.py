@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator import run as runs
 from orchestrator.config import load_job
-from orchestrator.display import Display
+from orchestrator.display import Display, console
 
 CLUSTER = Path("ray_config.yaml")
 
@@ -17,7 +17,7 @@ def show_plan(recipe: Path, overrides: Sequence[str], cluster: Path | None) -> N
     from orchestrator.plan import make_plan, plan_text
 
     job = load_job(recipe, overrides, cluster_file(cluster))
-    Display().plan(plan_text(make_plan(job, recipe.stem)))
+    console().print(plan_text(make_plan(job, recipe.stem)), soft_wrap=True)
 
 
 def start_run(recipe: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:

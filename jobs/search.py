@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from jobs.run import cluster_file
-from orchestrator.display import Display
+from orchestrator.display import Display, console
 from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.result import SearchResult
 
@@ -20,7 +18,7 @@ def show_search(recipe: Path, overrides: Sequence[str], cluster: Path | None) ->
     from orchestrator.search.plan_text import search_text
 
     plan = search_plan(recipe, overrides, cluster_content(cluster_file(cluster)))
-    Display().plan(search_text(plan))
+    console().print(search_text(plan), soft_wrap=True)
 
 
 def start_search(recipe: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
@@ -38,7 +36,7 @@ def resume_search(folder: Path, overrides: Sequence[str], cluster: Path | None, 
 
 
 def _show(result: SearchResult) -> None:
-    out = Console(highlight=False)
+    out = console()
     out.print(Leaderboard(result.objectives, result.paths).table(result.trials))
     if len(result.objectives) > 1:
         out.print(f"Front    trials {', '.join(t.label for t in result.front)}: none is beaten in everything", soft_wrap=True)

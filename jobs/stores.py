@@ -10,6 +10,7 @@ from rich.table import Table
 from cluster.config import ClusterConfig
 from jobs.run import cluster_file
 from orchestrator.config import load_cluster
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.store_list import Listed, listed, prune, verify
 
@@ -18,7 +19,7 @@ def show_stores(action: str, names: list[str], cluster: Path | None, unfinished:
     """Lists, verifies or prunes the stores below the storage folder, or those whose folders are named."""
     config: ClusterConfig = load_cluster(cluster_file(cluster))
     found = listed(config, names)
-    out = Console(highlight=False)
+    out = console()
     if action == "verify":
         damaged = [s for s in found if not _verified(s, out)]
         if damaged:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.settings import first_sentence, show
 from orchestrator.config import strategy_settings
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
 from strategies import known_strategies
@@ -22,7 +22,7 @@ def show_strategies(name: str | None) -> None:
     if name is None:
         _list("strategy", known_strategies(), "distill strategies NAME")
     else:
-        _show(name, strategy_settings(name, "distill strategies"), "strategy.")
+        show(name, strategy_settings(name, "distill strategies"), "strategy.")
 
 
 def show_objectives(name: str | None) -> None:
@@ -33,29 +33,13 @@ def show_objectives(name: str | None) -> None:
         do = f"{nearest(name, OBJECTIVES)}`distill objectives` lists them."
         raise Refusal("distill objectives", repr(name), f"one of {', '.join(OBJECTIVES)}", do)
     else:
-        _show(name, OBJECTIVES[name], "")
+        show(name, OBJECTIVES[name], "")
 
 
 def _list(what: str, known: Mapping[str, type[Settings]], more: str) -> None:
-    console = Console()
+    out = console()
     table = Table(what, "what it does", box=None, pad_edge=False)
     for type_name, config in sorted(known.items()):
-        table.add_row(Text(type_name, style="bold"), Text(_first_sentence(config)))
-    console.print(table)
-    console.print(f"\nSettings of one: {more}", highlight=False)
-
-
-def _show(name: str, config: type[Settings], prefix: str) -> None:
-    console = Console()
-    console.print(Text(name, style="bold"))
-    for paragraph in (inspect.getdoc(config) or "").split("\n\n"):
-        console.print(Text(f"{' '.join(paragraph.split())}\n"))
-    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
-    for field, info in config.model_fields.items():
-        default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
-        table.add_row(*(Text(cell) for cell in (f"{prefix}{field}", default, info.description or "")))
-    console.print(table)
-
-
-def _first_sentence(config: type[Settings]) -> str:
-    return (inspect.getdoc(config) or "").partition("\n\n")[0].replace("\n", " ")
+        table.add_row(Text(type_name, style="bold"), Text(first_sentence(config)))
+    out.print(table)
+    out.print(f"\nSettings of one: {more}")

@@ -13,8 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rich.console import Console
-
 from cluster.config import ClusterConfig, read_yaml
 from cluster.jobs_client import Jobs
 from cluster.luggage import Luggage
@@ -23,6 +21,7 @@ from cluster.storage import Folder
 from jobs.run import cluster_file
 from jobs.submitted import COMMAND, EXPERIMENT, RUN_FOLDER, TRACKING, follow_job, hints, reachable
 from orchestrator.config import load_cluster, load_job
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.naming import fresh_name
 from orchestrator.result import RECIPE
@@ -91,7 +90,7 @@ def submit(asked: Asked) -> int:
     luggage = Luggage(tree, same_machine=jobs.on_this_machine)
     command = entrypoint(asked, work, config, luggage)
     job_id = f"{work.name}-{secrets.token_hex(2)}"
-    out = Console(stderr=True, highlight=False)
+    out = console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "tree.zip"
         tree.write(archive, luggage.files)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from cluster.jobs_client import STOPPED, Job, Jobs, NoSuchJob, Unreachable
 from orchestrator import tracking_uri
 from orchestrator.config import load_cluster
+from orchestrator.display import console
 from orchestrator.errors import Refusal
 from orchestrator.journal import RunRecord
 from orchestrator.roundtrip import page_of_job
@@ -43,27 +43,27 @@ def show_jobs(jobs: Jobs) -> None:
     with reachable():
         found = jobs.all()
     if not found:
-        Console(highlight=False).print(f"No jobs at {jobs.address}. `distill submit run RECIPE` makes one.", soft_wrap=True)
+        console().print(f"No jobs at {jobs.address}. `distill submit run RECIPE` makes one.", soft_wrap=True)
         return
     table = Table(title=f"Jobs at {jobs.address}", title_justify="left")
     for name in ("job", "status", "began", "took", "command"):
         table.add_column(name, overflow="fold", no_wrap=name in ("status", "began", "took"))
     for job in found:
         table.add_row(job.id, job.status, _time(job.began), _took(job), job.metadata.get(COMMAND, job.command))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def show_status(jobs: Jobs, job_id: str, address: str | None) -> None:
     """What a job does, and where its run is."""
     with reachable():
         job = jobs.job(job_id)
-    out = Console(highlight=False)
+    out = console()
     code = "" if job.exit_code is None else f", exit code {job.exit_code}"
     lines = {"Job": job.id, "Status": f"{job.status}{code}", "Command": job.metadata.get(COMMAND, job.command)}
     lines |= {"Began": _time(job.began), "Took": _took(job)} if job.began else {}
     lines |= {"Says": job.message.strip().splitlines()[0]} if job.message.strip() else {}
     for name, value in {**lines, **run_of(job)}.items():
-        out.print(f"{name:<9}{value}", soft_wrap=True, markup=False)
+        out.print(f"{name:<9}{value}", soft_wrap=True)
     out.print(hints(job_id, address), soft_wrap=True)
 
 
@@ -93,15 +93,15 @@ def stop_job(jobs: Jobs, job_id: str) -> int:
     """Asks a job to end and waits until it has."""
     with reachable():
         asked = jobs.stop(job_id)
-        Console(stderr=True).print("Stopping; a run writes a checkpoint first ..." if asked else "It had ended already.", highlight=False)
+        console(stderr=True).print("Stopping; a run writes a checkpoint first ..." if asked else "It had ended already.")
         job = jobs.wait(job_id) if asked else jobs.job(job_id)
-    Console(highlight=False).print(f"{job.id}: {job.status}")
+    console().print(f"{job.id}: {job.status}")
     return 0
 
 
 def follow_job(jobs: Jobs, job_id: str, address: str | None) -> int:
     """Prints what a job says until it ends; its exit code. Ctrl-C ends the watching and nothing else."""
-    err = Console(stderr=True, highlight=False)
+    err = console(stderr=True)
     try:
         with reachable():
             job = jobs.follow(job_id, _write)
@@ -110,7 +110,7 @@ def follow_job(jobs: Jobs, job_id: str, address: str | None) -> int:
         return STOPPED
     err.print(f"{job.id}: {job.status}" + (f", exit code {job.exit_code}" if job.exit_code else ""), soft_wrap=True)
     if job.exit_code is None and job.status == "FAILED":
-        err.print(job.message, soft_wrap=True, markup=False)
+        err.print(job.message, soft_wrap=True)
     return job.outcome
 
 

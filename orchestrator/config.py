@@ -27,7 +27,7 @@ from orchestrator.dotted import put
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest, refusal
 from orchestrator.search.settings import SearchConfig
-from orchestrator.settings import CheckpointConfig, DataConfig, Elastic, EvaluateConfig, Model, SignalsConfig, TextConfig, Workers
+from orchestrator.settings import CheckpointConfig, DataConfig, Elastic, EvaluateConfig, Lora, Model, SignalsConfig, TextConfig, Workers
 from orchestrator.student_endpoint import fill_student_endpoints, student_endpoints
 from orchestrator.truncate import Truncate
 from strategies import StrategyConfig, known_strategies
@@ -44,25 +44,13 @@ def _short(key: str) -> BeforeValidator:
     return BeforeValidator(lambda v: {key: v} if isinstance(v, str) else v)
 
 
-class Lora(Model):
-    """A PEFT LoRA adapter as the student's only trained weights."""
-
-    r: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Module names as PEFT takes them; the output head is not a target."""
-    publish: Literal["merged", "adapter"] = "merged"
-    """What goes to whoever writes with the student's weights while it trains: all of them with every version, or the adapter, and what
-    it adapts once."""
-
-
 class StudentConfig(Model):
     """The network that learns."""
 
     model: ModelName
     """Folder of a saved model or configuration, or a hub name."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model; the newest of its main branch when absent."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` starts from fresh weights of the same configuration."""
     truncate: Truncate | None = None
@@ -72,14 +60,17 @@ class StudentConfig(Model):
     dtype: Dtype = "float32"
     """Dtype of the trained weights. Keep float32; `train.precision` sets the compute dtype."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Which kernel computes attention; `flash_attention_2` needs a GPU and the package flash-attn."""
     lora: Lora | None = None
     trust_remote_code: bool = False
+    """Runs the Python code that a model brings."""
 
 
 class LayoutConfig(Model):
     """How one student is spread over workers."""
 
     type: Literal["single", "ddp", "fsdp2", "deepspeed"] = "ddp"
+    """One worker; a copy on each; shards by torch; shards by DeepSpeed's ZeRO."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed only."""
     offload_optimizer: bool = False
@@ -92,6 +83,7 @@ class TrainConfig(Model):
     steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: PositiveFloat | None = None
+    """Times that every row is trained on, fractions allowed; give this or `steps`."""
     batch_rows: PositiveInt = 16
     """Rows of one optimizer step over all workers."""
     batch_tokens: PositiveInt | None = None
@@ -106,17 +98,23 @@ class TrainConfig(Model):
     lr: PositiveSchedule = 2e-5
     """Peak learning rate of AdamW; of a schedule, what it says at a step is that step's peak."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate comes down from its peak."""
     warmup_steps: NonNegativeInt = 0
+    """Steps in which it first rises to the peak."""
     lr_final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate reached after the last step, as a share of the peak."""
     weight_decay: NonNegativeFloat = 0.01
+    """Of AdamW, decoupled from the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW: how slowly the means of gradients and of their squares move."""
     eps: PositiveFloat = 1e-8
+    """Of AdamW: added to the root of the second mean."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 never clips."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of forward and backward; weights and optimizer keep the student's dtype."""
     gradient_checkpointing: bool = False
+    """Computes activations anew in the backward pass: less memory, about a third more work."""
     read_ahead_bundles: PositiveInt = 4
     """Bundles that may be scored before the student asks for them."""
     max_failures: NonNegativeInt = 2
@@ -144,8 +142,10 @@ class RunConfig(Model):
     name: str | None = None
     """Unique name of the run; made from the recipe's file name and the time when absent."""
     seed: NonNegativeInt = 0
+    """Of fresh weights, the order of rows, and all draws."""
     student: Annotated[StudentConfig, _short("model")]
     strategy: SerializeAsAny[StrategyConfig]
+    """What is taught, and of what."""
     data: Annotated[DataConfig, _short("train")]
     curriculum: Curriculum | None = None
     """Which rows each step draws; absent, all alike, each once in every epoch."""

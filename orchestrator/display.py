@@ -20,12 +20,18 @@ LINE_SECONDS = 10.0
 """Without a terminal, how often a line of progress is printed."""
 
 
+def console(stderr: bool = False) -> Console:
+    """What this program prints on: as it is written, because paths, globs and messages of others hold brackets and colons that Rich
+    would take for markup and emoji."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 class Display:
     """Speaks on standard error while a run goes on, and on standard output what it ended with."""
 
     def __init__(self, verbose: bool = False):
         self.verbose = verbose
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console(stderr=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._plan_steps = 0
@@ -39,7 +45,7 @@ class Display:
 
     def plan(self, text: RenderableType) -> None:
         """The checked plan."""
-        self._console.print(text, soft_wrap=True, markup=False)  # a row may hold brackets
+        self._console.print(text, soft_wrap=True)
 
     @contextmanager
     def training(self, steps: int, fates: Sequence[str] = ()) -> Iterator[None]:
@@ -82,10 +88,10 @@ class Display:
     def _progress_bar(self) -> Progress:
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -116,14 +122,14 @@ class Display:
 
     def alarm(self, text: str) -> None:
         """What an alarm says as it rises or clears."""
-        self._console.print(text, style="bold yellow", markup=False, soft_wrap=True)
+        self._console.print(text, style="bold yellow", soft_wrap=True)
 
     def stopping(self) -> None:
         self.say("Stopping after the next step with a checkpoint. Ctrl-C again stops at once.")
 
     def result(self, result: RunResult) -> None:
         """The comparison and where everything is, on standard output."""
-        out = Console(highlight=False)
+        out = console()
         if result.comparison:
             out.print(comparison_table(result.comparison))
         out.print(f"\nStudent  {result.student}", soft_wrap=True)

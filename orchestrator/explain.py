@@ -72,12 +72,13 @@ def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> set[str]:
         deeper: list[type[BaseModel]] = []
         for candidate in here:
             if key in candidate.model_fields:
-                deeper += _models_in(candidate.model_fields[str(key)].annotation)
+                deeper += models_in(candidate.model_fields[str(key)].annotation)
         here = deeper or here
     return {name for candidate in here for name in candidate.model_fields}
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Classes of settings that an annotation names, through unions and containers."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for inner in typing.get_args(annotation) for m in _models_in(inner)]
+    return [m for inner in typing.get_args(annotation) for m in models_in(inner)]

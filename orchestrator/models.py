@@ -25,10 +25,11 @@ from cluster.causal_lm import (
     packing_deviation,
     vocabulary_rows,
 )
-from orchestrator.config import Lora, StudentConfig
+from orchestrator.config import StudentConfig
 from orchestrator.errors import Refusal
 from orchestrator.microbatch import MicroBatch
 from orchestrator.saved_models import config_folder, fingerprint, load_config
+from orchestrator.settings import Lora
 from orchestrator.taps import recorded, tap_widths, tapped
 from orchestrator.truncate import begins_as_saved, cut_shape, fill, sources
 from strategies.core import AnyTerm, Progress, StatesTerm, Term

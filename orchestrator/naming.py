@@ -10,7 +10,12 @@ from cluster.storage import Folder
 
 def fresh_name(storage: str, recipe_name: str) -> str:
     """A name after the recipe and the time that no folder of `storage` has: runs may begin in one second."""
-    stem = re.sub(r"[^\w.+=-]+", "-", recipe_name, flags=re.ASCII).strip("-.") or "run"
-    name = f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = stamped(recipe_name)
     names = (name, *(f"{name}-{i}" for i in range(2, 100)))
     return next(n for n in names if not Folder.of(storage, n).exists())
+
+
+def stamped(recipe_name: str) -> str:
+    """A name after the recipe and the time, for who cannot look into the storage."""
+    stem = re.sub(r"[^\w.+=-]+", "-", recipe_name, flags=re.ASCII).strip("-.") or "run"
+    return f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -46,6 +46,7 @@ class DataConfig(Model):
     split: str = "train"
     """Split of a hub or saved dataset for `train`; a `held_out` source uses its `held_out_split`."""
     held_out_split: str = "test"
+    """Split of a hub or saved dataset for `held_out`."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -90,6 +91,22 @@ class DataConfig(Model):
         return tuple(dict.fromkeys(name for name in (self.domain, self.score) if name is not None))
 
 
+class Lora(Model):
+    """A PEFT LoRA adapter as the student's only trained weights."""
+
+    r: PositiveInt = 16
+    """Rank of the adapter's matrices."""
+    alpha: PositiveFloat = 32.0
+    """Their product is scaled by `alpha / r`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that is dropped in training."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Module names as PEFT takes them; the output head is not a target."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What goes to whoever writes with the student's weights while it trains: all of them with every version, or the adapter, and what
+    it adapts once."""
+
+
 class AnswersConfig(Model):
     """The student answers held-out prompts, the likeliest text each, and a verifier compares with the rows' own completions."""
 
@@ -108,6 +125,7 @@ class Elastic(Model):
     min: PositiveInt = 1
     """With fewer the run waits."""
     max: PositiveInt
+    """As many as there ever are."""
     look_seconds: PositiveFloat = 60.0
     """How often a healthy group looks for room to grow."""
 

@@ -45,6 +45,7 @@ ONLY_IN = {
     "mlflow": ("orchestrator/track.py", "orchestrator/delivery.py"),
     "yaml": ("cluster/config.py", "orchestrator/config.py"),
 }
+PRINTER = "orchestrator/display.py"
 GRADIENT_HOMES = ("orchestrator/layouts/", "orchestrator/train.py")
 
 Rule = Callable[[str, ast.Module], Iterator[str]]
@@ -148,6 +149,12 @@ def known_names() -> set[str]:
     return {*STRATEGIES, *layouts, *engines}
 
 
+def printing_has_one_home(path: str, tree: ast.Module) -> Iterator[str]:
+    for line, _, name in calls(tree):
+        if name == "Console" and path != PRINTER:
+            yield f"{path}:{line} makes a Console; {PRINTER} makes those that print brackets as they are"
+
+
 RULES: list[Rule] = [
     imports_go_one_way,
     strategies_stay_pure,
@@ -155,6 +162,7 @@ RULES: list[Rule] = [
     libraries_stay_in_their_rooms,
     gradients_are_applied_in_the_train_step_only,
     the_orchestrator_asks_for_no_name,
+    printing_has_one_home,
 ]
 
 
@@ -201,6 +209,7 @@ BREACHES: list[tuple[Rule, str, str]] = [
     (the_orchestrator_asks_for_no_name, "orchestrator/x.py", "if layout.type == 'deepspeed': pass"),
     (the_orchestrator_asks_for_no_name, "orchestrator/x.py", "ok = config.type in ('logits', 'other')"),
     (the_orchestrator_asks_for_no_name, "orchestrator/x.py", "match engine:\n    case 'fake': pass"),
+    (printing_has_one_home, "jobs/x.py", "from rich.console import Console\nConsole().print('x')"),
 ]
 
 

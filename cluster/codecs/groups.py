@@ -13,6 +13,7 @@ class Group(ClusterModel):
     """Ids of neighbouring ranks: stored sorted by id, each with a step on the way from the group's first log-probability down."""
 
     ids: PositiveInt
+    """How many neighbouring ranks."""
     bits: Annotated[int, Field(ge=0, le=16)]
     """For each id's log-probability; 0 gives all of the group the same."""
 

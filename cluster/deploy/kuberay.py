@@ -31,12 +31,13 @@ def ray_cluster(config: ClusterConfig) -> Manifest:
 
 
 def ray_job(config: ClusterConfig, command: Sequence[str], name: str) -> Manifest:
-    """A job with a cluster of its own that ends with it; `command` is found in the image."""
+    """A job with a cluster of its own that ends with it; `command` is found in the image. It tries again by itself:
+    KubeRay's own retries bring a new cluster each, for what was refused, too."""
     spec = {
         "entrypoint": shlex.join(command),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": FINISHED_SECONDS,
-        "backoffLimit": config.jobs.retries,
+        "backoffLimit": 0,
         "rayClusterSpec": cluster_spec(config),
     }
     return {"apiVersion": API, "kind": "RayJob", "metadata": {"name": name}, "spec": spec}

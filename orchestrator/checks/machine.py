@@ -143,7 +143,14 @@ def check_memory(job: Job, memory: Sequence[Memory], stream: int) -> list[str]:
         do = "Lower train.micro_batch_tokens, train.workers or actors, shard the student with fsdp2, or use gradient_checkpointing."
         raise Refusal("memory", f"{text(wanted)} ({listed})", f"at most the {text(there)} of this machine", do)
     warnings = [f"memory: {text(wanted)} of {text(there)} will be in use."] if wanted > 0.85 * there else []
-    return warnings + _about_gpus(memory)
+    return warnings + _about_gpus(memory) + _about_idle_gpus(memory)
+
+
+def _about_idle_gpus(memory: Sequence[Memory]) -> list[str]:
+    """Workers take no GPU unless they are told to, and a run on CPUs looks like a slow one on GPUs."""
+    there, on_cpu = torch.cuda.device_count(), any(m.role == "worker" and not m.on_gpu for m in memory)
+    do = "set resources.worker.gpus in ray_config.yaml (fractions share one)."
+    return [f"training workers take none of the {there} GPUs here; {do}"] if there and on_cpu else []
 
 
 def _about_gpus(memory: Sequence[Memory]) -> list[str]:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from orchestrator.display import console
 from orchestrator.search.book import CONTROL, Trial
 from orchestrator.search.plan_text import short
 from orchestrator.search.settings import Objective
@@ -20,7 +20,7 @@ class Leaderboard:
 
     def __init__(self, objectives: tuple[Objective, ...], paths: Sequence[str]):
         self._objectives, self._paths = objectives, tuple(paths)
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console(stderr=True)
         self._live: Live | None = None
 
     @contextmanager
@@ -41,9 +41,7 @@ class Leaderboard:
             values = ", ".join(f"{o.metric} {_number(trial.metrics.get(o.metric))}" for o in self._objectives)
             point = ", ".join(f"{p} {short(v)}" for p, v in trial.point.items())
             words = f" ({trial.words})" if trial.words else ""
-            self._console.print(
-                f"trial {trial.label} {trial.outcome} at step {trial.step}: {values}; {point}{words}", soft_wrap=True, markup=False
-            )
+            self._console.print(f"trial {trial.label} {trial.outcome} at step {trial.step}: {values}; {point}{words}", soft_wrap=True)
 
     def table(self, trials: Sequence[Trial]) -> Table:
         """All trials, the best first, those without a value last."""

@@ -55,3 +55,9 @@ def test_inside_a_job_the_address_is_the_jobs_own_cluster(monkeypatch: pytest.Mo
 def test_a_group_has_no_more_nodes_at_least_than_at_most() -> None:
     with pytest.raises(ValueError, match=r"at most `max` \(2\) nodes as `min`, got 3"):
         ClusterConfig.model_validate({"nodes": {"groups": {"workers": {"min": 3, "max": 2}}}})
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_a_model_without_a_name_is_not_the_current_folder(empty: str) -> None:
+    with pytest.raises(Refusal, match=r"endpoints\.teacher\.model: got '\s?'; expected a folder of a saved model"):
+        load_cluster({"endpoints": {"teacher": {"model": empty}}})

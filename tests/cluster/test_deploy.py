@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_manifests_say_what_the_settings_say() -> None:
     assert {"name": "storage", "mountPath": "/data/runs"} in container["volumeMounts"]
     assert {v["name"] for v in students["template"]["spec"]["volumes"]} == {m["name"] for m in container["volumeMounts"]}
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    assert ray_job(config(), ["x"], "n")["spec"]["backoffLimit"] == 2
+    assert ray_job(config(), ["x"], "n")["spec"]["backoffLimit"] == 0
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,29 @@ def test_a_rayjob_needs_a_command_and_nothing_else_takes_one() -> None:
         rendered("rayjob", [], config())
     with pytest.raises(Refusal, match="'run'"):
         rendered("raycluster", ["run"], config())
+
+
+def entrypoint(*words: str, **changes: Any) -> list[str]:
+    return shlex.split(yaml.safe_load(rendered("rayjob", words, config(**changes)))["spec"]["entrypoint"])
+
+
+def test_a_rayjobs_second_try_goes_on_with_the_run_of_the_first() -> None:
+    recipe, program = "jobs/recipes/tiny_logits.yaml", ["python", "-m", "jobs.cli", "run"]
+    words = entrypoint("run", recipe, "train.steps=3")
+    name = words[words.index("--then") - 1].removeprefix("name=")
+    assert words == [
+        *("python", "-m", "cluster.retrying", "2", f"/data/runs/{name}/recipe.yaml", "--", *program, recipe, "train.steps=3"),
+        *(f"name={name}", "--then", *program, "--resume", f"/data/runs/{name}"),
+    ]
+    assert "s3://bucket/runs/mine/recipe.yaml" in entrypoint("run", recipe, "name=mine", storage="s3://bucket/runs")
+    assert entrypoint("run", recipe, jobs={}) == [*program, recipe]
+    assert entrypoint("doctor")[3:] == ["2", "/dev/null", "--", *program[:3], "doctor", "--then", *program[:3], "doctor"]
+
+
+@pytest.mark.parametrize("path", ["my.yaml", "../jobs/x.yaml", "/home/me/my.yaml"])
+def test_a_recipe_that_the_image_lacks_is_refused(path: str) -> None:
+    with pytest.raises(Refusal, match="not in the image"):
+        rendered("rayjob", ["run", path], config())
 
 
 def test_runs_that_would_go_with_their_pods_are_refused() -> None:

@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,14 @@ def machine_of(cpus: int = 64, memory: int = 1 << 36) -> Callable[[Bench], None]
     def pretend(bench: Bench) -> None:
         bench.patch.setattr(machine, "machine_cpus", lambda: cpus)
         bench.patch.setattr(machine, "machine_memory", lambda: memory)
+
+    return pretend
+
+
+def gpus(count: int) -> Callable[[Bench], None]:
+    def pretend(bench: Bench) -> None:
+        bench.patch.setattr(machine.torch.cuda, "device_count", lambda: count)
+        bench.patch.setattr(machine.torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=1 << 36))
 
     return pretend
 

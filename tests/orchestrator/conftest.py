@@ -36,6 +36,7 @@ def bench(bench_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "train": {"steps": 4, "batch_rows": 8, "layout": {"type": "single"}},
         "endpoints": {"teacher": {"model": str(bench_models / "teacher")}},
     }
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # what is warned of shall not depend on where the tests run
     return Bench(bench_models, recipe, {"storage": str(tmp_path / "runs"), "resources": {"worker": {"cpus": 0.1}}}, monkeypatch)
 
 

@@ -215,7 +215,7 @@ def test_the_recipe_that_the_mistakes_were_made_in_is_fine(bench: Bench) -> None
 
 
 def command(bench: Bench, capsys: pytest.CaptureFixture[str], *words: str, verb: str = "plan") -> tuple[int, str]:
-    """Exit code and standard error of the real command."""
+    """Exit code of the real command, and what it says."""
     recipe, place = bench.storage.parent / "recipe.yaml", bench.storage.parent / "ray.yaml"
     recipe.write_text(yaml.safe_dump(bench.recipe))
     place.write_text(yaml.safe_dump(bench.cluster))
@@ -225,7 +225,8 @@ def command(bench: Bench, capsys: pytest.CaptureFixture[str], *words: str, verb:
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
-    return code, " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr()
+    return code, " ".join((said.out + said.err).split())
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +15,13 @@ import pytest
 import torch
 from transformers import GPT2Config
 
+from jobs.strategies import show_strategies
 from orchestrator.plan import plan_text
 from strategies.core import Columns, Endpoint, Player, Strategy, Term, lm_update
 from strategies.objectives.likelihood import CrossEntropy
 from strategies.schedule import constant
 from strategies.sources import TakeTopK, Taught
-from tests.orchestrator.bench import WORKERS_2, Bench, both, cluster, machine_of, other_template, own_model, put, spoilt
+from tests.orchestrator.bench import WORKERS_2, Bench, both, cluster, gpus, machine_of, other_template, own_model, put, spoilt
 
 
 def twin(bench: Bench) -> None:
@@ -42,6 +45,7 @@ WARNINGS: list[tuple[str, Callable[[Bench], None], str]] = [
     ("golden measured once", put("alarms.golden", "eval/cross_entropy"), "alarms.golden is measured 1 times and its alarm wants 10"),
     ("defined in two files", lambda b: b.cluster.update(endpoints=b.recipe["endpoints"]), "in ray_config.yaml and in the recipe"),
     ("baseline of itself", both(put("strategy", "cross-entropy"), put("endpoints", {}), put("baseline", True)), "no teacher"),
+    ("idle GPUs", gpus(2), "take none of the 2 GPUs here"),
     ("batch smaller than its workers", both(WORKERS_2, put("train.batch_tokens", 36)), "less than a row for each of 2 workers"),
 ]
 
@@ -109,6 +113,26 @@ GOOD = Strategy(players={"student": Player()}, updates=(lm_update(CE),))
 def test_a_strategy_whose_parts_do_not_meet_is_refused(bench: Bench, strategy: Strategy, words: list[str]) -> None:
     said = bench.refusal_of(strategy)
     assert [word for word in words if word not in said] == [], said
+
+
+def test_the_strategy_that_the_readme_writes_is_found_when_it_is_installed_and_plans(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "strategies" / "README.md").read_text("utf-8")
+    code, project = (re.findall(rf"```{kind}\n(.+?)```", readme, re.DOTALL)[0] for kind in ("python", "toml"))
+    points = tomllib.loads(project)["project"]["entry-points"]["distill.strategies"]
+    for name, text in {
+        "mine/reverse_logits.py": code,
+        "mine-1.dist-info/METADATA": "Name: mine\nVersion: 1\n",
+        "mine-1.dist-info/entry_points.txt": "[distill.strategies]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()),
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    bench.patch.syspath_prepend(tmp_path)
+    show_strategies("reverse-logits")
+    assert "Weight of the reverse KL." in capsys.readouterr().out
+    put("strategy", "reverse-logits")(bench)
+    assert bench.plan().strategy.updates[0].player == "student"
 
 
 def test_the_plan_fits_a_hundred_columns_and_names_everything(bench: Bench) -> None:

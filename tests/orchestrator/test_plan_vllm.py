@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +11,9 @@ import pytest
 from cluster.config import TransformersEndpoint, VllmEndpoint
 from cluster.endpoints import longest_scored
 from cluster.engines import vllm_door
-from orchestrator.checks import machine
 from orchestrator.errors import Refusal
 from orchestrator.plan import plan_text
-from tests.orchestrator.bench import Bench, both, data_of, files, machine_of, put
+from tests.orchestrator.bench import Bench, both, data_of, files, gpus, machine_of, put
 from tests.orchestrator.test_authored import questions
 from tests.orchestrator.test_plan_served import terms
 
@@ -25,14 +23,6 @@ Change = Callable[[Bench], None]
 def package(there: bool) -> Change:
     def pretend(bench: Bench) -> None:
         bench.patch.setattr(vllm_door, "find_spec", lambda name: (object() if there else None) if name == "vllm" else find_spec(name))
-
-    return pretend
-
-
-def gpus(count: int) -> Change:
-    def pretend(bench: Bench) -> None:
-        bench.patch.setattr(machine.torch.cuda, "device_count", lambda: count)
-        bench.patch.setattr(machine.torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=1 << 36))
 
     return pretend
 
