@@ -1,4 +1,4 @@
-"""Where things run: the typed form of `ray_config.yaml`, and the only place of this package that reads YAML."""
+"""Where things run: the typed form of `ray_config.yaml`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Discriminator, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt, Tag
 
 from cluster.inside import inside_job
@@ -33,8 +32,6 @@ __all__ = [
     "TransformersEndpoint",
     "VerifierEndpoint",
     "VllmEndpoint",
-    "read_yaml",
-    "write_yaml",
 ]
 
 
@@ -293,13 +290,3 @@ class ClusterConfig(ClusterModel):
     def small_files(self) -> Path:
         """Where what must lie on a disk is kept: in the storage, or in `runs` here beside one that is remote."""
         return Path("runs" if "://" in self.storage else self.storage).absolute()
-
-
-def read_yaml(path: Path) -> object:
-    """Parsed content of a YAML file; `yaml.YAMLError` or `OSError` when it cannot be read."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def write_yaml(*documents: object) -> str:
-    """YAML text of plain content, in the order of its keys; several documents are separated by `---`."""
-    return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=120)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.config import read_yaml, write_yaml
 from cluster.package import Tree
+from cluster.yaml_text import read_yaml, write_yaml
 
 PACKED = "submitted"
 """Folder of the archive that holds what does not lie in the tree as it is."""

@@ -61,7 +61,7 @@ def search(
     overrides: Overrides = None,
     cluster: Cluster = None,
     show_plan: Annotated[bool, typer.Option("--plan", help="Check it, and print what would be tried, shared and spent.")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the search in this folder; what has ended is not repeated.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the search in this folder or URI; what has ended is not repeated.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Try other settings of a recipe, on one teacher's signals, and find the best."""
@@ -136,11 +136,12 @@ def export(
     dtype: Annotated[
         Literal["trained", "float32", "bfloat16"], typer.Option(help="Of the written weights; `trained` keeps the student's.")
     ] = "trained",
+    cluster: Cluster = None,
 ) -> None:
     """Write a checkpoint's student as a Hugging Face folder, and prove that it reloads."""
     from jobs.export import export_run
 
-    export_run(run_folder, to, checkpoint, adapter, dtype)
+    export_run(run_folder, to, checkpoint, adapter, dtype, cluster)
 
 
 @app.command()

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config import ClusterConfig, write_yaml
+from cluster.config import ClusterConfig
 from cluster.deploy.docker import FOLDERS, dockerfile
 from cluster.deploy.kuberay import ray_cluster, ray_job, storage_path
 from cluster.deploy.launcher import launcher
 from cluster.storage import Folder
+from cluster.yaml_text import write_yaml
 from jobs.run import cluster_file
 from jobs.submit import COMMANDS, Command
 from orchestrator.config import load_cluster, load_job

@@ -28,7 +28,7 @@ def start_search(recipe: Path, overrides: Sequence[str], cluster: Path | None, v
     _show(search(recipe, overrides, cluster_file(cluster), Display(verbose)))
 
 
-def resume_search(folder: Path, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
+def resume_search(folder: str, overrides: Sequence[str], cluster: Path | None, verbose: bool) -> None:
     """Goes on with a search that was interrupted, or with a larger budget."""
     from orchestrator.search import drive
 

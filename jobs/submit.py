@@ -13,11 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.config import ClusterConfig, read_yaml
+from cluster.config import ClusterConfig
 from cluster.jobs_client import Jobs
 from cluster.luggage import Luggage
 from cluster.package import Tree
 from cluster.storage import Folder
+from cluster.yaml_text import read_yaml
 from jobs.run import cluster_file
 from jobs.submitted import COMMAND, EXPERIMENT, RUN_FOLDER, TRACKING, follow_job, hints, reachable
 from orchestrator.config import load_cluster, load_job

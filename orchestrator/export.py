@@ -100,12 +100,15 @@ def export_checkpoint(plan: Plan, source: Folder, to: Path) -> Path:
     return export_student(plan.job.run, source, to, lineage=lineage, key=sealing_key(plan.job.cluster))
 
 
-def export_from_run(home: Folder, to: Path | None, wanted: str, adapter: bool, dtype: ExportDtype) -> Path:
-    """Exports the checkpoint `wanted` (`best`, `last` or a name) of the run in `home`; `to` is `home/export` when absent."""
+def export_from_run(
+    home: Folder, to: Path | None, wanted: str, adapter: bool, dtype: ExportDtype, cluster: Path | Mapping[str, Any] | None = None
+) -> Path:
+    """Exports the checkpoint `wanted` (`best`, `last` or a name) of the run in `home`; `to` is `home/export` when absent. `cluster`, a
+    `ray_config.yaml` or its content, says which key checkpoints are sealed with."""
     if to is None and home.local is None:
         raise Refusal("--to", "nothing, for a run in remote storage", "a new local folder", "Add --to FOLDER.")
     target = to or Path(home.root) / "export"
-    job = saved_job(home)
+    job = saved_job(home, (), cluster)
     run = job.run
     if adapter and run.student.lora is None:
         raise Refusal("--adapter", "a student without LoRA", "a recipe with student.lora", "Leave --adapter out.")

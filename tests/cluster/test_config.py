@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ClusterConfig, read_yaml, write_yaml
+from cluster.config import ClusterConfig
+from cluster.yaml_text import read_yaml, write_yaml
 from orchestrator.config import load_cluster
 from orchestrator.errors import Refusal
 from orchestrator.run import check_address

@@ -15,10 +15,11 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.config import ClusterConfig, read_yaml, write_yaml
+from cluster.config import ClusterConfig
 from cluster.deploy.docker import FOLDERS, dockerfile
 from cluster.deploy.kuberay import ray_cluster, ray_job
 from cluster.deploy.launcher import launcher
+from cluster.yaml_text import read_yaml, write_yaml
 from jobs.render import rendered
 from orchestrator.errors import Refusal
 

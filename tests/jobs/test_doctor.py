@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import write_yaml
+from cluster.yaml_text import write_yaml
 from jobs.doctor import examine
 
 

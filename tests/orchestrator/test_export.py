@@ -173,7 +173,7 @@ def test_a_failed_proof_leaves_nothing(models: Path, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def run_folder(models: Path, home: Path, **student: object) -> Folder:
+def run_folder(models: Path, home: Path, key_env: str | None = None, **student: object) -> Folder:
     """A run with the checkpoints `one` and `two`, of which the first is the best."""
     run = recipe(models, **student)
     results = []
@@ -182,7 +182,7 @@ def run_folder(models: Path, home: Path, **student: object) -> Folder:
         shutil.copytree(source.root, home / name)
         position = {"step": step, "attempt": 1, "metrics": {"eval/cross_entropy": loss}}
         (home / name / checkpoint.PROGRESS).write_text(json.dumps(position))
-        seal.seal(home / name, name, 0, seal.key_of(seal.SealSettings()))
+        seal.seal(home / name, name, 0, seal.key_of(seal.SealSettings(key_env=key_env)))
         results.append({"checkpoint_dir_name": name})
     (home / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": results[-1], "checkpoint_results": results}))
     (home / RECIPE).write_text(to_yaml(run))
@@ -198,6 +198,16 @@ def test_a_run_exports_its_best_last_or_named_checkpoint(models: Path, tmp_path:
     assert best == tmp_path / "export"
     assert [json.loads((f / "export.json").read_text())["checkpoint"] for f in (best, last, named)] == ["one", "two", "one"]
     assert "sha256:" in (best / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_run_sealed_with_a_key_of_the_cluster_is_exported_with_it(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUN_KEY", "0f" * 32)
+    home = run_folder(models, tmp_path / "run", "RUN_KEY")
+    made = export_from_run(home, None, "best", False, "trained", {"seal": {"key_env": "RUN_KEY"}})
+    assert (made / "model.safetensors").exists()
+    with pytest.raises(RunFailed, match="another key"):
+        export_from_run(home, tmp_path / "out", "best", False, "trained")
 
 
 def test_what_cannot_be_exported_is_refused_at_the_door(models: Path, tmp_path: Path) -> None:
