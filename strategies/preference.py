@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from strategies.core import AnyTerm, Player, Sampling, Stage, Strategy, StrategyConfig, Term, lm_update
 from strategies.objectives.likelihood import CrossEntropy
-from strategies.objectives.preference import DPO
+from strategies.objectives.preference import DPO, REDI, SimPO
 from strategies.schedule import PositiveSchedule, ScheduleConfig, constant, schedule
 from strategies.sources import TakePerToken, Taught
 from strategies.stages.judge import Reward
@@ -26,7 +26,8 @@ class SODA(StrategyConfig):
     first weights, the same in every epoch. Those weights are the reference, too, so the loss begins at log 2. No probabilities of a
     teacher are read, unless `reference` names one: then its opinion is what the student's is compared with (LLaVA-MoD's second
     stage), which wants `length_normalised`. Logs -log q per token of both sides as `loss/chosen` and `loss/rejected`: DPO alone may
-    let both rise. Does not refresh the rejected texts.
+    let both rise. `without_reference` prefers by the texts' own likelihoods (arXiv:2405.14734, arXiv:2505.24850). Does not
+    refresh the rejected texts.
     """
 
     type: Literal["soda"] = "soda"
@@ -38,8 +39,12 @@ class SODA(StrategyConfig):
     """Name of the endpoint whose log-probabilities the student's are compared with; that of `base` when absent."""
     verifier: str | None = None
     """Name of an endpoint that judges the rejected texts: pairs whose rejected text it does not find wrong are left out."""
+    without_reference: (
+        Annotated[SimPO | REDI, Field(discriminator="type"), BeforeValidator(lambda v: {"type": v} if isinstance(v, str) else v)] | None
+    ) = None
+    """Takes DPO's place, and asks nobody: `simpo`, or `redi`, which wants a student that has learnt the chosen texts already."""
     beta: PositiveSchedule = 0.1
-    """Inverse temperature of the preference, per nat."""
+    """Inverse temperature of DPO's preference, per nat."""
     length_normalised: bool = False
     """Whether each side's log-ratio is divided by its tokens."""
     dpo_weight: ScheduleConfig = 1.0
@@ -61,21 +66,30 @@ class SODA(StrategyConfig):
     judge: JudgeSetting = Judge()
     """Which of the teacher's texts are right, by their final answer: none, exact, numeric, or {type: regex, pattern: ...}."""
 
+    @model_validator(mode="after")
+    def _one_preference(self) -> SODA:
+        kept = type(self).model_fields
+        given = [name for name in ("reference", "beta", "length_normalised") if getattr(self, name) != kept[name].default]
+        if self.without_reference is not None and given:
+            raise ValueError(f"expected without_reference alone, with settings of its own, and got {given[0]}, which is DPO's")
+        return self
+
     def build(self) -> Strategy:
-        reference = self.reference or self.base
-        take = TakePerToken()
+        reference, take = self.reference or self.base, TakePerToken()
+        preference: DPO | SimPO | REDI = self.without_reference or DPO(beta=self.beta, length_normalised=self.length_normalised)
+        asked = () if self.without_reference else (Score(reference, reference, take.request),)
         terms: tuple[AnyTerm, ...] = (
-            Term("dpo", DPO(beta=self.beta, length_normalised=self.length_normalised), schedule(self.dpo_weight), signal=reference),
+            Term(preference.type, preference, schedule(self.dpo_weight), signal=reference if asked else None),
             Term("chosen", CrossEntropy(), schedule(self.sft_weight), watched=True),
             Term("rejected", CrossEntropy(), constant(0.0), watched=True),
         )
         judges: tuple[Stage, ...] = () if self.verifier is None else (Reward(self.verifier),)
-        weighed = (PairWeights("dpo", judged=bool(judges)), RowsOf("chosen", "given"), RowsOf("rejected", "written"))
+        weighed = (PairWeights(preference.type, judged=bool(judges)), RowsOf("chosen", "given"), RowsOf("rejected", "written"))
         return Strategy(
             players={"student": Player()},
-            stages=(self._contrast(), Score(reference, reference, take.request), *judges, *weighed),
+            stages=(self._contrast(), *asked, *judges, *weighed),
             updates=(lm_update(*terms),),
-            signals={reference: Taught(take, endpoint=reference)},
+            signals={reference: Taught(take, endpoint=reference)} if asked else {},
             authors=self._authors(),
         )
 

@@ -117,6 +117,11 @@ def test_the_plan_says_who_writes_what_is_rejected(bench: Bench) -> None:
     assert "2 actors" in plan_text(bench.plan(*SODA, "endpoints.base={actors: 2}"))
 
 
+def test_a_preference_without_a_reference_is_planned_for(bench: Bench) -> None:
+    plan = bench.plan("strategy={type: soda, max_new_tokens: 16, without_reference: simpo}")
+    assert "Rollout(base) -> PairWeights" in " ".join(plan_text(plan).split()) and not plan.measured
+
+
 def test_fresh_weights_are_no_base(bench: Bench) -> None:
     with pytest.raises(Refusal, match="the endpoint 'base', which nothing defines"):
         bench.plan(*SODA, "student.init=random")

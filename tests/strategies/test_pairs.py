@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from strategies.core import Columns, Sampling
-from strategies.objectives.preference import pair_weights
+from strategies.objectives.preference import REDI, SimPO, pair_weights
 from strategies.preference import SODA
 from strategies.stages.judge import loss_counts
 from strategies.stages.pairs import PairWeights
@@ -101,3 +103,16 @@ def test_the_preference_is_over_pairs_and_both_sides_are_watched() -> None:
     (update,) = strategy.updates
     assert [(t.name, t.watched) for t in update.terms] == [("dpo", False), ("chosen", True), ("rejected", True)]  # type: ignore[union-attr]
     assert [a.write.endpoint for a in SODA(teacher="teacher").build().authors] == ["teacher"]
+
+
+@pytest.mark.parametrize(("given", "objective"), [("simpo", SimPO()), ({"type": "redi", "alpha": 0.5}, REDI(alpha=0.5))])
+def test_a_preference_without_a_reference_asks_nobody(given: Any, objective: SimPO | REDI) -> None:
+    soda = SODA.model_validate({"without_reference": given})
+    strategy = soda.build()
+    assert SODA.model_validate(soda.model_dump()) == soda and not strategy.signals and strategy.rows_together == 2
+    assert [s.endpoint for s in strategy.stages] == ["base", None, None, None]
+    term = strategy.updates[0].terms[0]
+    assert (term.name, term.objective, term.signal) == (objective.type, objective, None)
+    assert any(f"weights/{objective.type}" in s.adds for s in strategy.stages)
+    with pytest.raises(ValidationError, match="which is DPO's"):
+        SODA.model_validate({"without_reference": given, "reference": "teacher"})
