@@ -8,6 +8,7 @@ import os
 import ray
 
 from cluster.config import ClusterConfig
+from cluster.resources import Share
 
 NAMESPACE = "distill"
 NO_ROOM_SECONDS = 15
@@ -49,9 +50,10 @@ def nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-def cpus() -> float:
-    """Logical CPUs of the cluster this process has joined."""
-    return float(ray.cluster_resources().get("CPU", 0.0))
+def room() -> Share:
+    """Logical CPUs and GPUs of the cluster this process has joined, as it is now."""
+    there = ray.cluster_resources()
+    return Share(float(there.get("CPU", 0.0)), float(there.get("GPU", 0.0)), 0)
 
 
 def address() -> str:

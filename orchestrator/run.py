@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import session
 from cluster.config import ClusterConfig
+from cluster.resources import Share
 from cluster.storage import Folder
 from orchestrator.config import Job, load_job
 from orchestrator.display import Display
@@ -70,10 +71,21 @@ def resume(
 
 
 def _run(job: Job, planned: Callable[[Job], Plan], display: Display) -> RunResult:
-    plan, _ = with_texts(planned_with_ray(job.cluster, lambda: planned(job), display), planned, display)
+    plan = planned_with_ray(job.cluster, lambda: planned(job), display)
+    if words := short_of(plan, session.room()):
+        display.alarm(words)
+    plan, _ = with_texts(plan, planned, display)
     from orchestrator.driver import drive
 
     return drive(plan, display)
+
+
+def short_of(plan: Plan, there: Share) -> str:
+    """What a cluster lacks for the processes that a run holds from its first step to its last; nothing where it has room. More nodes may
+    be on their way, so this is no refusal, but without them the run waits for ever."""
+    wanted = {kind: sum(d.processes * getattr(d.share, kind) for d in plan.demands) for kind in ("cpus", "gpus")}
+    lacks = [f"{n:g} {kind.upper()[:-1]}s of {getattr(there, kind):g}" for kind, n in wanted.items() if n > getattr(there, kind) + 1e-9]
+    return f"The run holds {' and '.join(lacks)} that the cluster has now: it waits until nodes join." if lacks else ""
 
 
 def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> tuple[Plan, dict[str, Filled]]:
