@@ -198,11 +198,7 @@ def make_plan(job: Job, recipe_name: str, resume: Folder | None = None) -> Plan:
         cast=people,
         disk=room.on_disk(job, people, data, order, added),
         memory=memory,
-        fingerprints={
-            **_fingerprints(people, data, text),
-            **stores.identities(people, {**frozen, **endpoints}),
-            **{SIGNALS + n: d for n, d in found_sources.digests.items()},
-        },
+        fingerprints=_fingerprints(people, data, text, found_sources, {**frozen, **endpoints}),
         warnings=(*warnings, *heavy, *about_memory(strategy, order, data), *alarms.about_alarms(run, order.steps, data.held_out.rows)),
     )
     resumed.check_same_facts(folder, job, plan.facts)
@@ -246,7 +242,9 @@ def _data_cache(job: Job) -> Path:
     return job.cluster.small_files / "data"
 
 
-def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[str, str]:
+def _fingerprints(
+    people: Cast, data: PreparedData, text: Text | None, found: Sources, endpoints: Mapping[str, EndpointConfig]
+) -> dict[str, str]:
     teachers = {f"endpoints.{name}": network.fingerprint for name, network in people.teachers.items()}
     return {
         "data": data.fingerprint,
@@ -254,4 +252,6 @@ def _fingerprints(people: Cast, data: PreparedData, text: Text | None) -> dict[s
         "tokenizer": tokenizer_digest(people.tokenizer),
         **teachers,
         **(text.digests if text else {}),
+        **stores.identities(people, endpoints),
+        **{SIGNALS + name: digest for name, digest in found.digests.items()},
     }

@@ -129,11 +129,8 @@ class Tracker:
     def log_student(
         self, folder: str | Path, metrics: Mapping[str, float], step: int, params: Mapping[str, Any], timeout_seconds: float = 15
     ) -> str | None:
-        """Records the student saved in `folder`, a path or a URI, as a LoggedModel ranked by its held-out `metrics`;
-        weights are not copied.
-
-        Returns its `models:/` address, or None when MLflow does not take it in time (then it is delivered later).
-        """
+        """Records the student in `folder`, a path or a URI, as a LoggedModel ranked by held-out `metrics`; weights are not copied.
+        Returns its `models:/` address, or None when MLflow does not take it in time (then it is delivered later)."""
         home = Folder.of(str(folder)).root
         key = f"{home.rpartition('/')[2]}@{step}"
         student = {"key": key, "folder": home, "step": step, "params": flatten(params)}
@@ -154,13 +151,8 @@ class Tracker:
             self._record = replace(self._record, delivered=True)
             self._record.save(self._folder)
         else:
-            logger.warning(
-                "MLflow did not take the rest of run %s in %g seconds (%s). It is in %s, and the next command delivers it.",
-                self.run_id,
-                timeout_seconds,
-                self._trouble,
-                self._journal.path,
-            )
+            words = "MLflow did not take the rest of run %s in %g seconds (%s). It is in %s, and the next command delivers it."
+            logger.warning(words, self.run_id, timeout_seconds, self._trouble, self._journal.path)
         self._thread.join(timeout=1.0)  # longer only while a request hangs
         (self._folder / HEARTBEAT).unlink(missing_ok=True)  # from here on anybody may reconcile
         self._journal.close()

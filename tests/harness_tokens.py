@@ -62,11 +62,12 @@ class Lesson:
     """One training of `folder`'s student by its teacher. `strategy` is that of a recipe; `train` adds to or replaces its settings."""
 
     def __init__(self, folder: Path, strategy: Mapping[str, Any], train: Mapping[str, Any] | None = None, student: str = "student"):
+        (folder / "rows.jsonl").write_text('{"text": "its rows are made below; this says that they are texts"}\n')
         recipe = {
             "student": str(folder / student),
             "strategy": dict(strategy),
             "endpoints": {"teacher": {"model": str(folder / "teacher")}},
-            "data": {"train": "none", "max_length_tokens": 64},
+            "data": {"train": str(folder / "rows.jsonl"), "max_length_tokens": 64},
             "train": {"steps": 40, "batch_rows": BATCH, "lr": 1e-2, "warmup_steps": 2, "layout": "single", **(train or {})},
         }
         job = load_job(recipe)

@@ -155,7 +155,7 @@ def test_the_plan_fits_a_hundred_columns_and_names_everything(bench: Bench) -> N
         "[/bold] odd",
     ):
         assert word in " ".join(said.split()), word
-    assert set(plan.fingerprints) == {"data", "student", "tokenizer", "endpoints.teacher", "signals.teacher"}
+    assert set(plan.fingerprints) == {"data", "student", "tokenizer", "endpoints.teacher", "endpoints.teacher.answers", "signals.teacher"}
 
 
 def test_planning_leaves_heavy_packages_alone(bench: Bench) -> None:
