@@ -43,7 +43,7 @@ FILE_CALLS = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "s
 RAY_STARTERS = {"init", "shutdown"}
 ONLY_IN = {
     "mlflow": ("orchestrator/track.py", "orchestrator/delivery.py"),
-    "yaml": ("cluster/config.py", "orchestrator/config.py"),
+    "yaml": ("cluster/yaml_text.py", "orchestrator/config.py"),
 }
 PRINTER = "orchestrator/display.py"
 GRADIENT_HOMES = ("orchestrator/layouts/", "orchestrator/train.py")
