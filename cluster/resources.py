@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -26,6 +26,17 @@ class Share:
     cpus: float
     gpus: float
     threads: int
+
+    def short_of(self, there: Share) -> str:
+        """What `there` lacks of this, in words; nothing where it is enough."""
+        kinds = (("CPUs", self.cpus, there.cpus), ("GPUs", self.gpus, there.gpus))
+        return " and ".join(f"{wanted:g} {kind} of {has:g}" for kind, wanted, has in kinds if wanted > has + 1e-9)
+
+
+def together(demands: Iterable[Demand]) -> Share:
+    """What all processes hold."""
+    held = list(demands)
+    return Share(sum(d.processes * d.share.cpus for d in held), sum(d.processes * d.share.gpus for d in held), 0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster import session
 from cluster.config import ClusterConfig
-from cluster.resources import Share
+from cluster.resources import Share, together
 from cluster.storage import Folder
 from orchestrator.config import Job, load_job
 from orchestrator.display import Display
@@ -72,20 +72,18 @@ def resume(
 
 def _run(job: Job, planned: Callable[[Job], Plan], display: Display) -> RunResult:
     plan = planned_with_ray(job.cluster, lambda: planned(job), display)
-    if words := short_of(plan, session.room()):
-        display.alarm(words)
+    tell_of_room("The run", together(plan.demands), display)
     plan, _ = with_texts(plan, planned, display)
     from orchestrator.driver import drive
 
     return drive(plan, display)
 
 
-def short_of(plan: Plan, there: Share) -> str:
-    """What a cluster lacks for the processes that a run holds from its first step to its last; nothing where it has room. More nodes may
-    be on their way, so this is no refusal, but without them the run waits for ever."""
-    wanted = {kind: sum(d.processes * getattr(d.share, kind) for d in plan.demands) for kind in ("cpus", "gpus")}
-    lacks = [f"{n:g} {kind.upper()[:-1]}s of {getattr(there, kind):g}" for kind, n in wanted.items() if n > getattr(there, kind) + 1e-9]
-    return f"The run holds {' and '.join(lacks)} that the cluster has now: it waits until nodes join." if lacks else ""
+def tell_of_room(who: str, held: Share, display: Display) -> None:
+    """Says what the cluster lacks for what is held for good. More nodes may be on their way, so this is no refusal, but without them the
+    run waits for ever."""
+    if lacks := held.short_of(session.room()):
+        display.alarm(f"{who} holds {lacks} that the cluster has now: it waits until nodes join.")
 
 
 def with_texts(plan: Plan, planned: Callable[[Job], Plan], display: Display) -> tuple[Plan, dict[str, Filled]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.resources import machine_cpus
+from cluster.resources import Share, machine_cpus, together
 from cluster.storage import Folder
 from orchestrator.checks import machine, recipe
 from orchestrator.checks.teaching import evaluation_metrics
@@ -79,6 +79,12 @@ class SearchPlan:
     def gpus(self) -> float:
         """Most GPUs that one trial holds."""
         return max(sum(d.processes * d.share.gpus for d in c.plan.demands) for c in self.corners)
+
+    @property
+    def held(self) -> Share:
+        """What the trials that run at once hold, and the teachers that all of them ask."""
+        pools, trials = together(t.demand for t in self.pooled), self.config.concurrent
+        return Share(pools.cpus + trials * self.cpus, pools.gpus + trials * self.gpus, 0)
 
     @property
     def memory(self) -> int:

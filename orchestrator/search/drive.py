@@ -23,7 +23,7 @@ from orchestrator.interrupts import interruptible
 from orchestrator.journal import MetricRow, RunRecord
 from orchestrator.mirror import mirrored
 from orchestrator.plan import make_plan
-from orchestrator.run import planned_with_ray, with_texts
+from orchestrator.run import planned_with_ray, tell_of_room, with_texts
 from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
 from orchestrator.search.court import Court
 from orchestrator.search.door import DRIVER_CPUS, SearchPlan, going_on, search_plan
@@ -112,6 +112,7 @@ def _run(planned: Callable[[], SearchPlan], cluster: Mapping[str, Any], display:
     os.environ.update({k: v for k, v in QUIET.items() if k not in os.environ})
     plan = planned_with_ray(load_cluster(cluster), planned, display)
     display.plan(search_text(plan))
+    tell_of_room("The search", plan.held, display)
     with mirrored(plan.folder, plan.spec.home_folder):
         return _drive(plan, display)
 

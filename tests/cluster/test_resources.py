@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.config import ClusterConfig, EndpointConfig, FakeEndpoint, Resources, StoreEndpoint, TransformersEndpoint
-from cluster.resources import demands
+from cluster.resources import Demand, Share, demands, together
 
 TEACHER = TransformersEndpoint(model="owner/teacher")
 STORE = StoreEndpoint(engine="store", folders=("a",))
@@ -46,3 +46,10 @@ def test_what_the_settings_say_is_left_to_them() -> None:
     own = TEACHER.model_copy(update={"resources": Resources(cpus=1.2)})
     found = {d.role: d.share.cpus for d in demands(ClusterConfig(), {"own": own, "other": TEACHER}, 1, 2)}
     assert found == {"worker": 0.35, "own": 1.2, "other": 0.35, "reader": 0.1}
+
+
+def test_what_a_cluster_lacks_is_named() -> None:
+    held = together([Demand("worker", 2, Share(1.5, 1, 1)), Demand("teacher", 1, Share(1, 0, 1))])
+    assert held == Share(4, 2, 0)
+    assert held.short_of(Share(4, 2, 0)) == ""
+    assert held.short_of(Share(2, 1, 0)) == "4 CPUs of 2 and 2 GPUs of 1"

@@ -11,10 +11,8 @@ import pytest
 import yaml
 from transformers import T5Config, ViTConfig
 
-from cluster.resources import Share
 from jobs import cli
 from orchestrator.errors import Refusal
-from orchestrator.run import short_of
 from strategies.stages.support import SharedSupport
 from tests.orchestrator.bench import (
     DEEPSPEED,
@@ -272,11 +270,3 @@ def test_workers_do_not_share_a_gpu(bench: Bench) -> None:
     bench.cluster["resources"]["worker"]["gpus"] = 0.5
     with pytest.raises(Refusal, match="0.5 with 2 workers; expected whole GPUs"):
         bench.plan("train.workers=2", "train.layout=ddp")
-
-
-def test_a_cluster_that_is_too_small_for_now_is_named(bench: Bench) -> None:
-    plan = bench.plan()
-    held = sum(d.processes * d.share.cpus for d in plan.demands)
-    assert short_of(plan, Share(held, 0, 0)) == ""
-    words = f"The run holds {held:g} CPUs of {held / 2:g} that the cluster has now: it waits until nodes join."
-    assert short_of(plan, Share(held / 2, 0, 0)) == words
