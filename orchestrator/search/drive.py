@@ -21,7 +21,7 @@ from orchestrator.errors import Interrupted, Refusal, RunFailed
 from orchestrator.filling import Filled, fill
 from orchestrator.interrupts import interruptible
 from orchestrator.journal import MetricRow, RunRecord
-from orchestrator.mirror import mirrored
+from orchestrator.mirror import COPY, mirrored
 from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, tell_of_room, with_texts
 from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
@@ -76,13 +76,16 @@ def resume_search(
 
     `overrides` may change budgets (`search.trials=16`); `Refusal` for those that change what trials are.
     """
-    home = Folder.of(str(folder))
-    own = local(home)
-    with mirrored(own, home):
-        if not (own / SEARCH).exists():
-            raise Refusal(f"--resume {folder}", f"a folder without {SEARCH}", "the folder of a search", "Look below the storage folder.")
-    _check_free(overrides)
     where = cluster_content(Path(cluster) if isinstance(cluster, str) else cluster)
+    home = Folder.of(str(folder))
+    if home.local is not None and "://" in str(where.get("storage", "")):  # the search's small files here, of a search that lies there
+        home = Folder.of(str(where["storage"]), home.local.name)
+    own = local(home)
+    if not ((own / SEARCH).exists() or home.child(COPY).exists(SEARCH)):
+        raise Refusal(f"--resume {folder}", f"a folder without {SEARCH}", "the folder of a search", "Look below the storage folder.")
+    _check_free(overrides)
+    with mirrored(own, home):
+        pass  # what a driver elsewhere wrote is here now
     where["storage"], _, name = home.root.rpartition("/")
     return _run(lambda: search_plan(own / SEARCH, overrides, where, name), where, display or Display())
 

@@ -21,6 +21,7 @@ from orchestrator.journal import Journal, MetricRow, RunRecord
 from orchestrator.mirror import mirrored
 from orchestrator.reading import place_of_rows
 from orchestrator.saved_run import saved_job
+from orchestrator.search import drive
 from orchestrator.tracking_uri import of_record
 from tests.s3 import s3_bucket
 from tests.tiny import source_text, tiny_model, tiny_tokenizer
@@ -105,6 +106,23 @@ def test_rows_are_read_where_they_are() -> None:
 def test_a_folder_that_is_no_run_is_refused(address: str, words: str) -> None:
     with pytest.raises(Refusal, match=words):
         saved_job(Folder(address))
+
+
+def test_a_search_goes_on_from_its_copy_or_from_its_files_here(far: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, _, name = far.root.rpartition("/")
+    told: list[str] = []
+    monkeypatch.setattr(drive, "_run", lambda planned, where, display: told.append(where["storage"]))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(Refusal, match="without search.yaml"):
+        drive.resume_search(far.root)
+    assert not Path("runs").exists() and not far.names()
+    far.child(mirror.COPY).write("search.yaml", b"search: {}")
+    far.child(mirror.COPY).write("owner", b"somebody")
+    drive.resume_search(far.root)
+    assert (Path("runs") / name / "search.yaml").exists()
+    drive.resume_search(Path("runs") / name, cluster={"storage": storage})
+    assert told == [storage, storage]
 
 
 # A whole run in S3
