@@ -9,6 +9,8 @@ from tests.benchmarks.searches import SPACE, TRIALS, best, content, ended, meter
 NAME = "search-seconds"
 STEPS = 300
 """Those of the quickstart."""
+AT_ONCE = 2
+"""Trials, one for each of two cores."""
 
 
 def measure(settings: Settings) -> Figure:
@@ -17,7 +19,7 @@ def measure(settings: Settings) -> Figure:
     base = content(settings.folder, steps, settings.smoke)
     rounds, qualities = [], []
     for turn in range(settings.rounds):
-        asked = {**base, "name": "search", "search": {"space": SPACE, "trials": trials, "scheduler": "asha"}}
+        asked = {**base, "name": "search", "search": {"space": SPACE, "trials": trials, "scheduler": "asha", "concurrent": AT_ONCE}}
         rounds.append(metered(settings.folder / f"round{turn}", "search", asked, settings.folder / f"runs{turn}", fresh=True))
         qualities.append(best(ended(settings.folder / f"runs{turn}" / "search")))
         print(f"{rounds[-1].wall_seconds:,.0f} s, best {qualities[-1]:.4f}", flush=True)
