@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.authored import stop_tokens
+from orchestrator.authored import last_token
 from orchestrator.checks.networks import Cast, conversations
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, prepare
@@ -82,18 +82,13 @@ def told(job: Job, strategy: Strategy, people: Cast) -> Strategy:
         if isinstance(stage, Align) and stage.of in readers:
             return replace(stage, reader=readers[stage.of])
         if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "topk":
-            return replace(stage, shared=shared_ids(readers[stage.endpoint], _end(job, people)))
+            return replace(stage, shared=shared_ids(readers[stage.endpoint], last_token(job.run.data, people.tokenizer)))
         if isinstance(stage, ScoreAligned) and stage.endpoint in readers and stage.request.kind == "among":
             reader = readers[stage.endpoint]
             return replace(stage, units=(unit_ids(reader.student, people.tokenizer), unit_ids(reader.teacher, reader.tokenizer)))
         return stage
 
     return replace(strategy, stages=tuple(whole(s) for s in strategy.stages))
-
-
-def _end(job: Job, people: Cast) -> int | None:
-    """The student's token that ends what it learns: a turn's, where rows are conversations."""
-    return stop_tokens(people.tokenizer)[-1] if conversations(job.run.data) else people.tokenizer.eos_token_id
 
 
 def units(strategy: Strategy) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from cluster.offers import WritingOffer
 from cluster.storage import Folder
 from cluster.stores.key import StoreKey
 from orchestrator.chat import ChatTemplate
-from orchestrator.checks.networks import Cast
+from orchestrator.checks.networks import Cast, conversations
 from orchestrator.checks.teaching import named_endpoints
 from orchestrator.config import Job
 from orchestrator.data import template_digest, tokenizer_digest
@@ -135,6 +135,11 @@ def _check_references(prompts: Prompts, authored: Authored) -> None:
     if authored.judge.type != "none" and not prompts.references:
         do = "Give rows a completion or an answer (data.columns={solution: answer}), or set strategy.judge=none."
         raise Refusal("strategy.judge", f"{authored.judge.type!r}, and no prompt with a reference", "answers to compare with", do)
+
+
+def last_token(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends what is learnt: of a turn, where rows are conversations, else of a text; None for a tokenizer without."""
+    return stop_tokens(tokenizer)[-1] if conversations(config) else tokenizer.eos_token_id
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from cluster.endpoints import probe_writer
 from cluster.offers import Unfit, WritingOffer
 from cluster.resources import demands, machine_cpus
-from orchestrator.authored import Text, WantedText, stop_tokens
+from orchestrator.authored import Text, WantedText, last_token, stop_tokens
 from orchestrator.checks import machine
 from orchestrator.checks.actors import check_endpoint
-from orchestrator.checks.networks import Cast, conversations
+from orchestrator.checks.networks import Cast
 from orchestrator.config import Job
 from orchestrator.errors import Refusal
 from orchestrator.memory import author_memory, small_process, surroundings
@@ -43,7 +43,7 @@ def check_ends(job: Job, strategy: Strategy, people: Cast) -> None:
     names = {s.endpoint for s in asked if isinstance(s, Taught) and s.endpoint is not None}
     for name in sorted(names & people.tokenizers.keys()):
         ours, theirs = people.tokenizer, people.tokenizers[name]
-        end = stop_tokens(ours)[-1] if conversations(job.run.data) else ours.eos_token_id
+        end = last_token(job.run.data, ours)
         if end is not None and theirs.eos_token_id is not None and end not in stop_tokens(theirs):
             got = f"{ours.convert_ids_to_tokens(end)!r}, and endpoint {name!r} never ends a text so"
             expected = "an end that both have, because each token that the student writes is rewarded by how likely the teacher calls it"

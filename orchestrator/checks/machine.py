@@ -149,7 +149,7 @@ def check_memory(job: Job, memory: Sequence[Memory], stream: int) -> list[str]:
 def _about_idle_gpus(memory: Sequence[Memory]) -> list[str]:
     """Workers take no GPU unless they are told to, and a run on CPUs looks like a slow one on GPUs."""
     there, on_cpu = torch.cuda.device_count(), any(m.role == "worker" and not m.on_gpu for m in memory)
-    do = "set resources.worker.gpus in ray_config.yaml (fractions share one)."
+    do = "set resources.worker.gpus in ray_config.yaml."
     return [f"training workers take none of the {there} GPUs here; {do}"] if there and on_cpu else []
 
 
