@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +20,8 @@ from orchestrator import mirror
 from orchestrator.errors import Refusal
 from orchestrator.journal import Journal, MetricRow, RunRecord
 from orchestrator.mirror import mirrored
-from orchestrator.reading import place_of_rows
+from orchestrator.order import Order
+from orchestrator.reading import OrderSource, bundles_of, place_of_rows
 from orchestrator.saved_run import saved_job
 from orchestrator.search import drive
 from orchestrator.tracking_uri import of_record
@@ -100,6 +102,17 @@ def test_rows_are_read_where_they_are() -> None:
     assert place_of_rows("/mnt/runs") is None
     place = place_of_rows("s3://bucket/runs")
     assert place is not None and place.startswith("node:")
+
+
+def test_the_reader_goes_to_its_rows_and_asks_a_head_node_for_no_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.data.read_datasource", lambda source, **how: asked.append(how))
+    source = OrderSource(Order("", 0, 1, 1, batch_rows=1), 0, 1, False)
+    bundles_of(source, 0.5, 1, place="node:10.0.0.1")
+    bundles_of(source, 0.5, 1)
+    pinned, free = asked
+    assert (pinned["num_cpus"], pinned["ray_remote_args"]) == (0, {"resources": {"node:10.0.0.1": 0.001}})
+    assert free["num_cpus"] == 0.5 and "ray_remote_args" not in free
 
 
 @pytest.mark.parametrize(("address", "words"), [("memory://runs/none", "no recipe.yaml"), ("nobody://runs/x", "nobody")])
