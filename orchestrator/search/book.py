@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,10 @@ from orchestrator.search.lineage import Legs, grown, schedules
 from orchestrator.search.settings import Objective
 from orchestrator.search.space import Point
 
-Outcome = Literal["running", "finished", "stopped", "failed"]
+Outcome = Literal["running", "paused", "finished", "stopped", "failed"]
+"""`paused`: stopped at a rung of successive halving, where it may go on."""
+EARLY: tuple[Outcome, ...] = ("paused", "stopped")
+"""Ends before the last step."""
 TRIALS = "trials.jsonl"
 CONTROL = -1
 """Number of the trial without a teacher."""
@@ -58,9 +61,9 @@ class Trial:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Held-out metrics, and what it has cost: `tokens`, `seconds`, `parameters`."""
     words: str = ""
-    """Why it was stopped or failed."""
+    """Why it was paused or stopped, or failed."""
     wall_seconds: float = 0.0
-    """From its start to its end, loading included."""
+    """From its starts to its ends, loading included."""
     restarts: tuple[Restart, ...] = ()
     """Of a population: each is a run of its own, and only the latest one counts."""
     legs: Legs = ()
@@ -99,6 +102,22 @@ def ranked(trials: list[Trial], objective: Objective) -> list[Trial]:
     return [trial for _, _, trial in sorted(scored, key=lambda s: s[:2])]
 
 
+def abreast(trials: list[Trial], curve: Callable[[int], Mapping[int, float]], objective: Objective) -> tuple[list[Trial], int]:
+    """Trials of the space that did not fail, as if all had ended where the least of them did: with the objective at the latest step at
+    which each was measured, and that step. Where none ended early they are as they finished."""
+    done = [t for t in trials if t.outcome == "finished" and t.number != CONTROL]
+    early = [t for t in trials if t.outcome in EARLY and t.number != CONTROL]
+    curves = {t.number: curve(t.number) for t in (*done, *early)} if early else {}
+    steps = set.intersection(*map(set, curves.values())) if curves else set()
+    if not steps:
+        return done, max((t.step for t in done), default=0)
+    step = max(steps)
+    return [
+        replace(t, outcome="finished", step=step, metrics={**t.metrics, objective.metric: curves[t.number][step]})
+        for t in sorted((*done, *early), key=lambda t: t.number)
+    ], step
+
+
 def front(trials: list[Trial], objectives: tuple[Objective, ...]) -> list[Trial]:
     """Finished trials that no other is at least as good as in everything and better than in something (Pareto)."""
     scored = [(s, t) for t in ranked(trials, objectives[0]) if (s := t.scores(objectives)) is not None]
@@ -117,6 +136,8 @@ class Book:
         self._trials: dict[int, Trial] = {}
         self.compared_step = 0
         """Finished steps at which a population was last compared."""
+        self.ends = 0
+        """How often a trial ended, pauses included."""
         for event in self._lines.all():
             self._take(event)
 
@@ -126,6 +147,10 @@ class Book:
     def end(self, trial: Trial) -> None:
         kept = {key: value for key, value in vars(trial).items() if key not in ("point", "restarts", "legs")}
         self._write({"event": "ended", **kept, "metrics": {k: v for k, v in trial.metrics.items() if math.isfinite(v)}})
+
+    def go_on(self, number: int) -> None:
+        """A paused trial trains on."""
+        self._write({"event": "resumed", "number": number, "outcome": "running", "words": ""})
 
     def compare(self, step: int, moves: Sequence[Move]) -> None:
         """A population was compared after `step` steps; whoever is in `moves` restarts."""
@@ -142,10 +167,6 @@ class Book:
     def get(self, number: int) -> Trial | None:
         return self._trials.get(number)
 
-    def decided(self) -> dict[int, str]:
-        """Why trials were stopped, by number."""
-        return {t.number: t.words for t in self.trials() if t.outcome == "stopped"}
-
     def _write(self, event: Mapping[str, Any]) -> None:
         self._lines.append([event])
         self._take(event)
@@ -154,6 +175,7 @@ class Book:
         if event["event"] == "compared":
             self._take_moves(event["step"], [Move(**move) for move in event["moves"]])
             return
+        self.ends += event["event"] == "ended"
         told = {key: value for key, value in event.items() if key != "event"}
         number = event["number"]
         self._trials[number] = replace(self._trials[number], **told) if number in self._trials else Trial(**told)

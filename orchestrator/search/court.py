@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import ray
@@ -12,6 +13,7 @@ import ray
 from cluster.storage import Folder
 from orchestrator.search.book import CONTROL, Book, Trial, curve, run_name
 from orchestrator.search.settings import SearchConfig
+from orchestrator.search.space import grid
 from orchestrator.search.trial import Spec, local
 
 
@@ -50,6 +52,17 @@ class Court:
         if self.config.seconds is not None and seconds >= self.config.seconds:
             return f"the search's {self.config.seconds:,g} seconds are over"
         return ""
+
+    @property
+    def to_propose(self) -> bool:
+        """Whether trials are still to begin that have not been proposed."""
+        return sum(t.number != CONTROL for t in self.book.trials()) < self._most and not self.spent()
+
+    @cached_property
+    def _most(self) -> int:
+        """Trials that may begin: a grid may have fewer points."""
+        own = len(grid(self.config.space, self.spec.content)) if self.config.sampler == "grid" else self.config.trials
+        return min(own, self.config.trials)
 
     def run(self, number: int, generation: int | None = None) -> Folder:
         """The run folder of a trial, the one that counts unless another generation is asked for."""

@@ -190,12 +190,13 @@ def _fill(plan: SearchPlan, display: Display) -> Spent:
 def _tune(plan: SearchPlan, court: Court) -> None:
     """Runs the trials to their ends. Tune works in a thread of its own, so that a person's Ctrl-C is ours."""
     here = f"node:{ray.util.get_node_ip_address()}"  # a trial's small files lie where the search's do
+    judge = Judge(court)
     function = tune.with_resources(tune.with_parameters(run_trial, spec=plan.spec), {"cpu": DRIVER_CPUS, here: 0.001})
     tuner = tune.Tuner(
         function,
         tune_config=tune.TuneConfig(
-            search_alg=Proposals(court),
-            scheduler=Judge(court),
+            search_alg=Proposals(court, judge.halving),
+            scheduler=judge,
             num_samples=-1,
             max_concurrent_trials=plan.config.concurrent,
             reuse_actors=True,
@@ -224,16 +225,15 @@ def _trial_name(trial: Any) -> str:
 
 
 def _log(tracker: Tracker, plan: SearchPlan, book: Book, trial: Trial) -> None:
-    """What a trial's end means to the search, as metrics of the parent by number of ended trials."""
+    """What a trial's end means to the search, as metrics of the parent by number of ends so far, pauses included."""
     if trial.outcome == "running" or trial.number == CONTROL:
         return
-    ended = sum(t.outcome != "running" for t in book.trials())
     best = ranked(book.trials(), plan.config.objective[0])
     names = [o.metric for o in plan.config.objective]
     values = {f"trial/{n}": trial.metrics[n] for n in names if n in trial.metrics}
     values |= {f"best/{n}": best[0].metrics[n] for n in names if best and n in best[0].metrics}
     tokens = sum(t.metrics.get("tokens", 0.0) for t in book.trials())
-    tracker.log([MetricRow(ended, 1, {**values, "tokens": tokens}, time.time())])
+    tracker.log([MetricRow(book.ends, 1, {**values, "tokens": tokens}, time.time())])
 
 
 def _settle(court: Court) -> None:

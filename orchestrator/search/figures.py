@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 110
-COLOURS = {"finished": "C0", "stopped": "C1", "failed": "C3", "running": "0.6"}
+COLOURS = {"finished": "C0", "paused": "C1", "stopped": "C1", "failed": "C3", "running": "0.6"}
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def draw_curves(trials: Sequence[Trial], curve: Callable[[int], Mapping[int, flo
                 axes.plot(list(points), list(points.values()), marker="o", markersize=3, color=colour, linestyle=line)
                 axes.annotate(trial.label, (max(points), points[max(points)]), fontsize=7, xytext=(3, 0), textcoords="offset points")
         axes.margins(x=0.12)
-        axes.set(title="Held-out rows (orange: stopped early; dashed: without teacher)", xlabel="step", ylabel=objective.metric)
+        axes.set(title="Held-out rows (orange: paused or stopped; dashed: without teacher)", xlabel="step", ylabel=objective.metric)
         axes.grid(alpha=0.3)
     return to
 
@@ -67,12 +67,12 @@ def draw_parallel(trials: Sequence[Trial], space: Mapping[str, Domain], objectiv
     return to
 
 
-def draw_importance(shares: Mapping[str, float], to: Path) -> Path:
-    """How much of the objective's variation each path explains."""
+def draw_importance(shares: Mapping[str, float], of: str, to: Path) -> Path:
+    """How much of the objective's variation each path explains, among trials that `of` names."""
     with _drawn(to, height=1.2 + 0.4 * max(1, len(shares))) as axes:
         ordered = sorted(shares.items(), key=lambda item: item[1])
         axes.barh([path for path, _ in ordered], [share for _, share in ordered])
-        axes.set(title="Importance (fANOVA over finished trials; a hint where these are few)", xlim=(0, 1))
+        axes.set(title=f"Importance (fANOVA over {of}; a hint where these are few)", xlim=(0, 1))
     return to
 
 

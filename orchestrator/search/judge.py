@@ -1,27 +1,33 @@
 """Who may go on, as Ray Tune asks it.
 
-The verdicts are those of Tune's own schedulers (ASHA, median). They reach a trial through its run's board, because a trial that Tune ends
-itself is killed: its MLflow run would stay open, and its workers would hold their resources.
+Verdicts reach a trial through its run's board, because a trial that Tune ends itself is killed: its MLflow run would stay open, and its
+workers would hold their resources.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from orchestrator.errors import origin
-from orchestrator.search.book import CONTROL, Trial
+from orchestrator.search.book import CONTROL, Outcome, Trial
 from orchestrator.search.court import Court
+from orchestrator.search.halving import Halving
 from orchestrator.search.population import Population
 from orchestrator.search.settings import COSTS, SearchConfig
 from orchestrator.search.trial import CHECKPOINT, GENERATION, OUTCOME, TIME
 
-NO_LAST_STEP = 10**9
-"""ASHA would end trials at its own last step; a run's last step ends it here."""
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a trial was asked to end, and what that makes of it."""
+
+    words: str
+    outcome: Outcome = "stopped"
 
 
 class Judge(FIFOScheduler):
@@ -30,10 +36,11 @@ class Judge(FIFOScheduler):
     def __init__(self, court: Court):
         super().__init__()
         self._court = court
-        self._inner = _scheduler(court)
+        self._inner = _median(court) if court.config.scheduler.type == "median" else None
+        self.halving = Halving(court) if court.config.scheduler.type == "asha" else None
         self._population = Population(court, court.spec.every_steps) if court.spec.every_steps else None
-        self._why: dict[int, str] = {}
-        """Verdicts, by the numbers of those that were asked to end."""
+        self._why: dict[int, Verdict] = {}
+        """By the numbers of those that were asked to end, paused ones until they have."""
         if self._inner is not None:
             _replay(self._inner, court)
 
@@ -74,12 +81,15 @@ class Judge(FIFOScheduler):
 
     def _end(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """Writes a trial's end down. One that a person stopped has not ended: the search goes on with it."""
-        stopped = result[OUTCOME] == "stopped"
-        if stopped and self._court.interrupted and trial.number not in self._why:
-            return
-        given = str(result.get("words", ""))
-        words = self._why.get(trial.number, given) if stopped else given  # a verdict may come after the last step
-        ended = replace(trial, outcome=result[OUTCOME], words=words, wall_seconds=float(result.get("wall_seconds", 0.0)))
+        verdict = self._why.get(trial.number)
+        if verdict is not None and verdict.outcome == "paused":
+            del self._why[trial.number]  # it may go on, and be judged anew
+        outcome, words = result[OUTCOME], str(result.get("words", ""))
+        if outcome == "stopped":  # a verdict may come after the last step
+            if verdict is None and self._court.interrupted:
+                return
+            outcome, words = (verdict.outcome, verdict.words) if verdict else (outcome, words)
+        ended = replace(trial, outcome=outcome, words=words, wall_seconds=trial.wall_seconds + float(result.get("wall_seconds", 0.0)))
         self._court.book.end(ended)
         self._court.tell(ended)
         if self._population is not None:
@@ -91,18 +101,25 @@ class Judge(FIFOScheduler):
         if self._court.interrupted:
             self._court.stop(heard.number, heard.generation)
             return
-        why = self._court.spent()
-        if not why and self._inner is not None and _has(result, self._court.config):
-            verdict = self._inner.on_trial_result(tune_controller, trial, result)
-            metric = self._court.config.objective[0].metric
-            value = heard.metrics.get(metric, math.nan)
-            stops = verdict == TrialScheduler.STOP
-            why = f"{self._court.config.scheduler.type}: {metric} {value:.4f} at step {heard.step}" if stops else ""
-        if why:
-            self._why[heard.number] = why
+        verdict = self._verdict(tune_controller, trial, heard, result)
+        if verdict is not None:
+            self._why[heard.number] = verdict
             self._court.stop(heard.number, heard.generation)
         elif self._population is not None and CHECKPOINT in result:
             self._population.hear(heard.number, heard.step, heard.metrics[self._court.config.objective[0].metric], result[CHECKPOINT])
+
+    def _verdict(self, tune_controller: Any, trial: Any, heard: Trial, result: dict[str, Any]) -> Verdict | None:
+        if spent := self._court.spent():
+            return Verdict(spent)
+        if not _has(result, self._court.config):
+            return None
+        metric = self._court.config.objective[0].metric
+        words = f"{self._court.config.scheduler.type}: {metric} {heard.metrics[metric]:.4f} at step {heard.step}"
+        if self.halving is not None and self.halving.hear(heard.number, heard.step, heard.metrics[metric]):
+            return Verdict(words, "paused")
+        if self._inner is not None and self._inner.on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+            return Verdict(words)
+        return None
 
 
 def _has(result: Mapping[str, Any], config: SearchConfig) -> bool:
@@ -112,23 +129,6 @@ def _has(result: Mapping[str, Any], config: SearchConfig) -> bool:
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of a report, without what Tune and this module add."""
     return {k: float(v) for k, v in result.items() if (k.startswith("eval/") or k in COSTS) and isinstance(v, int | float)}
-
-
-def _scheduler(court: Court) -> TrialScheduler | None:
-    return _SCHEDULERS[court.config.scheduler.type](court)
-
-
-def _asha(court: Court) -> TrialScheduler:
-    told, objective = court.config.scheduler, court.config.objective[0]
-    return ASHAScheduler(
-        time_attr=TIME,
-        metric=objective.metric,
-        mode=objective.direction,
-        max_t=NO_LAST_STEP,
-        grace_period=told.first_steps or court.first_evaluation,
-        reduction_factor=told.reduction,
-        stop_last_trials=False,
-    )
 
 
 def _median(court: Court) -> TrialScheduler:
@@ -141,13 +141,6 @@ def _median(court: Court) -> TrialScheduler:
         min_samples_required=told.min_trials,
         min_time_slice=math.inf,  # never pauses: a paused trial would hold what the next one needs
     )
-
-
-def _nobody(court: Court) -> None:
-    """Who stops no trial: a population restarts them instead."""
-
-
-_SCHEDULERS: Mapping[str, Callable[[Court], TrialScheduler | None]] = {"none": _nobody, "asha": _asha, "median": _median, "pbt": _nobody}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from orchestrator.display import console
-from orchestrator.search.book import CONTROL, Trial
+from orchestrator.search.book import CONTROL, EARLY, Trial
 from orchestrator.search.plan_text import short
 from orchestrator.search.settings import Objective
 
@@ -54,7 +54,7 @@ class Leaderboard:
         for name in ("step", "tokens", "seconds", "state"):
             table.add_column(name, justify="right", no_wrap=True)
         for trial in sorted(trials, key=self._rank):
-            table.add_row(*self._row(trial), style="dim" if trial.outcome in ("stopped", "failed") else "")
+            table.add_row(*self._row(trial), style="dim" if trial.outcome in (*EARLY, "failed") else "")
         return table
 
     def _rank(self, trial: Trial) -> tuple[float, int]:

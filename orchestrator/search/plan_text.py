@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 
 from pydantic import JsonValue
 
@@ -14,6 +15,8 @@ from orchestrator.search.settings import Domain
 from orchestrator.stores import LIVE
 
 SHOWN = 60
+RUNGS = 12
+"""Most rungs that a person is told of."""
 
 
 def search_text(plan: SearchPlan) -> str:
@@ -55,7 +58,12 @@ def _scheduler(plan: SearchPlan) -> str:
     if told.type == "pbt":
         every = plan.spec.every_steps
         return f"pbt: compared every {every} steps, the worst {told.quantile:.0%} go on from checkpoints of the best, where they lie"
-    return f"{told.type}, which may stop trials from step {told.first_steps or plan.first_evaluation} on"
+    first = told.first_steps or plan.first_evaluation
+    if told.type == "asha":
+        last = max(c.plan.steps for c in plan.corners)
+        rungs = [f"{step:,}" for n in range(RUNGS) if (step := ceil(first * told.reduction**n)) < last]
+        return f"asha: trials pause at step {', '.join(rungs)}, until they are among the best 1 in {told.reduction:g} that came there"
+    return f"{told.type}, which may stop trials from step {first} on"
 
 
 def _shared(plan: SearchPlan) -> Iterator[str]:

@@ -186,7 +186,7 @@ class Population:
         trials = [t for t in court.book.trials() if t.number != CONTROL]
         here = {t.number: self._reports[t.number][step] for t in trials if step in self._reports.get(t.number, {})}
         late = [t for t in trials if t.outcome == "running" and t.number not in here]
-        if late or not here or (len(trials) < court.config.trials and not court.spent()):
+        if late or not here or court.to_propose:
             return None
         return [Member(Pointer(t.number, here[t.number].folder), here[t.number].value, t.point) for t in trials if t.number in here]
 

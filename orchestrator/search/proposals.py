@@ -7,17 +7,18 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from orchestrator.search.book import CONTROL, ranked
+from orchestrator.search.book import CONTROL, EARLY, ranked
 from orchestrator.search.court import Court
+from orchestrator.search.halving import Halving
 from orchestrator.search.sampler import propose
 
 
 class Proposals(Searcher):
-    """Points for Tune: first those that were begun and have not ended, then new ones, then the control of the best."""
+    """Points for Tune: first those that had begun or go on after a pause, then new ones, then the control of the best."""
 
-    def __init__(self, court: Court):
+    def __init__(self, court: Court, halving: Halving | None = None):
         super().__init__()
-        self._court = court
+        self._court, self._halving = court, halving
         self._unfinished = [t.number for t in court.book.trials() if t.outcome == "running"]
         self._running: set[str] = set()
         self._control_begun = False
@@ -29,7 +30,7 @@ class Proposals(Searcher):
         court = self._court
         if court.interrupted:
             return str(Searcher.FINISHED)
-        proposal = self._again() or self._new() or self._control()
+        proposal = self._again() or self._promoted() or self._new() or self._control()
         if proposal is None:
             return None if self._waits() else str(Searcher.FINISHED)
         self._running.add(trial_id)
@@ -48,21 +49,30 @@ class Proposals(Searcher):
     def _again(self) -> dict[str, Any] | None:
         while self._unfinished:
             number = self._unfinished.pop(0)
-            trial = self._court.book.get(number)
-            if trial is not None and number != CONTROL:
-                return {"number": number, "point": trial.point}
+            if number != CONTROL:
+                return self._as_it_was(number)
         return None
+
+    def _promoted(self) -> dict[str, Any] | None:
+        number = self._halving.next() if self._halving is not None and not self._court.spent() else None
+        if number is None:
+            return None
+        self._court.book.go_on(number)
+        return self._as_it_was(number)
+
+    def _as_it_was(self, number: int) -> dict[str, Any]:
+        trial = self._court.book.get(number)
+        assert trial is not None
+        return {"number": number, "point": trial.point}
 
     def _new(self) -> dict[str, Any] | None:
         court = self._court
         past = [t for t in court.book.trials() if t.number != CONTROL]
-        if len(past) >= court.config.trials or court.spent():
+        if not court.to_propose:
             return None
         number = len(past)
-        curves = {t.number: court.curve(t.number) for t in past if t.outcome == "stopped"}
+        curves = {t.number: court.curve(t.number) for t in past if t.outcome in EARLY}
         point = propose(court.config, court.spec.content, number, past, curves)
-        if point is None:
-            return None
         court.book.propose(number, point)
         return {"number": number, "point": point}
 
@@ -79,5 +89,5 @@ class Proposals(Searcher):
         return {"number": CONTROL, "point": best[0].settings, "of": best[0].number}
 
     def _waits(self) -> bool:
-        """Whether a control is still to come, once the others have ended."""
-        return bool(self._running) and self._court.wants_control and not self._control_begun
+        """Whether somebody may still begin or go on, once those under way have come further."""
+        return bool(self._running) and (self._halving is not None or (self._court.wants_control and not self._control_begun))

@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.search.book import CONTROL, Trial, front, ranked
+from orchestrator.search.book import CONTROL, Trial, abreast, front, ranked
 from orchestrator.search.court import Court
 from orchestrator.search.door import SearchPlan
 from orchestrator.search.figures import draw_cost, draw_curves, draw_front, draw_importance, draw_parallel
@@ -27,14 +27,15 @@ STYLE = (
 def write_report(plan: SearchPlan, court: Court, spent: Spent) -> Path:
     """Writes pictures and page into the search's folder; returns the page."""
     trials, folder, objective = court.book.trials(), plan.folder, plan.config.objective[0]
-    shares = importance(plan.config, trials)
+    equals, step = abreast(trials, court.curve, objective)
+    shares = importance(plan.config, equals)
     pictures = {
         "Learning curves": draw_curves(trials, court.curve, objective, folder / "curves.png"),
         "Parallel coordinates": draw_parallel(trials, plan.config.space, objective, folder / "parallel.png"),
         "Quality against cost": draw_front(trials, plan.config.objective, folder / "front.png"),
     }
     if shares:
-        pictures["Importance"] = draw_importance(shares, folder / "importance.png")
+        pictures["Importance"] = draw_importance(shares, f"{len(equals)} trials after {step:,} steps", folder / "importance.png")
     costs = cost_rows(plan, trials, spent)
     pictures["Cost against an unshared search"] = draw_cost(costs, folder / "cost.png")
     body = "\n".join(
@@ -44,7 +45,7 @@ def write_report(plan: SearchPlan, court: Court, spent: Spent) -> Path:
             _table(plan, trials),
             *_restarts(trials),
             *(f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' src='{_data(path)}'>" for name, path in pictures.items()),
-            "" if shares else "<p>Importance needs at least four finished trials that differ.</p>",
+            "" if shares else "<p>Importance needs at least four trials that differ.</p>",
             f"<h2>Best recipe</h2><pre>{html.escape((folder / BEST).read_text(encoding='utf-8'))}</pre>",
             f"<h2>Plan</h2><pre>{html.escape(search_text(plan))}</pre>",
         ]

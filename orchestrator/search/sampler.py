@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
-from orchestrator.search.book import CONTROL, Trial
+from orchestrator.search.book import CONTROL, EARLY, Trial
 from orchestrator.search.settings import Domain, SearchConfig
 from orchestrator.search.space import Content, Point, grid, walk
 
@@ -23,22 +23,18 @@ LEAST_TRIALS = 4
 """Finished trials below which nothing is said of what matters."""
 
 
-def propose(
-    config: SearchConfig, content: Content, number: int, past: Sequence[Trial], curves: Mapping[int, dict[int, float]]
-) -> Point | None:
-    """The point of trial `number`; None when a grid has no more. `past` are all earlier trials, `curves` the first objective of those
-    that were stopped, by step."""
+def propose(config: SearchConfig, content: Content, number: int, past: Sequence[Trial], curves: Mapping[int, dict[int, float]]) -> Point:
+    """The point of trial `number`. `past` are all earlier trials, `curves` the first objective of those that were stopped, by step."""
     if config.sampler == "grid":
-        points = grid(config.space, content)
-        return points[number] if number < len(points) else None
+        return grid(config.space, content)[number]
     study = _study(config, number, past, curves)
     trial = study.ask()
     return walk(config.space, content, lambda path, domain: _SUGGEST[domain.kind](trial, path, domain))
 
 
 def importance(config: SearchConfig, trials: Sequence[Trial]) -> dict[str, float]:
-    """Share of the first objective's variation that each path explains (fANOVA), of paths that every finished trial has; empty when too
-    few trials or too little variation say anything."""
+    """Share of the first objective's variation that each path explains (fANOVA), of paths that every trial has; empty when too few finished
+    trials or too little variation say anything."""
     import optuna
 
     done = [t for t in trials if t.outcome == "finished" and t.number != CONTROL and t.scores(config.objective[:1])]
@@ -71,9 +67,8 @@ def _frozen(config: SearchConfig, trial: Trial, curve: Mapping[int, float]) -> o
 
     domains = {path: config.space[path] for path in trial.point}
     scores = trial.scores(config.objective)
-    states = {"running": TrialState.RUNNING, "failed": TrialState.FAIL, "finished": TrialState.COMPLETE, "stopped": TrialState.COMPLETE}
-    state = states[trial.outcome]
-    pruned = trial.outcome == "stopped" and len(config.objective) == 1 and bool(curve)
+    state = {"running": TrialState.RUNNING, "failed": TrialState.FAIL}.get(trial.outcome, TrialState.COMPLETE)
+    pruned = trial.outcome in EARLY and len(config.objective) == 1 and bool(curve)
     if pruned:
         state, scores = TrialState.PRUNED, None
     elif state == TrialState.COMPLETE and scores is None:

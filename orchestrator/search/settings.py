@@ -81,11 +81,12 @@ class SchedulerConfig(Model):
     """What becomes of trials before their last step, by what they have reached at held-out evaluations."""
 
     type: Literal["none", "asha", "median", "pbt"] = "none"
-    """`asha`: only the best share of trials goes on at each of ever later steps (arXiv:1810.05934). `median`: a trial is stopped that is
-    worse than the median of the others' means so far. `pbt`: all trials train at once, and the worst go on from checkpoints of the best
-    with other values (population-based training, arXiv:1711.09846); what is found is a schedule."""
+    """`asha`: at each of ever later steps a trial pauses, and goes on from its checkpoint once it is among the best share of those that
+    came so far (successive halving, arXiv:1810.05934, algorithm 2). `median`: a trial is stopped that is worse than the median of the
+    others' means so far. `pbt`: all trials train at once, and the worst go on from checkpoints of the best with other values
+    (population-based training, arXiv:1711.09846); what is found is a schedule."""
     first_steps: PositiveInt | None = None
-    """No trial is stopped before; the first evaluation when absent."""
+    """No trial is paused or stopped before; the first evaluation when absent."""
     reduction: Annotated[float, Field(gt=1)] = 3.0
     """Of `asha`: one in so many goes on, and the next look comes after so many times as many steps."""
     min_trials: PositiveInt = 3

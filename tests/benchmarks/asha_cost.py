@@ -18,14 +18,14 @@ def measure(settings: Settings) -> Figure:
     filled(settings)
     spent: dict[str, list[Metered]] = {side: [] for side in SCHEDULERS}
     found: dict[str, list[float]] = {side: [] for side in SCHEDULERS}
-    stopped: list[int] = []
+    paused: list[int] = []
     for turn in range(settings.rounds):
         for side in SCHEDULERS:
             took, folder = searched(settings, side, turn)
             ends = ended(folder)
             spent[side].append(took)
             found[side].append(best(ends))
-            stopped.append(sum(t["outcome"] == "stopped" for t in ends))
+            paused.append(sum(t["outcome"] == "paused" for t in ends))
             print(f"{side}: {took.core_seconds:,.0f} core-seconds, best {found[side][-1]:.4f}", flush=True)
     return Figure(
         name=NAME,
@@ -41,6 +41,6 @@ def measure(settings: Settings) -> Figure:
             "sides": {side: [vars(m) for m in ms] for side, ms in spent.items()},
             "best_cross_entropy": found,
             "quality_difference": [a / n - 1 for a, n in zip(found["asha"], found["none"], strict=True)],
-            "stopped": stopped,
+            "paused": paused,
         },
     )

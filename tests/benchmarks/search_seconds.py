@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from tests.benchmarks import BENCHMARKS
 from tests.benchmarks.figure import Figure, Settings, machine, median
-from tests.benchmarks.searches import SPACE, TRIALS, best, content, ended, metered
+from tests.benchmarks.searches import AT_ONCE, SPACE, TRIALS, best, content, ended, metered
 
 NAME = "search-seconds"
 STEPS = 300
 """Those of the quickstart."""
-AT_ONCE = 2
-"""Trials, one for each of two cores."""
 
 
 def measure(settings: Settings) -> Figure:

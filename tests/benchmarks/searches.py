@@ -38,6 +38,8 @@ SPACE = {
 }
 """Temperature, weights, divergence and learning rate."""
 TRIALS = 8
+AT_ONCE = 2
+"""Trials, one for each of two cores: a thread on its own takes fewer core-seconds than two that wait for one another."""
 STEPS = 450
 """A live run of so many takes three minutes or more on two cores."""
 SCHEDULERS: dict[str, Any] = {"none": "none", "asha": {"type": "asha"}}
@@ -68,7 +70,14 @@ def filled(settings: Settings) -> Metered:
 def searched(settings: Settings, side: str, turn: int) -> tuple[Metered, Path]:
     """A search of the same points on that store, with one of `SCHEDULERS`, and its folder."""
     (steps, trials), name = sizes(settings), f"{side}{turn}"
-    search = {"space": SPACE, "sampler": "random", "trials": trials, "scheduler": SCHEDULERS[side], "baseline": False}
+    search = {
+        "space": SPACE,
+        "sampler": "random",
+        "trials": trials,
+        "concurrent": AT_ONCE,
+        "scheduler": SCHEDULERS[side],
+        "baseline": False,
+    }
     made = {**content(settings.folder, steps, settings.smoke), "name": name, "search": search}
     return metered(settings.folder / name, "search", made, settings.folder / "runs"), settings.folder / "runs" / name
 
@@ -136,9 +145,9 @@ def journal(folder: Path) -> list[dict[str, float]]:
 
 
 def ended(folder: Path) -> list[dict[str, Any]]:
-    """How the trials of a search ended."""
+    """How the trials of a search ended, each at last."""
     lines = (json.loads(line) for line in (folder / "trials.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line["event"] == "ended"]
+    return list({line["number"]: line for line in lines if line["event"] == "ended"}.values())
 
 
 def best(trials: Sequence[Mapping[str, Any]]) -> float:

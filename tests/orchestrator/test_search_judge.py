@@ -4,107 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.journal import Journal, MetricRow
-from orchestrator.search.book import CONTROL, Book, Trial
+from orchestrator.search.book import CONTROL, Trial
 from orchestrator.search.court import Court
-from orchestrator.search.judge import Judge
-from orchestrator.search.proposals import Proposals
-from orchestrator.search.settings import SearchConfig
-from orchestrator.search.trial import OUTCOME, TIME, Spec
-
-METRIC = "eval/cross_entropy"
-RECIPE = {"student": "some/model", "strategy": "logits", "data": "rows.jsonl"}
-
-
-@dataclass(eq=False)
-class Asked:
-    """A trial as Tune shows it."""
-
-    config: dict[str, Any]
-    trial_id: str
-    error: BaseException | None = None
-    status: str = "RUNNING"
-
-    def get_pickled_error(self) -> BaseException | None:
-        return self.error
-
-    def get_error(self) -> BaseException | None:
-        return self.error
-
-
-@dataclass
-class Session:
-    """A court whose stops are only noted, and its two sides."""
-
-    court: Court
-    stopped: list[int] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, folder: Path, wants_control: bool = False, every_steps: int = 0, **settings: Any) -> Session:
-        config = SearchConfig.model_validate({"space": {"train.lr": {"choice": [1, 2, 3, 4]}}, "sampler": "grid", **settings})
-        spec = Spec("find", RECIPE, {"storage": str(folder / "runs")}, str(folder), config.objective, every_steps=every_steps)
-        (folder / "runs" / "find").mkdir(parents=True, exist_ok=True)
-        court = Court(config, spec, Book(folder / "runs" / "find"), lambda trial: None, wants_control, first_evaluation=2)
-        session = cls(court)
-        court.stop = lambda number, generation: session.stopped.append(number)  # type: ignore[method-assign]
-        return session
-
-    def sides(self) -> tuple[Proposals, Judge]:
-        return Proposals(self.court), Judge(self.court)
-
-    def begin(self, proposals: Proposals, judge: Judge, name: str) -> Asked:
-        proposal = proposals.suggest(name)
-        assert isinstance(proposal, dict), proposal
-        trial = Asked(proposal, name)
-        judge.on_trial_add(None, trial)
-        return trial
-
-    def report(self, judge: Judge, trial: Asked, step: int, value: float, **more: Any) -> None:
-        folder = self.court.folder(trial.config["number"])
-        folder.mkdir(parents=True, exist_ok=True)
-        Journal(folder).append([MetricRow(step, 1, {METRIC: value}, 0.0)])
-        assert judge.on_trial_result(None, trial, {TIME: step, METRIC: value, "tokens": 10.0 * step, **more}) == "CONTINUE"
-
-    def end(self, proposals: Proposals, judge: Judge, trial: Asked, step: int, value: float, outcome: str = "finished") -> None:
-        self.report(judge, trial, step, value, **{OUTCOME: outcome})
-        judge.on_trial_complete(None, trial, {TIME: step, METRIC: value})
-        proposals.on_trial_complete(trial.trial_id)
-
-
-def outcomes(court: Court) -> dict[int, str]:
-    return {t.number: t.outcome for t in court.book.trials()}
-
-
-def test_asha_asks_the_worse_of_two_to_end_and_the_book_says_why(tmp_path: Path) -> None:
-    session = Session.of(tmp_path, scheduler={"type": "asha", "reduction": 2})
-    proposals, judge = session.sides()
-    good, bad = (session.begin(proposals, judge, name) for name in ("a", "b"))
-    session.report(judge, good, 2, 1.0)
-    session.report(judge, bad, 2, 2.0)
-    session.report(judge, bad, 4, 2.0)  # it trains on until the verdict reaches it
-    session.end(proposals, judge, bad, 5, 1.9, "stopped")
-    assert (session.stopped, outcomes(session.court)) == ([1], {0: "running", 1: "stopped"})
-    assert session.court.book.trials()[1].words == f"asha: {METRIC} 2.0000 at step 2"
-
-
-def test_a_search_that_goes_on_judges_by_what_earlier_trials_reached(tmp_path: Path) -> None:
-    first = Session.of(tmp_path, scheduler={"type": "asha", "reduction": 2})
-    proposals, judge = first.sides()
-    good = first.begin(proposals, judge, "a")
-    first.report(judge, good, 2, 1.0)
-    first.end(proposals, judge, good, 4, 0.9)
-    again = Session.of(tmp_path, scheduler={"type": "asha", "reduction": 2})
-    proposals, judge = again.sides()
-    bad = again.begin(proposals, judge, "b")
-    assert bad.config["number"] == 1
-    again.report(judge, bad, 2, 2.0)
-    assert again.stopped == [1]
+from tests.orchestrator.search_session import Session, outcomes
 
 
 def test_the_median_of_the_others_decides(tmp_path: Path) -> None:
@@ -153,10 +59,12 @@ def test_a_trial_that_dies_stops_only_itself(tmp_path: Path) -> None:
     assert (failed.outcome, failed.words, finished.outcome) == ("failed", "out of memory", "finished")
 
 
-def test_nan_reaches_no_scheduler(tmp_path: Path) -> None:
-    session = Session.of(tmp_path, scheduler="asha")
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_nan_reaches_no_scheduler(tmp_path: Path, scheduler: str) -> None:
+    session = Session.of(tmp_path, scheduler={"type": scheduler, "min_trials": 1})
     proposals, judge = session.sides()
-    session.report(judge, session.begin(proposals, judge, "a"), 2, float("nan"))
+    for name in ("a", "b"):
+        session.report(judge, session.begin(proposals, judge, name), 2, float("nan"))
     assert session.stopped == []
 
 

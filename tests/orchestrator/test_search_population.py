@@ -24,8 +24,8 @@ from orchestrator.search.space import Point
 from orchestrator.search.trial import CHECKPOINT, GENERATION, OUTCOME, TIME, Hearing
 from strategies.core import Progress
 from strategies.schedule import ScheduleConfig, schedule
+from tests.orchestrator.search_session import METRIC, Asked, Session
 from tests.orchestrator.test_search_door import planned
-from tests.orchestrator.test_search_judge import METRIC, Asked, Session
 
 LR: Point = {"train.lr": 1.0}
 EVERY = 4

@@ -37,7 +37,7 @@ def trial(number: int, rate: float, value: float, tokens: float, outcome: Any = 
 
 def some() -> list[Trial]:
     made = [trial(n, 10.0**-n, 1.0 + n, 100.0 - n) for n in range(1, 6)]
-    return [*made, replace(trial(6, 0.5, 9.0, 10.0, "stopped"), words="asha: at step 2"), trial(CONTROL, 0.1, 3.0, 100.0)]
+    return [*made, replace(trial(6, 0.5, 9.0, 10.0, "paused"), words="asha: at step 2"), trial(CONTROL, 0.1, 3.0, 100.0)]
 
 
 @pytest.mark.parametrize("objectives", [[METRIC], [METRIC, "tokens"]])
@@ -51,7 +51,7 @@ def test_the_report_tells_best_control_front_and_cost(bench: Bench, objectives: 
         book.propose(one.number, one.point)
         book.end(one)
         court.folder(one.number).mkdir()
-        Journal(court.folder(one.number)).append([MetricRow(s, 1, {METRIC: 9.0 - s}, 0.0) for s in (2, 4)])
+        Journal(court.folder(one.number)).append([MetricRow(s, 1, {METRIC: 9.0 - s / one.number}, 0.0) for s in (2, 4)])
     (plan.folder / BEST).write_text("train: <the best>\n")
     spent = Spent(teacher_tokens=1234, teacher_seconds=3.0, seconds=40.0)
     page = write_report(plan, court, spent).read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def test_the_leaderboard_has_the_best_first_and_those_without_a_value_last() -> 
     lost = replace(trial(0, 1.0, 0.1, 1.0), outcome="failed", words="nan")
     shown = io.StringIO()
     Console(file=shown, width=120).print(Leaderboard(OBJECTIVES, ["train.lr"]).table([lost, *some()]))
-    lines = [line for line in shown.getvalue().splitlines() if any(s in line for s in ("finished", "stopped", "failed"))]
+    lines = [line for line in shown.getvalue().splitlines() if any(s in line for s in ("finished", "paused", "failed"))]
     assert [line.split("│")[1].strip() for line in lines] == ["001", "without teacher", "002", "003", "004", "005", "006", "000"]
 
 

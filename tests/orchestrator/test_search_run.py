@@ -15,6 +15,7 @@ import yaml
 
 from orchestrator.config import load_job
 from orchestrator.errors import Refusal
+from orchestrator.journal import Journal
 from orchestrator.search.book import CONTROL, TRIALS
 from orchestrator.search.drive import resume_search, search
 from orchestrator.search.result import SearchResult
@@ -128,7 +129,7 @@ def test_live_trials_take_turns_at_one_teacher_which_ends_with_the_search(found:
 
 
 @pytest.mark.slow
-def test_trials_that_asha_stops_make_room_and_end_and_the_best_recipe_runs(home: Path, ray_session: str) -> None:
+def test_trials_that_asha_pauses_make_room_and_go_on_and_the_best_recipe_runs(home: Path, ray_session: str) -> None:
     """On two CPUs, of which two trials at once leave nothing over; then the recipe that was found, as it is."""
     rates = [1e-3, 1e-6, 1e-7, 1e-8]
     asked = {"space": {"train.lr": {"choice": rates}}, "scheduler": {"type": "asha", "reduction": 2}, "concurrent": 2, "baseline": False}
@@ -145,8 +146,14 @@ def test_trials_that_asha_stops_make_room_and_end_and_the_best_recipe_runs(home:
         return done.stdout
 
     command("search", home / "halved.yaml")
-    ends = {t["number"]: t["outcome"] for t in _events(home / "runs" / "halved" / TRIALS) if t["event"] == "ended"}
-    assert sorted(ends) == [0, 1, 2, 3] and "stopped" in ends.values() and ends[0] == "finished"
+    events = _events(home / "runs" / "halved" / TRIALS)
+    ends = {t["number"]: t["outcome"] for t in events if t["event"] == "ended"}
+    assert sorted(ends) == [0, 1, 2, 3] and "paused" in ends.values() and ends[0] == "finished"
+    resumed = {t["number"] for t in events if t["event"] == "resumed"}
+    assert resumed, "whoever comes first pauses, and goes on"
+    for number in resumed:
+        steps = [row.step for row in Journal(home / "runs" / f"halved-{number:03d}").rows() if "step_seconds" in row.values]
+        assert steps == list(range(1, len(steps) + 1))
     known = runs(home)
     assert {n: known[f"halved-{n:03d}"].info.status for n in ends} == {
         n: "FINISHED" if e == "finished" else "KILLED" for n, e in ends.items()

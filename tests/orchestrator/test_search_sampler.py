@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
+from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, abreast, front, ranked
 from orchestrator.search.sampler import importance, propose
 from orchestrator.search.settings import Objective, SearchConfig
 
@@ -34,7 +34,6 @@ def tried(search: SearchConfig, count: int) -> list[Trial]:
     past: list[Trial] = []
     for number in range(count):
         point = propose(search, RECIPE, number, past, {})
-        assert point is not None
         rate = point["train.lr"]
         assert isinstance(rate, float)
         past.append(finished(number, point, abs(rate - 1e-2)))
@@ -60,15 +59,15 @@ def test_unfinished_failed_and_stopped_trials_are_no_trouble_to_the_sampler() ->
     search = config(random_trials=2)
     past = tried(search, 6)
     unknown = [replace(past[2], outcome="running", metrics={}), replace(past[3], outcome="failed", metrics={})]
-    mixed = [*past[:2], *unknown, replace(past[4], outcome="stopped")]
+    mixed = [*past[:2], *unknown, replace(past[4], outcome="paused")]
     assert propose(search, RECIPE, 6, mixed, {4: {2: 1.0, 4: 0.5}})
     several = config(objective=[METRIC, "tokens"], random_trials=2)
     assert propose(several, RECIPE, 2, [replace(t, metrics={**t.metrics, "tokens": 5.0}) for t in mixed], {})
 
 
-def test_a_grid_goes_in_order_and_ends() -> None:
+def test_a_grid_goes_in_order() -> None:
     search = SearchConfig.model_validate({"space": {"train.lr": {"choice": [1, 2]}}, "sampler": "grid"})
-    assert [propose(search, RECIPE, n, (), {}) for n in range(3)] == [{"train.lr": 1}, {"train.lr": 2}, None]
+    assert [propose(search, RECIPE, n, (), {}) for n in range(2)] == [{"train.lr": 1}, {"train.lr": 2}]
 
 
 def test_what_decides_is_more_important_than_what_does_not() -> None:
@@ -90,6 +89,20 @@ def test_the_best_and_the_front() -> None:
     assert [t.number for t in ranked(trials, objectives[0])] == [1, 2, 0]
     assert [t.number for t in front(trials, objectives)] == [1, 0]
     assert [t.number for t in ranked(trials, Objective(mode="max"))] == [0, 2, 1]
+
+
+def test_trials_that_ended_at_different_steps_are_compared_at_the_latest_that_all_came_to() -> None:
+    trials = [
+        finished(0, {}, 1.0),
+        replace(finished(1, {}, 3.0), outcome="paused"),
+        replace(finished(2, {}, 9.0), outcome="failed"),
+        finished(CONTROL, {}, 0.1),
+    ]
+    curves = {0: {2: 4.0, 4: 2.0, 6: 1.5, 10: 1.0}, 1: {2: 5.0, 4: 3.5, 5: 3.0}}
+    same, step = abreast(trials, curves.__getitem__, Objective())
+    assert (step, {t.number: t.metrics[METRIC] for t in same}) == (4, {0: 2.0, 1: 3.5})
+    same, step = abreast(trials[::2], curves.__getitem__, Objective())
+    assert (step, {t.number: t.metrics[METRIC] for t in same}) == (10, {0: 1.0})
 
 
 def test_a_book_is_read_back_with_a_torn_last_line(tmp_path: Path) -> None:
