@@ -107,7 +107,7 @@ def abreast(trials: list[Trial], curve: Callable[[int], Mapping[int, float]], ob
     which each was measured, and that step. Where none ended early they are as they finished."""
     done = [t for t in trials if t.outcome == "finished" and t.number != CONTROL]
     early = [t for t in trials if t.outcome in EARLY and t.number != CONTROL]
-    curves = {t.number: curve(t.number) for t in (*done, *early)} if early else {}
+    curves = {t.number: found for t in (*done, *early) if early and (found := curve(t.number))}
     steps = set.intersection(*map(set, curves.values())) if curves else set()
     if not steps:
         return done, max((t.step for t in done), default=0)
@@ -115,6 +115,7 @@ def abreast(trials: list[Trial], curve: Callable[[int], Mapping[int, float]], ob
     return [
         replace(t, outcome="finished", step=step, metrics={**t.metrics, objective.metric: curves[t.number][step]})
         for t in sorted((*done, *early), key=lambda t: t.number)
+        if t.number in curves
     ], step
 
 

@@ -249,7 +249,7 @@ def _check_scheduler(found: SearchPlan) -> None:
     if found.first_evaluation >= steps or first >= steps:
         do = f"Set evaluate.every_steps to a part of the {steps} steps, or search.scheduler=none."
         got = f"a first look after {max(first, found.first_evaluation)} of {steps} steps"
-        raise Refusal(f"search.scheduler: {scheduler.type}", got, "evaluations before the last step, at which trials can be stopped", do)
+        raise Refusal(f"search.scheduler: {scheduler.type}", got, "evaluations before the last step, to pause or stop trials at", do)
 
 
 def _check_resources(found: SearchPlan) -> None:

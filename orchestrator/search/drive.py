@@ -250,7 +250,8 @@ def _conclude(plan: SearchPlan, court: Court, tracker: Tracker, spent: Spent) ->
     best = ranked(trials, objectives[0])
     if not best:
         words = "; ".join(f"trial {t.label} {t.outcome}: {t.words}" for t in trials) or "none began"
-        raise RunFailed(f"no trial of {plan.name} finished ({words}). Their runs are kept beside {plan.folder}.")
+        more = f" To go on: distill search --resume {plan.folder}, with a larger budget." if court.spent() else ""
+        raise RunFailed(f"no trial of {plan.name} finished ({words}). Their runs are kept beside {plan.folder}.{more}")
     recipe = to_yaml(plan.spec.recipe(best[0].settings))
     (plan.folder / BEST).write_text(recipe, encoding="utf-8")
     report = write_report(plan, court, spent)

@@ -56,7 +56,7 @@ class Judge(FIFOScheduler):
         number = int(trial.config["number"])
         known = self._court.book.get(number)
         if known is not None and known.outcome == "running" and result.get(GENERATION, 0) == known.generation:
-            heard = replace(known, step=int(result[TIME]), metrics=_numbers(result))
+            heard = replace(known, step=max(known.step, int(result[TIME])), metrics={**known.metrics, **_numbers(result)})
             if OUTCOME in result:
                 self._end(heard, result)
             else:
@@ -96,30 +96,27 @@ class Judge(FIFOScheduler):
             self._population.settle()
 
     def _judge(self, tune_controller: Any, trial: Any, heard: Trial, result: dict[str, Any]) -> None:
-        if heard.number in self._why or heard.number == CONTROL:
-            return
-        if self._court.interrupted:
-            self._court.stop(heard.number, heard.generation)
+        if heard.number == CONTROL:
             return
         verdict = self._verdict(tune_controller, trial, heard, result)
         if verdict is not None:
-            self._why[heard.number] = verdict
-            self._court.stop(heard.number, heard.generation)
+            self._why.setdefault(heard.number, verdict)
+        if heard.number in self._why or self._court.interrupted:
+            self._court.stop(heard.number, heard.generation)  # again, where it has not heard it yet
         elif self._population is not None and CHECKPOINT in result:
             self._population.hear(heard.number, heard.step, heard.metrics[self._court.config.objective[0].metric], result[CHECKPOINT])
 
     def _verdict(self, tune_controller: Any, trial: Any, heard: Trial, result: dict[str, Any]) -> Verdict | None:
+        metric, measured = self._court.config.objective[0].metric, _has(result, self._court.config)
+        pauses = self.halving is not None and measured and self.halving.hear(heard.number, heard.step, heard.metrics[metric])
         if spent := self._court.spent():
-            return Verdict(spent)
-        if not _has(result, self._court.config):
-            return None
-        metric = self._court.config.objective[0].metric
-        words = f"{self._court.config.scheduler.type}: {metric} {heard.metrics[metric]:.4f} at step {heard.step}"
-        if self.halving is not None and self.halving.hear(heard.number, heard.step, heard.metrics[metric]):
+            return Verdict(spent, "paused" if self.halving is not None else "stopped")
+        words = f"{self._court.config.scheduler.type}: {metric} {heard.metrics.get(metric, math.nan):.4f} at step {heard.step}"
+        if pauses:
             return Verdict(words, "paused")
-        if self._inner is not None and self._inner.on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
-            return Verdict(words)
-        return None
+        if self._inner is None or not measured or heard.number in self._why:
+            return None
+        return Verdict(words) if self._inner.on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP else None
 
 
 def _has(result: Mapping[str, Any], config: SearchConfig) -> bool:

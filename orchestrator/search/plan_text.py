@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
 
 from pydantic import JsonValue
 
@@ -58,12 +57,13 @@ def _scheduler(plan: SearchPlan) -> str:
     if told.type == "pbt":
         every = plan.spec.every_steps
         return f"pbt: compared every {every} steps, the worst {told.quantile:.0%} go on from checkpoints of the best, where they lie"
-    first = told.first_steps or plan.first_evaluation
     if told.type == "asha":
         last = max(c.plan.steps for c in plan.corners)
-        rungs = [f"{step:,}" for n in range(RUNGS) if (step := ceil(first * told.reduction**n)) < last]
-        return f"asha: trials pause at step {', '.join(rungs)}, until they are among the best 1 in {told.reduction:g} that came there"
-    return f"{told.type}, which may stop trials from step {first} on"
+        steps = dict.fromkeys(told.rung_steps(n, plan.first_evaluation) for n in range(RUNGS))
+        rungs = [f"{step:,}" for step in steps if step < last]
+        more = ", ..." if len(rungs) == len(steps) else ""
+        return f"asha: trials pause at step {', '.join(rungs)}{more}, until they are among the best 1 in {told.reduction:g} that came there"
+    return f"{told.type}, which may stop trials from step {told.first_steps or plan.first_evaluation} on"
 
 
 def _shared(plan: SearchPlan) -> Iterator[str]:

@@ -71,7 +71,8 @@ class Proposals(Searcher):
         if not court.to_propose:
             return None
         number = len(past)
-        curves = {t.number: court.curve(t.number) for t in past if t.outcome in EARLY}
+        told = EARLY if self._halving is None else (*EARLY, "running")  # those that go on are the best there are
+        curves = {t.number: court.curve(t.number) for t in past if t.outcome in told}
         point = propose(court.config, court.spec.content, number, past, curves)
         court.book.propose(number, point)
         return {"number": number, "point": point}

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     import optuna
 
 LEAST_TRIALS = 4
-"""Finished trials below which nothing is said of what matters."""
+"""Trials below which nothing is said of what matters."""
 
 
 def propose(config: SearchConfig, content: Content, number: int, past: Sequence[Trial], curves: Mapping[int, dict[int, float]]) -> Point:
-    """The point of trial `number`. `past` are all earlier trials, `curves` the first objective of those that were stopped, by step."""
+    """The point of trial `number`. `past` are all earlier trials, `curves` the first objective by step of those
+    that ended early, or go on after a pause."""
     if config.sampler == "grid":
         return grid(config.space, content)[number]
     study = _study(config, number, past, curves)
@@ -41,7 +42,7 @@ def importance(config: SearchConfig, trials: Sequence[Trial]) -> dict[str, float
     paths = [p for p in config.space if all(p in t.point for t in done) and len({_text(t.point[p]) for t in done}) > 1]
     if len(done) < LEAST_TRIALS or not paths or len({t.scores(config.objective[:1]) for t in done}) < 2:
         return {}
-    study = _study(config, 0, done, {})
+    study = _study(config.model_copy(update={"objective": config.objective[:1]}), 0, done, {})
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -62,13 +63,13 @@ def _study(config: SearchConfig, number: int, past: Sequence[Trial], curves: Map
 
 
 def _frozen(config: SearchConfig, trial: Trial, curve: Mapping[int, float]) -> optuna.trial.FrozenTrial:
-    """A trial as Optuna knows it. One that was stopped tells what it had reached by step, of a single objective."""
+    """A trial as Optuna knows it. One that has a curve tells what it had reached by step, of a single objective."""
     from optuna.trial import TrialState, create_trial
 
     domains = {path: config.space[path] for path in trial.point}
     scores = trial.scores(config.objective)
     state = {"running": TrialState.RUNNING, "failed": TrialState.FAIL}.get(trial.outcome, TrialState.COMPLETE)
-    pruned = trial.outcome in EARLY and len(config.objective) == 1 and bool(curve)
+    pruned = trial.outcome in (*EARLY, "running") and len(config.objective) == 1 and bool(curve)
     if pruned:
         state, scores = TrialState.PRUNED, None
     elif state == TrialState.COMPLETE and scores is None:

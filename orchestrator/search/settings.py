@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -98,6 +99,10 @@ class SchedulerConfig(Model):
     resample: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Of `pbt`: how often a value is drawn anew; else it is multiplied by 0.8 or 1.2 within its domain, or becomes its neighbour in a
     choice."""
+
+    def rung_steps(self, rung: int, first_evaluation: int) -> int:
+        """Of `asha`: the steps after which a trial comes to a rung, which are numbered from 0."""
+        return ceil(round((self.first_steps or first_evaluation) * self.reduction**rung, 6))
 
 
 def _objectives(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from orchestrator.search.book import Book
 from orchestrator.search.halving import Halving
+from orchestrator.search.judge import Judge
 from tests.orchestrator.search_session import METRIC, Asked, Session, outcomes
 
 LAST = 20
@@ -61,10 +63,39 @@ def test_the_worse_of_two_pauses_and_the_book_says_why(tmp_path: Path) -> None:
     assert session.stopped == [1], "nobody is among the best half of one"
     session.report(judge, bad, 4, 2.0)  # it trains on until the verdict reaches it
     session.report(judge, good, 2, 1.0)
-    assert session.stopped == [1]
+    assert session.stopped == [1, 1], "asked again, and nobody else"
     session.end(proposals, judge, bad, 5, 1.9, "stopped")
     assert outcomes(session.court) == {0: "running", 1: "paused"}
     assert session.court.book.trials()[1].words == f"asha: {METRIC} 2.0000 at step 2"
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_driver_that_ends_before_a_pause_is_written_down_lets_nobody_past_a_rung(tmp_path: Path, interrupted: bool) -> None:
+    session = halved(tmp_path, trials=4)
+    proposals, judge = session.sides()
+    good, bad = (session.begin(proposals, judge, name) for name in ("a", "b"))
+    session.court.interrupted = interrupted
+    session.report(judge, bad, 2, 2.0)
+    session.report(judge, good, 2, 1.0)
+    later = halved(tmp_path, trials=4)
+    proposals, judge = later.sides()
+    good, bad = (later.begin(proposals, judge, name) for name in ("c", "d"))
+    assert (good.config["number"], bad.config["number"]) == (0, 1)
+    later.report(judge, bad, 3, 2.0)
+    later.report(judge, good, 3, 1.0)
+    assert later.stopped == [1]
+
+
+def test_a_resumed_search_pauses_nobody_again_who_had_gone_on(tmp_path: Path) -> None:
+    session = halved(tmp_path, trials=2)
+    proposals, judge = session.sides()
+    for name, value in (("a", 1.0), ("b", 0.5)):
+        trial = session.begin(proposals, judge, name)
+        session.report(judge, trial, 2, value)
+        session.court.book.end(replace(session.court.book.trials()[-1], outcome="paused"))
+    session.court.book.go_on(0)
+    proposals, judge = halved(tmp_path, trials=2).sides()
+    assert not judge.halving.hear(0, 3, 1.0)
 
 
 def test_a_paused_trial_goes_on_once_it_is_among_the_best_and_is_judged_anew(tmp_path: Path) -> None:
@@ -130,8 +161,10 @@ def test_a_search_that_goes_on_knows_who_is_where(tmp_path: Path) -> None:
 def test_an_evaluation_that_passes_two_rungs_counts_at_both(tmp_path: Path) -> None:
     halving = Halving(halved(tmp_path, 4).court)
     assert halving.hear(0, 5, 1.0)
-    assert not halving.hear(0, 7, 1.0), "no rung between the two"
-    assert halving.hear(1, 5, 2.0)
+    assert halving.hear(0, 7, 1.0), "it has not paused yet"
+    assert not halving.hear(1, 5, 0.5), "the best of two, at either"
+    assert not halving.hear(1, 7, 3.0), "nothing takes back that it may go on"
+    assert halving.hear(1, 8, 3.0)
 
 
 def test_a_budget_ends_a_search_with_its_paused_trials(tmp_path: Path) -> None:
@@ -141,7 +174,43 @@ def test_a_budget_ends_a_search_with_its_paused_trials(tmp_path: Path) -> None:
     trial = session.begin(proposals, judge, "a")
     session.report(judge, trial, 2, 1.0)
     session.end(proposals, judge, trial, 2, 1.0, "stopped")
-    assert proposals.suggest("b") == "FINISHED"
+    assert (proposals.suggest("b"), outcomes(session.court)) == ("FINISHED", {0: "paused"})
+    later = halved(tmp_path, 4)
+    proposals, _ = later.sides()
+    assert later.begin(proposals, Judge(later.court), "c").config["number"] == 1, "nobody is among the best half of one"
+
+
+def test_one_that_a_budget_paused_before_its_first_rung_goes_on_with_a_larger_one(tmp_path: Path) -> None:
+    session = halved(tmp_path, 4)
+    session.court.config = session.court.config.model_copy(update={"tokens": 10})
+    proposals, judge = session.sides()
+    trial = session.begin(proposals, judge, "a")
+    session.report(judge, trial, 1, 1.0)
+    session.end(proposals, judge, trial, 1, 1.0, "stopped")
+    later = halved(tmp_path, 4)
+    proposals, judge = later.sides()
+    assert later.begin(proposals, judge, "b").config == trial.config
+
+
+def test_whoever_was_stopped_holds_no_place(tmp_path: Path) -> None:
+    session = halved(tmp_path, 2)
+    proposals, judge = session.sides()
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        trial = session.begin(proposals, judge, name)
+        session.report(judge, trial, 2, value)
+        session.end(proposals, judge, trial, 2, value, "stopped")
+    session.court.book.end(replace(session.court.book.trials()[0], outcome="stopped"))
+    assert Halving(session.court).next() == 1
+
+
+def test_a_trial_that_fails_after_a_pause_keeps_what_it_had_spent(tmp_path: Path) -> None:
+    session = halved(tmp_path, 1)
+    proposals, judge = session.sides()
+    trial = session.begin(proposals, judge, "a")
+    session.report(judge, trial, 2, 1.0)
+    judge.on_trial_result(None, trial, {"step": 0, "outcome": "failed", "words": "lost"})
+    (lost,) = session.court.book.trials()
+    assert (lost.outcome, lost.step, lost.metrics["tokens"]) == ("failed", 2, 20.0)
 
 
 def test_a_trial_that_pauses_adds_its_times_up(tmp_path: Path) -> None:
