@@ -8,7 +8,6 @@ text was cut, are not read: of the rest of such a row the teacher says nothing.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,16 +138,17 @@ def roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) ->
 
 
 def shared_ids(reader: ForeignReader, end: int | None = None) -> tuple[int, ...]:
-    """By id of the teacher, the student's id of the very same bytes, or for a special token that of the same role; `NONE` without one.
+    """By id of the teacher, the student's id of the very same bytes, or for a special token that of the same role; `NONE` without one, and
+    where encoding takes another of the teacher's for these bytes, so that no two share one of the student's.
 
     Where several of the student's have one role, such as the ends of a text and of a turn, it is `end`, which ends what is learnt.
     """
     special = {theirs: ours for ours, theirs in reader.roles.items()}
     if end is not None and end in reader.roles:
         special[reader.roles[end]] = end
-    ours, flat, starts = reader.student.ids_by_bytes(), reader.teacher.flat.tobytes(), reader.teacher.starts.tolist()
-    by_bytes = (ours.get(flat[a:b], NONE) if b > a else NONE for a, b in itertools.pairwise(starts))
-    return tuple(special.get(i, same) for i, same in enumerate(by_bytes))
+    ours, theirs = reader.student.ids_by_bytes(), reader.teacher.ids_by_bytes()
+    same = {i: ours[text] for text, i in theirs.items() if text in ours} | special
+    return tuple(same.get(i, NONE) for i in range(len(reader.teacher.starts) - 1))
 
 
 class _Rows:

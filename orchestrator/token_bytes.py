@@ -6,7 +6,6 @@ SentencePiece, with or without byte fallback, and byte tokenizers whose tokens a
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,8 @@ class TokenBytes:
     """`(V+1,)` where each token's lie."""
     prefixed: bool
     """Whether encoding puts a space before a text that is not there."""
+    fallback: frozenset[int] = frozenset()
+    """Ids that encoding takes only for bytes that no other token has."""
 
     def sizes(self, ids: NDArray[Any]) -> NDArray[np.int64]:
         """Bytes of each of `ids` `(S,)`; 0 for one that is no text."""
@@ -52,10 +53,10 @@ class TokenBytes:
         return self.flat[np.repeat(self.starts[known] - before, sizes) + np.arange(int(sizes.sum()))]
 
     def ids_by_bytes(self) -> dict[bytes, int]:
-        """The id of each text that is a token; the smallest where several are."""
+        """The id of each text that is a token, as encoding takes it: the smallest where several are, one of `fallback` last."""
         flat, starts = self.flat.tobytes(), self.starts.tolist()
-        whole = {flat[a:b]: i for i, (a, b) in reversed(list(enumerate(itertools.pairwise(starts))))}
-        return {text: i for text, i in whole.items() if text}
+        preferred = sorted(range(len(starts) - 1), key=lambda i: (i in self.fallback, i))
+        return {flat[starts[i] : starts[i + 1]]: i for i in reversed(preferred) if starts[i] < starts[i + 1]}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, where: str) -> TokenBytes:
@@ -72,7 +73,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, where: str) -> TokenBytes:
         raise _unknown(tokenizer, where, "tokens that are not bytes of text") from error
     starts = np.concatenate([[0], np.cumsum([len(t) for t in texts], dtype=np.int64)])
     found = TokenBytes(np.frombuffer(b"".join(texts), dtype=np.uint8), starts, False)
-    return TokenBytes(found.flat, starts, _prefixed(tokenizer, found, where))
+    fallback = frozenset(i for token, i in tokenizer.get_vocab().items() if token in BYTE_TOKENS)
+    return TokenBytes(found.flat, starts, _prefixed(tokenizer, found, where), fallback)
 
 
 def unit_ids(tokens: TokenBytes, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -13,16 +13,10 @@ from strategies.objectives.adakd import LATF, FocusedAdaKD, LATFController, Unte
 from strategies.objectives.divergence import ReverseKL
 from strategies.on_policy import OnPolicy
 from strategies.schedule import PositiveSchedule, ScheduleConfig
-from strategies.sources import TakeConfig, TakeTopK
+from strategies.sources import TakeConfig, TakeTopK, temperable
 
 CONTROL = "kept_share"
 """The controller of the share of tokens that are kept."""
-
-
-def _can_be_tempered(take: TakeConfig) -> TakeConfig:
-    if isinstance(take, TakeTopK) and take.tail == "drop":
-        raise ValueError("expected tail: bucket or renormalise, because tokens are tempered one by one, and got 'drop'")
-    return take
 
 
 class TokenAdaptiveKD(OnPolicy):
@@ -37,7 +31,7 @@ class TokenAdaptiveKD(OnPolicy):
     type: Literal["adakd"] = "adakd"
     student_share: ScheduleConfig | AdaptiveShare = 0.0
     """Share of the rows that the student writes; nobody writes where it is 0."""
-    take: Annotated[TakeConfig, AfterValidator(_can_be_tempered)] = TakeTopK()
+    take: Annotated[TakeConfig, AfterValidator(temperable)] = TakeTopK()
     """What is asked of the teacher."""
     divergence: Untempered = ReverseKL()
     """What is summed over the kept tokens, at no temperature of its own; the paper's is the reverse KL."""

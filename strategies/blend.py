@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -85,7 +86,11 @@ class Blend(Distribution):
     def teacher(self, vocabulary: int, temperature: float) -> Tensor:
         parts = [m.teacher(vocabulary, temperature) for m in self.members]
         weights = [_column(w, parts[0]) for w in self.weights]
-        return _mixture(parts, weights) if self.kind == "mixture" else _product(parts, weights)
+        return _mixture(parts, weights) if self.kind == "mixture" else _product(parts, weights, self._bucket_tokens(vocabulary))
+
+    def _bucket_tokens(self, vocabulary: int) -> int:
+        """Tokens that the members' last outcome stands for."""
+        return 1 if self.ids is None or self.tail != "bucket" else max(1, vocabulary - self.ids.shape[-1])
 
     def first(self, outputs: TokenLogits, k: int) -> Tensor:
         first = self.members[0]
@@ -118,9 +123,13 @@ def _mixture(parts: list[Tensor], weights: list[Tensor]) -> Tensor:
     return blended
 
 
-def _product(parts: list[Tensor], weights: list[Tensor]) -> Tensor:
+def _product(parts: list[Tensor], weights: list[Tensor], bucket_tokens: int) -> Tensor:
+    """Normalised; a last outcome of several tokens is their product summed, as if each member spread its own evenly over them."""
     blended = torch.zeros_like(parts[0])
     for log_p, weight in zip(parts, weights, strict=True):
         ruled_out = torch.where(weight == 0, 0.0, -torch.inf)  # 0 * -inf and -1 * -inf would say something else
         blended += torch.where(torch.isneginf(log_p), ruled_out, weight * log_p)
+    if bucket_tokens > 1:
+        total = torch.stack(torch.broadcast_tensors(*weights)).sum(0)
+        blended[:, -1:] += (1.0 - total) * math.log(bucket_tokens)
     return blended.log_softmax(-1)

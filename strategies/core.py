@@ -194,6 +194,10 @@ class ObjectiveSettings(Settings):
     """Whether it compares rows 2i and 2i + 1, so that they must come together, with the weight column that says so."""
     type: str
 
+    def also_reads(self) -> frozenset[Reads]:
+        """What it needs of its signal beside `reads`."""
+        return frozenset()
+
 
 @dataclass(frozen=True)
 class Term:

@@ -116,6 +116,13 @@ Take = TakeTopK | TakeDense | TakeSampled | TakeHidden | TakePerToken
 TakeConfig = Annotated[Take, Field(discriminator="type")]
 
 
+def temperable(take: TakeConfig) -> TakeConfig:
+    """`ValueError` for what cannot be made warmer token by token, as AdaKD does."""
+    if isinstance(take, TakeTopK) and take.tail == "drop":
+        raise ValueError("expected tail: bucket or renormalise, because tokens are tempered one by one, and got 'drop'")
+    return take
+
+
 @dataclass(frozen=True)
 class Taught:
     """What one teacher gives: an endpoint, by a Score stage under the signal's own name, or a frozen player; or, without either, what a

@@ -9,8 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from strategies.core import AnyTerm, Player, Settings, StatesTerm, Strategy, StrategyConfig, Term, lm_update
 from strategies.objectives import AnyObjective
+from strategies.objectives.adakd import tempers
 from strategies.schedule import ScheduleConfig, schedule
-from strategies.sources import Blended, Source, TakeConfig, TakeTopK, Taught
+from strategies.sources import Blended, Source, TakeConfig, TakeTopK, Taught, temperable
 from strategies.stages.score import Score
 from strategies.stages.support import SharedSupport
 
@@ -32,7 +33,7 @@ class SignalConfig(Settings):
     blend: dict[str, float] | None = None
     """Weights of other signals by name. Top-k answers of several are put on the ids of all of them first (`SharedSupport`)."""
     kind: Literal["mixture", "product"] = "mixture"
-    """`mixture` averages probabilities; `product` averages their logarithms."""
+    """`mixture` averages probabilities; `product` adds up their logarithms by weight, which averages them where weights sum to 1."""
 
     @model_validator(mode="after")
     def _one(self) -> SignalConfig:
@@ -112,6 +113,13 @@ class Terms(StrategyConfig):
             if term.objective.reads not in ("nothing", "states") and self._signal(term) is None:
                 names = ", ".join(self.signals)
                 raise ValueError(f"expected the term {term.name or term.objective.type!r} to name its signal, one of {names}, and got none")
+        return self
+
+    @model_validator(mode="after")
+    def _tempered(self) -> Terms:
+        for signal in [self._signal(term) for term in self.terms if tempers(term.objective)]:
+            for name in self.signals[signal].blend or [signal] if signal in self.signals else ():
+                temperable(self.signals[name].take)
         return self
 
     def build(self) -> Strategy:

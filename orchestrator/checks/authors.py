@@ -16,7 +16,8 @@ from orchestrator.errors import Refusal
 from orchestrator.memory import author_memory, small_process, surroundings
 from orchestrator.prompts import Prompts
 from strategies.core import Strategy
-from strategies.sources import TakenActions, Taught
+from strategies.sources import TakenActions
+from strategies.stages.score import Score
 
 
 def check_authors(job: Job, people: Cast, text: Text | None) -> tuple[dict[str, WritingOffer], list[str]]:
@@ -39,8 +40,8 @@ def check_ends(job: Job, strategy: Strategy, people: Cast) -> None:
     """`Refusal` for a teacher whose texts end with another token than the student's, where the end is rewarded like any token that the
     student writes: never likely to the teacher, it would be unlearnt."""
     acted = [s for s in strategy.signals.values() if isinstance(s, TakenActions)]
-    asked = [strategy.signals[name] for s in acted for name in (s.teacher, s.reference) if name]
-    names = {s.endpoint for s in asked if isinstance(s, Taught) and s.endpoint is not None}
+    asked = {stage.signal: stage.endpoint for stage in strategy.stages if isinstance(stage, Score)}
+    names = {asked[name] for s in acted for name in (s.teacher, s.reference) if name in asked}
     for name in sorted(names & people.tokenizers.keys()):
         ours, theirs = people.tokenizer, people.tokenizers[name]
         end = last_token(job.run.data, ours)

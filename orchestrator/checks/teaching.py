@@ -16,7 +16,7 @@ from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
 from orchestrator.rollout_metrics import FAILED
 from strategies.control import CONTROL, begun
-from strategies.core import AnyTerm, Progress, StatesTerm, Strategy, Term
+from strategies.core import AnyTerm, ObjectiveSettings, Progress, StatesTerm, Strategy, Term
 from strategies.domains import DOMAIN
 from strategies.schedule import values_of
 from strategies.sources import Taught, scored_columns
@@ -111,14 +111,15 @@ def _check_parts(where: str, strategy: Strategy) -> None:
 
 def _check_reads(where: str, term: Term, strategy: Strategy) -> None:
     """The objective gets what it reads."""
-    reads = term.objective.reads
     given = strategy.signals[term.signal].gives if term.signal else frozenset({"nothing"})
-    if reads == "nothing" or reads in given:
+    also = term.objective.also_reads() if isinstance(term.objective, ObjectiveSettings) else frozenset()
+    wanted = {term.objective.reads, *also} - {"nothing"}
+    if wanted <= given:
         _check_temperature(where, term, given)
         return
     having = f"with the signal {term.signal!r}" if term.signal else "without a signal"
-    got = f"the term {term.name!r}, which reads {READS[reads]}, {having}"
-    fitting = [name for name, source in strategy.signals.items() if reads in source.gives]
+    got = f"the term {term.name!r}, which reads {' and '.join(READS[reads] for reads in sorted(wanted))}, {having}"
+    fitting = [name for name, source in strategy.signals.items() if wanted <= source.gives]
     expected = f"a signal that gives it: {', '.join(fitting) or 'none of the strategy does'}"
     raise Refusal(where, got, expected, "Name another signal, or take more of the teacher: `distill strategies terms` lists what.")
 

@@ -22,7 +22,7 @@ from strategies.head import TokenBatch, TokenLogits
 from strategies.objectives.divergence import ReverseKL
 from strategies.objectives.token_weighting import Inner, apply, single_tokens
 from strategies.schedule import PositiveSchedule, ScheduleConfig, Share, schedule
-from strategies.signals import Distribution, Signal, given
+from strategies.signals import Distribution, Signal, Tail, given
 
 
 class LATF(Settings):
@@ -136,6 +136,16 @@ class TemperedPerToken(Distribution):
     def gives(self) -> frozenset[Reads]:
         return frozenset({"pair", "expectation"})
 
+    @property
+    def ids(self) -> Tensor | None:
+        """Which outcomes are single tokens, of a signal of some."""
+        return getattr(self.signal, "ids", None)
+
+    @property
+    def tail(self) -> Tail | None:
+        """What became of the rest, of such a signal."""
+        return getattr(self.signal, "tail", None)
+
     def pair(self, outputs: TokenLogits, temperature: float) -> tuple[Tensor, Tensor]:
         """(log q, log p) of outputs whose logits are divided by `temperatures`; `ValueError` for one more temperature."""
         if temperature != 1.0:
@@ -168,10 +178,21 @@ def tempered_sum(
 def _without_temperature(divergence: ObjectiveSettings) -> ObjectiveSettings:
     if getattr(divergence, "temperature", 1.0) != 1.0:
         raise ValueError("AdaKD gives each token a temperature, and its divergence has one of its own; leave that at 1")
+    if divergence.reads == "nothing":
+        raise ValueError(f"{divergence.type} reads no teacher, and is not tempered; expected a divergence from one")
+    inner = getattr(divergence, "divergence", None)
+    if isinstance(inner, ObjectiveSettings):
+        _without_temperature(inner)
     return divergence
 
 
 Untempered = Annotated[Inner, AfterValidator(_without_temperature)]
+
+
+def tempers(objective: ObjectiveSettings) -> bool:
+    """Whether an objective, or one that it wraps, gives each token a temperature of its own."""
+    inner = getattr(objective, "divergence", None)
+    return isinstance(objective, AdaKD | AdaKDAbsolute) or (isinstance(inner, ObjectiveSettings) and tempers(inner))
 
 
 def _difficulty(outputs: TokenLogits, signal: Signal) -> Tensor:

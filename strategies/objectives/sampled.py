@@ -169,6 +169,9 @@ class ReverseKLRewardToGo(ObjectiveSettings):
             raise ValueError("expected importance_cap without teacher_share, at temperature 1: `behaviour` is that of what wrote the token")
         return self
 
+    def also_reads(self) -> frozenset[Reads]:
+        return frozenset() if self.importance_cap is None else frozenset({"acted"})
+
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         log_q = student_label_logprobs(outputs, self.temperature)
         d = advantage(teacher_label_logprobs(signal, outputs, self.type), log_q)

@@ -79,6 +79,9 @@ class PlackettLuce(ObjectiveSettings):
     entropy_share: Share = 0.1
     """Share of a text's student entropy that its openers hold."""
 
+    def also_reads(self) -> frozenset[Reads]:
+        return frozenset({"pair"})
+
     def survey(self, outputs: TokenLogits, signal: Signal | None, progress: Progress) -> Tensor:
         return entropy(outputs.logprobs())[:, None]
 

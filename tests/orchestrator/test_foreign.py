@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import sysconfig
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from orchestrator.errors import Refusal
 from orchestrator.foreign import foreign_reader, roles, shared_ids
-from orchestrator.token_bytes import token_bytes
+from orchestrator.token_bytes import TokenBytes, token_bytes
 from strategies.core import Columns
 from strategies.stages.align import NONE, Reading, Spans, spans, taught_spans
 from strategies.stages.rollout import LONGEST_ROW
@@ -201,7 +202,19 @@ def test_tokens_are_shared_where_their_bytes_are_the_same() -> None:
     assert len(shared) == len(theirs) and shared[teacher.eos_token_id] == student.eos_token_id and shared[teacher.bos_token_id] == NONE
     pairs = [(said[i], theirs[t]) for t, i in enumerate(shared) if i != NONE and t != teacher.eos_token_id]
     assert all(a == b for a, b in pairs) and len(pairs) > 300
-    assert not {b for t, b in enumerate(theirs) if shared[t] == NONE and b} & {b for b in said if b}
+    assert len({i for i in shared if i != NONE}) == sum(i != NONE for i in shared), "no two share one of the student's"
+    missed = {b for t, b in enumerate(theirs) if shared[t] == NONE and b} - {theirs[t] for t, i in enumerate(shared) if i != NONE}
+    assert not missed & {b for b in said if b}
+
+
+def test_bytes_that_a_piece_has_are_never_those_of_the_fallback() -> None:
+    """Llama 2's vocabulary has its 256 bytes before all pieces; encoding writes the piece."""
+    llama = TokenBytes(np.frombuffer(b"ABAC", dtype=np.uint8), np.arange(5), False, frozenset({0, 1}))
+    assert llama.ids_by_bytes() == {b"A": 2, b"B": 1, b"C": 3}
+    other = TokenBytes(np.frombuffer(b"CBA", dtype=np.uint8), np.arange(4), False)
+    reader = replace(foreign_reader(kind("bpe"), kind("bpe"), "teacher", LONGEST_ROW), roles={})
+    assert shared_ids(replace(reader, student=llama, teacher=other)) == (3, 1, 2)
+    assert shared_ids(replace(reader, student=other, teacher=llama)) == (NONE, 1, 2, 0), "one of the student's is no two of the teacher's"
 
 
 def test_the_teachers_end_is_that_of_what_the_student_learns() -> None:

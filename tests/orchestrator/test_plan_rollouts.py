@@ -81,6 +81,29 @@ def test_an_end_that_the_teacher_never_writes_is_not_rewarded(bench: Bench) -> N
     assert any("EOS is" in w for w in bench.plan(*WRITES, where).warnings), "a divergence learns the teacher's own end"
 
 
+def test_the_end_of_a_reference_counts_too_and_a_base_of_its_own_is_planned(bench: Bench) -> None:
+    asked = ("strategy=g-opd", *WRITES[1:], f"endpoints.base.model={bench.folder / 'student'}")
+    assert "Score(base)" in " ".join(plan_text(bench.plan(*asked)).split())
+    settings = bench.folder / "student" / "tokenizer_config.json"
+    other = bench.copy("student", "base")
+    (other / "tokenizer_config.json").write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": "<|im_start|>"}))
+    with pytest.raises(Refusal, match="'base' never ends a text so"):
+        bench.plan(*asked[:2], f"endpoints.base.model={other}")
+
+
+@pytest.mark.parametrize(
+    ("objective", "take", "words"),
+    [
+        ("plackett-luce", "per-token", "which reads"),
+        ("{type: reverse-kl-reward-to-go, importance_cap: 2}", "per-token", "what is known of tokens that a policy wrote"),
+    ],
+)
+def test_an_objective_that_reads_two_things_needs_a_signal_of_both(bench: Bench, objective: str, take: str, words: str) -> None:
+    signals = f"{{teacher: {{endpoint: teacher, take: {take}}}}}"
+    with pytest.raises(Refusal, match=words):
+        bench.plan(f"strategy={{type: terms, signals: {signals}, terms: [{{objective: {objective}}}]}}")
+
+
 JUDGED = ("strategy={type: kdrl, max_new_tokens: 16, samples: 4}", "endpoints.verifier={engine: verifier, kind: exact}")
 
 

@@ -11,7 +11,17 @@ import torch
 from pydantic import ValidationError
 
 from strategies.core import Progress, TwoPass
-from strategies.objectives.adakd import LATF, AdaKD, AdaKDAbsolute, LATFState, hardest, hellinger, idts_temperatures, latf_update
+from strategies.objectives.adakd import (
+    LATF,
+    AdaKD,
+    AdaKDAbsolute,
+    LATFState,
+    TemperedPerToken,
+    hardest,
+    hellinger,
+    idts_temperatures,
+    latf_update,
+)
 from strategies.objectives.divergence import ForwardKL, ReverseKL
 from strategies.schedule import Ramp
 from strategies.signals import TopK
@@ -137,6 +147,11 @@ def test_temperatures_and_divergence_are_settings_that_do_not_meet() -> None:
         for divergence in (ForwardKL(temperature=2.0), {"type": "forward-kl", "temperature": {"ramp": [1, 2]}}):
             with pytest.raises(ValidationError, match="leave that at 1"):
                 kind.model_validate({"divergence": divergence})
+        wrapped = {"type": "selected-tokens-absolute", "divergence": {"type": "forward-kl", "temperature": 2.0}}
+        with pytest.raises(ValidationError, match="leave that at 1"):
+            kind.model_validate({"divergence": wrapped})
+        with pytest.raises(ValidationError, match="cross-entropy reads no teacher"):
+            kind.model_validate({"divergence": {"type": "cross-entropy"}})
         with pytest.raises(ValidationError, match="looks at whole micro-batches itself"):
             kind(divergence=AdaKD())
         assert kind.model_validate({"divergence": {"type": "reverse-kl"}}) == kind()
@@ -150,6 +165,15 @@ def test_what_cannot_be_tempered_is_named() -> None:
             run(kind(), logits(0), Tokens(signal=dropped))
         with pytest.raises(ValueError, match=f"{kind().type} compares with a teacher"):
             run(kind(), logits(0), Tokens())
+
+
+def test_a_divergence_that_looks_at_single_tokens_finds_them_behind_temperatures() -> None:
+    ids, logprobs = reference.top(logits(50), 4)
+    kept = TopK(torch.from_numpy(ids), floats(logprobs))
+    tempered = TemperedPerToken(kept, torch.full((len(ids),), 2.0))
+    assert tempered.ids is kept.ids and tempered.tail == "bucket" and TemperedPerToken(dense(logits(50)), torch.ones(6)).ids is None
+    value, _ = run(AdaKD(divergence={"type": "atkd-absolute"}), logits(0), Tokens(signal=kept, labels=ids[:, 0]))
+    assert np.isfinite(value)
 
 
 @pytest.mark.parametrize("objective", [AdaKD(), AdaKD(keep_share=0.3), AdaKDAbsolute()])

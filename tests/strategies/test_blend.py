@@ -124,6 +124,19 @@ def test_top_k_members_on_the_same_tokens_blend_outcome_by_outcome(tail: Any) ->
     assert signal.whole == (tail != "drop") and "label" not in signal.gives and "label" in blend("mixture").gives
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, -0.5), (0.5, 0.5)])
+def test_the_bucket_of_a_product_is_that_of_all_its_tokens(weights: tuple[float, float]) -> None:
+    """As if each member spread its own rest evenly over them."""
+    ids, _ = reference.top(TEACHERS[0], 5)
+    members = [top_k(z, ids) for z in TEACHERS[:2]]
+    kept, rest = (np.stack([m.teacher(19, 1.0).exp().double().numpy()[:, part] for m in members]) for part in (slice(5), slice(5, 6)))
+    whole = np.concatenate([kept, np.repeat(rest / 14, 14, -1)], -1)
+    product = np.prod(whole ** np.asarray(weights)[:, None, None], 0)
+    wanted = product / product.sum(-1, keepdims=True)
+    _, log_p = Blend(tuple(members), weights, "product").pair(student(logits(0)), 1.0)
+    np.testing.assert_allclose(log_p.exp().numpy(), np.concatenate([wanted[:, :5], wanted[:, 5:].sum(-1, keepdims=True)], -1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("objective", [AdaKD(strength=1.0), AdaKD(temperature=2.0), ATKD(), ATKDAbsolute()])
 def test_objectives_that_tell_tokens_from_the_bucket_do_so_in_a_blend(objective: Any) -> None:
     ids, _ = reference.top(TEACHERS[0], 5)

@@ -98,6 +98,9 @@ def blending(*takes: Any, weights: tuple[float, float] = (0.5, 0.5), where: str 
     return {"signals": signals, "terms": [{"objective": "forward-kl", "signal": "both"}]}
 
 
+DROPPED = {"teacher": {"endpoint": "a", "take": {"type": "topk", "tail": "drop"}}}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -114,6 +117,8 @@ def blending(*takes: Any, weights: tuple[float, float] = (0.5, 0.5), where: str 
         (blending("topk", "hidden"), "all topk or all of dense and hidden"),
         (blending("topk", {"type": "topk", "tail": "renormalise"}), "tail: bucket"),
         (blending("topk", "topk", where="player"), "of endpoints"),
+        ({"signals": DROPPED, "terms": [{"objective": "adakd-absolute"}]}, "tempered one by one"),
+        ({"signals": DROPPED, "terms": [{"objective": {"type": "selected-tokens", "divergence": {"type": "adakd-absolute"}}}]}, "tempered"),
     ],
 )
 def test_a_mistake_is_named(content: dict[str, Any], message: str) -> None:
