@@ -89,7 +89,7 @@ class Gate:
             shares.append(np.repeat(rows * weight, counts))
         base = np.stack(shares, -1).astype(np.float64)
         scores = np.stack([SCORES[self.by](answer_of(columns, name)) for name in self.members], -1)
-        scores = np.where(base > 0, np.maximum(scores, LEAST_SCORE), 2 * LEAST_SCORE)
+        scores = np.where(base > 0, np.fmax(scores, LEAST_SCORE), 2 * LEAST_SCORE)
         if self.best:
             base = (base > 0) & (np.arange(base.shape[-1]) == scores.argmax(-1)[:, None])
         else:
@@ -182,7 +182,7 @@ def answer_of(columns: Columns, member: str) -> Answer:
 
 def _negative_entropy(answer: Answer) -> Floats:
     log_p = answer.whole
-    return np.asarray((np.exp(log_p) * log_p).sum(-1))
+    return np.asarray((np.exp(log_p) * np.where(np.isneginf(log_p), 0.0, log_p)).sum(-1))
 
 
 SCORES: Mapping[str, Callable[[Answer], Floats]] = {

@@ -160,6 +160,12 @@ def test_the_entropy_of_top_k_answers_takes_the_rest_as_one_token() -> None:
     np.testing.assert_allclose(panel.SCORES["entropy"](answer_of(columns, "a")), (whole * np.log(whole)).sum(-1), rtol=1e-5)
 
 
+def test_tokens_that_a_whole_answer_rules_out_add_nothing_to_its_entropy() -> None:
+    log_p = np.log(np.asarray([[0.5, 0.5, 1e-300]], dtype=np.float64))
+    log_p[0, 2] = -np.inf
+    assert panel.SCORES["entropy"](panel.Answer(np.zeros(1), log_p))[0] == pytest.approx(np.log(0.5))
+
+
 def test_rows_go_to_the_teachers_of_their_domain_and_teach_nothing_without_one() -> None:
     columns, _ = scored(TOPK, bundle(domains=("code", "prose", "maths")), b=Ask("b", "b", TOPK, domains=("prose",)))
     gate = Gate({"a": Member(domains=("code",)), "b": Member(domains=("prose",))}, terms=("kd",))
