@@ -31,8 +31,6 @@ from orchestrator.search.sharing import Pooled, pooled, seated
 from orchestrator.search.space import Probe, probes
 from orchestrator.search.trial import Spec, taught
 
-DRIVER_CPUS = 0.1
-"""Of the process that drives a trial: it waits, and a whole one would keep a trial's workers from starting on two cores."""
 EVALUATIONS = "eval/"
 
 
@@ -72,8 +70,8 @@ class SearchPlan:
 
     @property
     def cpus(self) -> float:
-        """Most logical CPUs that one trial holds."""
-        return max(cpus(c.plan) for c in self.corners)
+        """Most logical CPUs that one trial holds; the process that drives it waits, and holds none."""
+        return max(together(c.plan.demands).cpus for c in self.corners)
 
     @property
     def gpus(self) -> float:
@@ -106,11 +104,6 @@ class SearchPlan:
     def first_evaluation(self) -> int:
         periods = (self.plan.job.run.evaluate.every_steps, self.plan.job.run.checkpoint.every_steps)
         return min(p for p in (*periods, self.plan.steps) if p)
-
-
-def cpus(plan: Plan) -> float:
-    """Logical CPUs that a trial holds."""
-    return sum(d.processes * d.share.cpus for d in plan.demands) + DRIVER_CPUS
 
 
 def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str], cluster: Mapping[str, Any], name: str = "") -> SearchPlan:

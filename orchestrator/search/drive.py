@@ -26,7 +26,7 @@ from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, tell_of_room, with_texts
 from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
 from orchestrator.search.court import Court
-from orchestrator.search.door import DRIVER_CPUS, SearchPlan, going_on, search_plan
+from orchestrator.search.door import SearchPlan, going_on, search_plan
 from orchestrator.search.judge import Judge
 from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.plan_text import search_text
@@ -189,9 +189,8 @@ def _fill(plan: SearchPlan, display: Display) -> Spent:
 
 def _tune(plan: SearchPlan, court: Court) -> None:
     """Runs the trials to their ends. Tune works in a thread of its own, so that a person's Ctrl-C is ours."""
-    here = f"node:{ray.util.get_node_ip_address()}"  # a trial's small files lie where the search's do
     judge = Judge(court)
-    function = tune.with_resources(tune.with_parameters(run_trial, spec=plan.spec), {"cpu": DRIVER_CPUS, here: 0.001})
+    function = tune.with_resources(tune.with_parameters(run_trial, spec=plan.spec), _beside_the_search())
     tuner = tune.Tuner(
         function,
         tune_config=tune.TuneConfig(
@@ -211,6 +210,12 @@ def _tune(plan: SearchPlan, court: Court) -> None:
         if court.interrupted:
             court.interrupt()  # again: a trial that was starting could not hear it
     fitted.result()
+
+
+def _beside_the_search() -> dict[str, float]:
+    """Where the process that drives a trial goes: a trial's small files lie where the search's do. It waits, and asks for no CPUs, for
+    that may be a head node that lends none; how many there are at once is for `search.concurrent` to say."""
+    return {"cpu": 0, f"node:{ray.util.get_node_ip_address()}": 0.001}
 
 
 def _fit(tuner: tune.Tuner, fitted: Future[Any]) -> None:

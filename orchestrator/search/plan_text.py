@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from cluster.resources import machine_cpus
 from orchestrator.checks.machine import text as size
 from orchestrator.plan_text import sections_text
-from orchestrator.search.door import DRIVER_CPUS, SearchPlan
+from orchestrator.search.door import SearchPlan
 from orchestrator.search.settings import Domain
 from orchestrator.stores import LIVE
 
@@ -92,7 +92,7 @@ def _trial(plan: SearchPlan) -> Iterator[str]:
     listed = " or ".join(f"{s:,}" for s in steps) if len(steps) < 4 else f"{steps[0]:,} to {steps[-1]:,}"
     yield f"{listed} steps of {batch}, about {_tokens(plan):,.0f} tokens, measured from step {plan.first_evaluation} on"
     held = f"{size(plan.memory)} of memory, {size(run.disk.needed)} of disk"
-    yield f"up to {plan.cpus:g} logical CPUs ({DRIVER_CPUS:g} of them to drive it), {held}"
+    yield f"up to {plan.cpus:g} logical CPUs, {held}"
 
 
 def _tokens(plan: SearchPlan) -> float:

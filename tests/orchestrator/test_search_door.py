@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 
 from cluster.config import OpenAIEndpoint
 from cluster.pool import Seat
 from orchestrator.config import load_job, to_yaml
 from orchestrator.errors import Refusal
 from orchestrator.plan import make_plan
-from orchestrator.search import door
+from orchestrator.search import door, drive
 from orchestrator.search.door import SearchPlan, search_plan
 from orchestrator.search.plan_text import search_text
 from orchestrator.search.settings import SearchConfig
@@ -106,6 +107,12 @@ def test_threads_are_shared_out_among_trials_at_once(bench: Bench, monkeypatch: 
     assert spec.home == os.getcwd()
 
 
+def test_whoever_drives_a_trial_asks_a_head_node_for_no_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
+    asked = resource_dict_to_pg_factory(drive._beside_the_search())
+    assert asked.bundles == [{"node:10.0.0.1": 0.001}]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "an unknown path": ({"train.lrr": {"uniform": [1, 2]}}, {}, "unknown key 'lrr'.*Did you mean 'lr'"),
     "a wrong type": ({"train.lr": {"choice": [0.1, "much"]}}, {}, r"train.lr: got 'much'"),
@@ -121,7 +128,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a training loss": (LR, {"objective": "loss"}, "search.objective: got 'loss'"),
     "a scheduler that never looks": (LR, {"scheduler": "asha"}, "evaluate.every_steps"),
     "a scheduler that looks at costs": (LR, {"scheduler": "asha", "objective": "tokens"}, "a held-out metric for the scheduler"),
-    "too many at once": (LR, {"concurrent": 50}, "search.concurrent: got 50 trials of 0.4 logical CPUs"),
+    "too many at once": (LR, {"concurrent": 50}, "search.concurrent: got 50 trials of 0.3 logical CPUs"),
     "a range in a grid": (LR, {"sampler": "grid"}, "log_uniform with sampler: grid"),
     "an unknown scheduler": (LR, {"scheduler": "pbtt"}, "'none', 'asha', 'median' or 'pbt'"),
     "no domain at all": ({}, {}, "at least one setting to search"),
