@@ -58,7 +58,7 @@ def _tries(words: Sequence[str], config: ClusterConfig, cluster: Path | None) ->
         name = load_job(recipe, [w for w in words[2:] if not w.startswith("-")], cluster).run.name or stamped(recipe.stem)
         if known.resumes:
             folder = Folder.of(config.storage if "://" in config.storage else storage_path(config), name).root
-            first, then, file = [*first, f"name={name}"], [*PROGRAM, words[0], "--resume", folder], f"{folder}/{known.resumes}"
+            first, then, file = [*first, f"name={name}"], [*PROGRAM, words[0], "--resume", folder], known.marker(folder)
     retries = config.jobs.retries
     return ["python", "-m", "cluster.retrying", str(retries), file, "--", *first, "--then", *then] if retries else [*PROGRAM, *words]
 

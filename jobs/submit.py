@@ -24,9 +24,10 @@ from jobs.submitted import COMMAND, EXPERIMENT, RUN_FOLDER, TRACKING, follow_job
 from orchestrator.config import load_cluster, load_job
 from orchestrator.display import console
 from orchestrator.errors import Refusal
+from orchestrator.mirror import COPY
 from orchestrator.naming import fresh_name
 from orchestrator.result import RECIPE
-from orchestrator.search.book import TRIALS
+from orchestrator.search.book import SEARCH
 from orchestrator.tracking_uri import absolute
 
 MIB = 1 << 20
@@ -40,11 +41,18 @@ class Command:
     """Its words are a recipe and overrides, checked here before anything is sent."""
     resumes: str | None = None
     """A file of its folder that is there once it has begun: from then on another try goes on with it. None where nothing goes on."""
+    copied: bool = False
+    """That file is one of the driver's own small ones, of which remote storage has a copy."""
+
+    def marker(self, folder: str) -> str:
+        """Where that file lies, of a folder or URI."""
+        place = f"{folder}/{COPY}" if self.copied and "://" in folder else folder
+        return f"{place}/{self.resumes}"
 
 
 COMMANDS: Mapping[str, Command] = {
     "run": Command(recipe=True, resumes=RECIPE),
-    "search": Command(recipe=True, resumes=TRIALS),
+    "search": Command(recipe=True, resumes=SEARCH, copied=True),
     "generate": Command(recipe=True),
     "evaluate": Command(),
     "doctor": Command(),
@@ -146,7 +154,7 @@ def entrypoint(asked: Asked, work: Work, config: ClusterConfig, luggage: Luggage
     if not retries:
         return f"exec {shlex.join(first)}"
     then = first if work.then == work.words else [*program, *luggage.arguments(work.then), *where]
-    file = f"{work.folder}/{COMMANDS[asked.command].resumes}" if work.folder else os.devnull
+    file = COMMANDS[asked.command].marker(work.folder) if work.folder else os.devnull
     return f"exec {shlex.join(['python', '-m', 'cluster.retrying', str(retries), file, '--', *first, '--then', *then])}"
 
 

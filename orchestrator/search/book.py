@@ -21,6 +21,8 @@ Outcome = Literal["running", "paused", "finished", "stopped", "failed"]
 EARLY: tuple[Outcome, ...] = ("paused", "stopped")
 """Ends before the last step."""
 TRIALS = "trials.jsonl"
+SEARCH = "search.yaml"
+"""A search's recipe as it is written, in its folder: what going on with it needs."""
 CONTROL = -1
 """Number of the trial without a teacher."""
 

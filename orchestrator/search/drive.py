@@ -24,7 +24,7 @@ from orchestrator.journal import MetricRow, RunRecord
 from orchestrator.mirror import COPY, mirrored
 from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, tell_of_room, with_texts
-from orchestrator.search.book import CONTROL, TRIALS, Book, Trial, front, ranked
+from orchestrator.search.book import CONTROL, SEARCH, TRIALS, Book, Trial, front, ranked
 from orchestrator.search.court import Court
 from orchestrator.search.door import SearchPlan, going_on, search_plan
 from orchestrator.search.judge import Judge
@@ -38,8 +38,6 @@ from orchestrator.search.trial import local, run_trial
 from orchestrator.track import Tracker, reconcile, reconcile_all
 from orchestrator.tracking_uri import of_record
 
-SEARCH = "search.yaml"
-"""A search's recipe as it is written, in its folder."""
 POLL_SECONDS = 0.25
 SETTLE_SECONDS = 60.0
 QUIET = {
@@ -122,9 +120,10 @@ def _run(planned: Callable[[], SearchPlan], cluster: Mapping[str, Any], display:
 
 def _drive(plan: SearchPlan, display: Display) -> SearchResult:
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / SEARCH).write_text(
-        to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json", exclude_defaults=True)}), encoding="utf-8"
-    )
+    content = to_yaml({**plan.spec.content, "search": plan.config.model_dump(mode="json", exclude_defaults=True)})
+    (plan.folder / SEARCH).write_text(content, encoding="utf-8")
+    if plan.spec.home_folder.local is None:  # not some seconds later: without it nobody goes on
+        plan.spec.home_folder.child(COPY).write(SEARCH, content.encode())
     tracker, guard = _start_tracking(plan), watchdog.start(plan.folder, beside=f"{plan.name}-*")
     try:
         return _search(going_on(plan, tracker.run_id), tracker, display)

@@ -180,6 +180,9 @@ def test_a_rayjobs_second_try_goes_on_with_the_run_of_the_first() -> None:
         *(f"name={name}", "--then", *program, "--resume", f"/data/runs/{name}"),
     ]
     assert "s3://bucket/runs/mine/recipe.yaml" in entrypoint("run", recipe, "name=mine", storage="s3://bucket/runs")
+    searched = ("search", "jobs/recipes/tiny_search.yaml", "name=mine")
+    assert "/data/runs/mine/search.yaml" in entrypoint(*searched)
+    assert "s3://bucket/runs/mine/driver/search.yaml" in entrypoint(*searched, storage="s3://bucket/runs")
     assert entrypoint("run", recipe, jobs={}) == [*program, recipe]
     assert entrypoint("doctor")[3:] == ["2", "/dev/null", "--", *program[:3], "doctor", "--then", *program[:3], "doctor"]
 

@@ -99,6 +99,17 @@ def test_a_second_try_goes_on_from_the_runs_folder(sent: Sent) -> None:
     assert again == ["python", "-m", "jobs.cli", "run", "--resume", folder, "--cluster", "submitted/ray_config.yaml"]
 
 
+@pytest.mark.parametrize(("storage", "inner"), [("/data/runs", ""), ("s3://bucket/runs", "driver/")])
+def test_a_search_is_gone_on_with_once_it_is_written_down(sent: Sent, storage: str, inner: str) -> None:
+    Path("ray_config.yaml").write_text(f"storage: {storage}\n")
+    Path("recipe.yaml").write_text(f"{RECIPE}search: {{space: {{train.lr: {{choice: [0.1, 0.2]}}}}}}\n")
+    ask("recipe.yaml", "name=mine", command="search", retries=1)
+    words = shlex.split(sent.command)
+    assert words[:7] == ["exec", "python", "-m", "cluster.retrying", "1", f"{storage}/mine/{inner}search.yaml", "--"]
+    again = words[words.index("--then") + 1 :]
+    assert again[:6] == ["python", "-m", "jobs.cli", "search", "--resume", f"{storage}/mine"]
+
+
 @pytest.mark.parametrize("words", [("--resume", "runs/earlier"), ("--resume=runs/earlier",)])
 def test_a_resumed_run_keeps_its_folder(sent: Sent, words: tuple[str, ...]) -> None:
     (Path.cwd() / "runs" / "earlier").mkdir(parents=True)
