@@ -13,10 +13,10 @@ from cluster.yaml_text import read_yaml, write_yaml
 
 PACKED = "submitted"
 """Folder of the archive that holds what does not lie in the tree as it is."""
-_OVERRIDE = re.compile(r"[\w.]+=")
+_OVERRIDE = re.compile(r"\w[\w.-]*=")
 _GLOB = re.compile(r"[*?\[]")
-_PATHS = ("student", "model", "tokenizer", "train", "held_out", "folder")
-"""Last words of settings that name a file or a folder; of others a plain word is no path, whatever lies here."""
+_PATHS = re.compile(r"data|data\.(train|held_out)(\..+)?|(.+\.)?(student|model|local_model|tokenizer|folder)")
+"""Settings that name a file or a folder, sources by name among them; of others a plain word is no path, whatever lies here."""
 
 
 @dataclass
@@ -58,9 +58,9 @@ class Luggage:
 
     def _argument(self, word: str) -> str:
         if found := _OVERRIDE.match(word):
-            setting, value = word[: found.end()], word[found.end() :]
-            named = "/" in value or Path(value).suffix or setting.rpartition(".")[2].removesuffix("=") in _PATHS
-            return setting + (self._text(value) if named else value)
+            setting, value = word[: found.end() - 1], word[found.end() :]
+            named = "/" in value or Path(value).suffix or _PATHS.fullmatch(setting)
+            return f"{setting}={self._text(value) if named else value}"
         return self._text(word)
 
     def _text(self, text: str) -> str:

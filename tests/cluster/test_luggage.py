@@ -32,7 +32,21 @@ def test_a_path_of_the_tree_stays_and_one_that_is_ignored_becomes_absolute(lugga
 
 
 @pytest.mark.parametrize(
-    "word", ["Qwen/Qwen3-8B", "train.lr=2e-5", "--verbose", "-v", "s3://bucket/runs", "", "strategy=logits", "tags.a=", "data.split=runs"]
+    "setting", ["data", "data.train", "data.held_out", "data.train.my-code", "data.held_out.prose", "endpoints.served-here.local_model"]
+)
+def test_a_plain_word_is_a_path_where_a_setting_names_one(luggage: Luggage, setting: str) -> None:
+    assert luggage.arguments([f"{setting}=runs", f"{setting}=data", f"{setting}=elsewhere"]) == [
+        *(f"{setting}={Path.cwd()}/runs", f"{setting}=data", f"{setting}=elsewhere"),
+    ]
+    assert luggage.reached == [f"{Path.cwd()}/runs"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("Qwen/Qwen3-8B", "train.lr=2e-5", "--verbose", "-v", "s3://bucket/runs", "", "strategy=logits", "tags.a=", "data.split=runs"),
+        *("data.subset=runs", "data.domain=runs", "data.columns.text=runs", "name=runs", "signals=runs", "train=runs"),
+    ],
 )
 def test_other_words_stay(luggage: Luggage, word: str) -> None:
     assert luggage.arguments([word]) == [word]
