@@ -39,13 +39,13 @@ class Luggage:
         """Words of a command line: options, paths, and `dotted.path=value`."""
         return [self._argument(word) for word in words]
 
-    def content(self, value: Any) -> Any:
-        """Settings as YAML holds them."""
+    def content(self, value: Any, setting: str = "") -> Any:
+        """Settings as YAML holds them, those below the dotted path of one."""
         if isinstance(value, Mapping):
-            return {key: self.content(inner) for key, inner in value.items()}
+            return {key: self.content(inner, f"{setting}.{key}" if setting else str(key)) for key, inner in value.items()}
         if isinstance(value, list):
             return [self.content(inner) for inner in value]
-        return self._text(value) if isinstance(value, str) and "/" in value else value
+        return self._text(value) if isinstance(value, str) and ("/" in value or _PATHS.fullmatch(setting)) else value
 
     def pack(self, name: str, content: Any) -> str:
         """Takes settings along as a file; returns its path in the archive."""

@@ -65,6 +65,15 @@ def test_a_recipe_goes_along_with_its_paths_and_those_of_recipes_it_names(luggag
     assert yaml.safe_load(luggage.files["submitted/base.yaml"]) == {"student": teacher}
 
 
+def test_a_recipe_names_paths_by_plain_words_where_its_settings_do(luggage: Luggage) -> None:
+    source = {"code": "runs", "prose": "data"}
+    recipe = {"name": "runs", "student": "notes", "data": {"train": source, "held_out": "elsewhere", "split": "runs"}}
+    here = Path.cwd()
+    assert luggage.content(recipe) == {**recipe, "data": {**recipe["data"], "train": {"code": f"{here}/runs", "prose": "data"}}}
+    assert luggage.content({"data": "runs"}) == {"data": f"{here}/runs"}
+    assert luggage.reached == [f"{here}/runs"]
+
+
 def test_two_files_of_one_name_do_not_meet(luggage: Luggage, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
