@@ -13,8 +13,8 @@ from cluster.deploy.kuberay import ray_cluster, ray_job, storage_path
 from cluster.deploy.launcher import launcher
 from cluster.storage import Folder
 from cluster.yaml_text import write_yaml
-from jobs.run import cluster_file
-from jobs.submit import COMMANDS, Command
+from jobs.run import CLUSTER, cluster_file
+from jobs.submit import COMMANDS, WITHOUT_SETTINGS, Command
 from orchestrator.config import load_cluster, load_job
 from orchestrator.errors import Refusal
 from orchestrator.naming import stamped
@@ -51,16 +51,32 @@ def rendered(what: str, words: Sequence[str], config: ClusterConfig, cluster: Pa
 
 def _tries(words: Sequence[str], config: ClusterConfig, cluster: Path | None) -> list[str]:
     """The command, started again when it fails as `distill submit` does it: under a fixed name, so that a later try goes on."""
-    known, first = COMMANDS.get(words[0], Command()), [*PROGRAM, *words]
-    then, file = first, os.devnull
+    known, where = COMMANDS.get(words[0], Command()), _settings(words[0], cluster)
+    once = [*PROGRAM, *words, *where]
+    first, then, file = once, once, os.devnull
     if known.recipe and not any(word.startswith("--resume") for word in words):
         recipe = _in_image(words)
         name = load_job(recipe, [w for w in words[2:] if not w.startswith("-")], cluster).run.name or stamped(recipe.stem)
         if known.resumes:
             folder = Folder.of(config.storage if "://" in config.storage else storage_path(config), name).root
-            first, then, file = [*first, f"name={name}"], [*PROGRAM, words[0], "--resume", folder], known.marker(folder)
+            first, file = [*PROGRAM, *words, f"name={name}", *where], known.marker(folder)
+            then = [*PROGRAM, words[0], "--resume", folder, *where]
     retries = config.jobs.retries
-    return ["python", "-m", "cluster.retrying", str(retries), file, "--", *first, "--then", *then] if retries else [*PROGRAM, *words]
+    return ["python", "-m", "cluster.retrying", str(retries), file, "--", *first, "--then", *then] if retries else once
+
+
+def _settings(command: str, cluster: Path | None) -> list[str]:
+    """Words that name the settings, where the image's `ray_config.yaml` is another file; `Refusal` for one that the image does not hold."""
+    if cluster is None or command in WITHOUT_SETTINGS:
+        return []
+    path = os.path.relpath(cluster.parent.resolve() / cluster.name)
+    if path == str(CLUSTER):
+        return []
+    if path.partition(os.sep)[0] not in FOLDERS:
+        do = f"Put it under jobs/ and build the image anew (`distill cluster render docker`), or make it the {CLUSTER} of this folder."
+        expected = f"{CLUSTER}, or a path below {', '.join(FOLDERS)}"
+        raise Refusal(f"distill cluster render rayjob {command}", f"--cluster {cluster}, which is not in the image", expected, do)
+    return ["--cluster", path]
 
 
 def _in_image(words: Sequence[str]) -> Path:

@@ -57,6 +57,8 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(),
     "doctor": Command(),
 }
+WITHOUT_SETTINGS = ("evaluate", "quickstart", "task")
+"""Commands that take no `--cluster`."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ def environment(config: ClusterConfig) -> dict[str, str]:
 def entrypoint(asked: Asked, work: Work, config: ClusterConfig, luggage: Luggage) -> str:
     """The job's command line; what it needs besides the tree goes into `luggage`."""
     program = ["python", "-m", "jobs.cli", asked.command]
-    where = ["--cluster", luggage.pack("ray_config.yaml", _cluster_content(asked, config, luggage))] if asked.command != "evaluate" else []
+    where: list[str] = []
+    if asked.command not in WITHOUT_SETTINGS:
+        where = ["--cluster", luggage.pack("ray_config.yaml", _cluster_content(asked, config, luggage))]
     first = [*program, *luggage.arguments(work.words), *where]
     retries = config.jobs.retries if asked.retries is None else asked.retries
     if not retries:

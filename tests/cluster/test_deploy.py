@@ -193,6 +193,45 @@ def test_a_recipe_that_the_image_lacks_is_refused(path: str) -> None:
         rendered("rayjob", ["run", path], config())
 
 
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a recipe, settings of its own, and others that go into the image and that do not."""
+    (tmp_path / "jobs" / "recipes").mkdir(parents=True)
+    (tmp_path / "jobs" / "recipes" / "r.yaml").write_text(
+        "student: some/model\nstrategy: cross-entropy\ndata: rows.jsonl\ntrain: {steps: 3}\n"
+    )
+    for name in ("ray_config.yaml", "other.yaml", "jobs/other.yaml", "jobs/ray_config.yaml"):
+        (tmp_path / name).write_text("storage: /data/runs\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command_with(settings: Path, *words: str, retries: int = 0) -> list[str]:
+    text = rendered("rayjob", words, config(jobs={"retries": retries}), settings)
+    return shlex.split(yaml.safe_load(text)["spec"]["entrypoint"])
+
+
+@pytest.mark.parametrize("name", ["jobs/other.yaml", "jobs/ray_config.yaml"])
+def test_a_rayjob_names_settings_that_are_not_those_of_the_project(project: Path, name: str) -> None:
+    words = ("run", "jobs/recipes/r.yaml", "name=mine")
+    for settings in (Path(name), project / name):
+        assert command_with(settings, *words) == ["python", "-m", "jobs.cli", *words, "--cluster", name]
+        again = command_with(settings, *words, retries=1)
+        cut = again.index("--then")
+        assert again[cut - 2 : cut] == again[-2:] == ["--cluster", name]
+        assert again[cut - 3] == "name=mine"
+    for settings in (Path("ray_config.yaml"), Path("./ray_config.yaml"), project / "ray_config.yaml"):
+        assert "--cluster" not in command_with(settings, *words, retries=1)
+
+
+def test_a_rayjobs_settings_that_the_image_lacks_are_refused(project: Path) -> None:
+    for settings in (Path("other.yaml"), project / "other.yaml", Path("../elsewhere.yaml")):
+        with pytest.raises(Refusal, match="not in the image") as refused:
+            command_with(settings, "run", "jobs/recipes/r.yaml")
+        assert "build the image anew" in refused.value.do
+    assert command_with(Path("other.yaml"), "evaluate", "some/model")[-2:] == ["evaluate", "some/model"]  # which reads none
+
+
 def test_runs_that_would_go_with_their_pods_are_refused() -> None:
     nodes = {**CONFIG["nodes"], "claim": None}
     with pytest.raises(Refusal, match=r"nodes\.claim"):
