@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import socket
 import uuid
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,10 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 from pyarrow import fs
+
+RENAMING = ("file", "hdfs", "viewfs")
+"""Schemes where a file is seen as it grows and can be renamed over another. An object store shows a file once all of it is there, and the
+moves of what fsspec knows do not always replace."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,11 @@ class Folder:
             return bytes(stream.read())
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
-        """Writes a file whole: a reader sees the old content or the new one, never a part."""
+        """Writes a file whole: a reader sees the old content or the new one, never a part; some of fsspec's promise less."""
         filesystem, path = self._at(name)
         filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        target = f"{path}.{os.getpid()}.part" if self.local else path
+        part = f"{path}.{socket.gethostname()}-{os.getpid()}.part"  # drivers of several machines may write here
+        target = part if self.local or self.root.partition("://")[0] in RENAMING else path
         with filesystem.open_output_stream(target) as stream:
             stream.write(content)
         if target != path:
@@ -106,13 +112,16 @@ class Folder:
         if "://" not in full:
             return fs.LocalFileSystem(), full
         scheme, _, rest = full.partition("://")
-        filesystem, beginning = _remote(f"{scheme}://{rest.partition('/')[0]}")
-        return filesystem, posixpath.join(beginning, rest.partition("/")[2])
+        host, _, below = rest.partition("/")
+        filesystem, beginning = _remote(f"{scheme}://{host}")
+        return filesystem, posixpath.join(beginning or "/", below) if below else beginning or "/"
 
 
 @lru_cache(maxsize=16)
 def _remote(address: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a scheme and host or bucket, with the path it begins at: pyarrow's own, or any that fsspec knows."""
+    if address == "file://":  # pyarrow knows none without a path, and fsspec takes it for the working folder
+        return fs.LocalFileSystem(), "/"
     try:
         filesystem, path = fs.FileSystem.from_uri(address)
     except pa.ArrowInvalid:  # a scheme that pyarrow does not know
