@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import psutil
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 OUTBOX = "outbox.jsonl"
 RECORD = "mlflow.json"
@@ -168,8 +169,7 @@ class RunRecord:
     @classmethod
     def load(cls, folder: Path) -> RunRecord | None:
         """None when the folder is not a tracked run."""
-        content = _load(folder / RECORD)
-        return None if content is None else cls(**content)
+        return _load(folder / RECORD, cls)
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,7 @@ class Heartbeat:
 
     @classmethod
     def load(cls, folder: Path) -> Heartbeat | None:
-        content = _load(folder / HEARTBEAT)
-        return None if content is None else cls(**content)
+        return _load(folder / HEARTBEAT, cls)
 
     def alive(self, silence_seconds: float = _FOREIGN_SILENCE_SECONDS) -> bool:
         """Whether the process still runs; of another machine only the age of its last beat is known."""
@@ -251,9 +250,12 @@ def _replace(path: Path, content: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _load(path: Path) -> dict[str, Any] | None:
+def _load(path: Path, kind: type[T]) -> T | None:
+    """None where there is no file, and, with a warning, where it cannot be read: whoever walks all runs must get past it."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    return content
+    except (ValueError, TypeError) as error:
+        logger.warning("%s cannot be read (%s), and counts as missing.", path, error)
+        return None

@@ -298,6 +298,16 @@ def test_the_next_command_reconciles_when_the_watchdog_died_too(driver: subproce
     assert reconcile_all(tmp_path) == {"run": "clean"}
 
 
+def test_a_record_that_cannot_be_read_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("torn", "whole"):
+        (tmp_path / name).mkdir()
+        RunRecord("https://server/", "1", name, "FINISHED", delivered=True).save(tmp_path / name)
+    torn = tmp_path / "torn" / "mlflow.json"
+    torn.write_text(torn.read_text()[:-9])
+    assert reconcile_all(tmp_path) == {"torn": "clean", "whole": "clean"}
+    assert str(torn) in caplog.text
+
+
 def test_a_run_that_another_process_took_over_is_left_alone(uri: str, tmp_path: Path) -> None:
     tracker = start(uri, tmp_path / "run")
     assert reconcile(tmp_path / "run", dead_pid=1) == "running"
