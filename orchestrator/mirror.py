@@ -1,7 +1,7 @@
 """The driver's own small files of a run whose folder is in remote storage: kept beside its checkpoints, so that any machine can go on.
 
-They are written on this machine, line by line, which such a storage cannot; a copy follows within seconds. Where the folder is on this
-machine they lie in it, and there is nothing to do.
+They are written on this machine, line by line, which such a storage cannot; a copy follows within seconds, with who drives the run. Where
+the folder is on this machine they lie in it, and there is nothing to do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import threading
 import time
 import uuid
@@ -17,16 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.storage import Folder
-from orchestrator.journal import HEARTBEAT, RECORD, RunRecord
+from orchestrator.journal import HEARTBEAT, RECORD, Heartbeat, RunRecord
+from orchestrator.owner import COPY, OWNER, Owner, public_root
 from orchestrator.tracking_uri import sqlite_path, without_password
 
-COPY = "driver"
-"""Folder of the copy, in the run's."""
-OWNER = "owner"
-"""Names who wrote the copy last, in the copy and beside the files themselves."""
 EVERY_SECONDS = 20.0
 LEAST_PAUSE = 50
 """Times as long as copying took; a long run's journal is large."""
+RENEW_SECONDS = 15.0
+"""Between a driver's signs of life in the copy, however long copying takes."""
+PART = ".part"
+"""Ends the name of a file that is being written."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +36,24 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def mirrored(local: Path, folder: Folder) -> Iterator[None]:
     """Brings the files of `folder`'s copy to `local`, unless those here are what was copied last; then copies what changes here until the
-    block ends, and once more after that. A storage that does not answer then delays the copy and does nothing else."""
+    block ends, and once more after that. A storage that does not answer then delays the copy and does nothing else. Once another driver
+    has taken the run over, nothing is copied any more."""
     if folder.local is not None:
         yield
         return
-    mirror, done = _Mirror(local, folder.child(COPY)), threading.Event()
+    mirror, done = _Mirror(local, folder), threading.Event()
     mirror.begin()
-    thread = threading.Thread(target=_follow, args=(mirror, done), name="mirror", daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=work, args=(mirror, done), name="mirror", daemon=True) for work in (_follow, _renew)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
         mirror.keep()
+        mirror.say(None)
 
 
 def _follow(mirror: _Mirror, done: threading.Event) -> None:
@@ -58,30 +64,36 @@ def _follow(mirror: _Mirror, done: threading.Event) -> None:
         pause = max(EVERY_SECONDS, LEAST_PAUSE * (time.monotonic() - began))
 
 
+def _renew(mirror: _Mirror, done: threading.Event) -> None:
+    while not done.wait(RENEW_SECONDS):
+        mirror.say(Heartbeat.now())
+
+
 class _Mirror:
     """Files here, and their copy."""
 
-    def __init__(self, local: Path, copy: Folder):
-        self._local, self._copy = local, copy
+    def __init__(self, local: Path, home: Folder):
+        self._local, self._home, self._copy = local, home, home.child(COPY)
+        self._id, self._lost = uuid.uuid4().hex, False
         self._known: dict[str, tuple[int, int]] = {}
 
     def begin(self) -> None:
         """The newest of both is here, and the copy is this folder's from now on."""
-        mine, last = self._local / OWNER, self._copy.read(OWNER)
-        if last is not None and not (mine.exists() and mine.read_bytes() == last):
-            self._local.mkdir(parents=True, exist_ok=True)
-            (self._local / RECORD).unlink(missing_ok=True)
-            for name in self._copy.sizes():
-                (self._local / name).write_bytes(self._copy.read(name) or b"")
+        mine, last = Owner.here(self._local), Owner.of_copy(self._home)
         self._local.mkdir(parents=True, exist_ok=True)
-        mine.write_text(uuid.uuid4().hex, encoding="utf-8")
-        self._copy.write(OWNER, mine.read_bytes())
+        if last is not None and not last.same(mine):
+            self._own("")  # a driver that is killed before all is here leaves files that are not taken for the copy's
+            self._fetch()
+        self._own(self._id)
+        self._copy.write(OWNER, Owner(self._id, beat=Heartbeat.now()).to_json())
 
     def keep(self) -> None:
         """Copies files that are not as they were the last time."""
         try:
+            if not self._ours():
+                return
             for path in self._local.iterdir():
-                if not path.is_file() or path.name in (HEARTBEAT, OWNER) or path.suffix == ".part":
+                if not path.is_file() or path.name in (HEARTBEAT, OWNER) or path.suffix == PART:
                     continue
                 look = path.stat()
                 if self._known.get(path.name) != (look.st_size, look.st_mtime_ns):
@@ -92,9 +104,42 @@ class _Mirror:
         except OSError as error:
             logger.warning("%s does not take the run's small files (%s); they are in %s.", self._copy.root, error, self._local)
 
+    def say(self, beat: Heartbeat | None) -> None:
+        """Writes into the copy who drives, or that nobody does, unless another driver has written there. `keep` tells of a storage that
+        does not answer."""
+        with contextlib.suppress(OSError):
+            if self._ours():
+                self._copy.write(OWNER, Owner(self._id, beat=beat).to_json())
+
+    def _ours(self) -> bool:
+        """Whether no other driver has taken the run over."""
+        owner = None if self._lost else Owner.of_copy(self._home)
+        if owner is not None and owner.id and owner.id != self._id:
+            self._lost = True
+            who = f"process {owner.beat.pid} of {owner.beat.host}" if owner.beat else "another driver"
+            words = "%s took %s over: what this driver still writes is in %s alone."
+            logger.warning(words, who, public_root(self._home.root), self._local)
+        return not self._lost
+
+    def _own(self, name: str) -> None:
+        _put(self._local / OWNER, Owner(name, public_root(self._home.root)).to_json())
+
+    def _fetch(self) -> None:
+        (self._local / RECORD).unlink(missing_ok=True)
+        for name in self._copy.sizes():
+            if name != OWNER and not name.endswith(PART):
+                _put(self._local / name, self._copy.read(name) or b"")
+
     def _send(self, path: Path) -> None:
         if path.name != RECORD:
             self._copy.write(path.name, path.read_bytes())
         elif (record := RunRecord.load(self._local)) and sqlite_path(record.uri) is None:  # nobody else has this machine's database
             public = dataclasses.replace(record, uri=without_password(record.uri))
             self._copy.write(RECORD, json.dumps(dataclasses.asdict(public)).encode())
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Replaces a file whole: other commands on this machine read the records of all runs."""
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    part.write_bytes(content)
+    part.replace(path)

@@ -30,6 +30,7 @@ from orchestrator.data import PreparedData, prepare, tokenizer_digest
 from orchestrator.filling import Filling
 from orchestrator.memory import Disk, Memory
 from orchestrator.order import Order
+from orchestrator.owner import small_files
 from orchestrator.pipeline import StreamSpec, pools
 from orchestrator.plan_text import plan_text
 from orchestrator.reading import place_of_rows
@@ -93,7 +94,7 @@ class Plan:
     @property
     def local(self) -> Path:
         """Local folder of the run's own small files."""
-        return self.folder.local or Path("runs") / self.name
+        return small_files(self.folder)
 
     @property
     def vocabulary(self) -> int:
