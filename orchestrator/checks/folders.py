@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.storage import Folder
-from orchestrator.checks import machine, recipe, resumed
+from orchestrator.checks import machine, owners, recipe, resumed
 from orchestrator.config import Job
 from orchestrator.naming import fresh_name
 from orchestrator.result import RESULT
@@ -17,9 +17,15 @@ def run_folder(job: Job, recipe_name: str, resume: Folder | None) -> Folder:
     machine.check_storage(job.cluster.storage)
     if resume is not None:
         resumed.check_resumable(resume, job, RESULT)
+        owners.check_own_small_files(_with_control(resume, job))
         return resume
     name = job.run.name or fresh_name(job.cluster.storage, recipe_name)
     recipe.check_name(name)
-    names = [name, name + BASELINE] if job.run.baseline else [name]
-    machine.check_folders_free([Folder.of(job.cluster.storage, n) for n in names], RESULT)
-    return Folder.of(job.cluster.storage, name)
+    folder = Folder.of(job.cluster.storage, name)
+    machine.check_folders_free(_with_control(folder, job), RESULT)
+    owners.check_no_small_files(_with_control(folder, job))
+    return folder
+
+
+def _with_control(folder: Folder, job: Job) -> list[Folder]:
+    return [folder, Folder(folder.root + BASELINE)] if job.run.baseline else [folder]

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.storage import Folder
+from orchestrator.checks.owners import check_nobody_drives
 from orchestrator.config import Job, RunConfig
 from orchestrator.errors import Refusal
-from orchestrator.journal import Heartbeat
 from orchestrator.layouts import layout_facts
 from orchestrator.saved_run import saved_job
 
 FACTS = "plan.json"
 """What a run rests on, in its folder."""
-SILENCE_SECONDS = 30.0
-"""After which a driver on another machine is taken for gone; it writes every few seconds."""
 SIGNALS = "signals."
 """Before an endpoint's name among fingerprints: `live`, or the digests of the stores that answer for it."""
 FREE = (
@@ -69,17 +65,8 @@ def check_resumable(folder: Folder, job: Job, result: str) -> None:
     if folder.exists(result):
         do = "Start another run under a new name; `distill evaluate` and `distill export` work on this one."
         raise Refusal(where, "a finished run", "one that has steps to go", do)
-    _check_nobody_drives(where, folder)
+    check_nobody_drives(where, folder)
     check_same_recipe(where, before, job.run)
-
-
-def _check_nobody_drives(where: str, folder: Folder) -> None:
-    """Two drivers would tear each other's journal and checkpoints apart. One that failed in this very process is gone."""
-    beat = None if folder.local is None else Heartbeat.load(folder.local)
-    if beat is None or not beat.alive(SILENCE_SECONDS) or (beat.host, beat.pid) == (socket.gethostname(), os.getpid()):
-        return
-    do = "Wait for its end, or stop it: Ctrl-C there, or `distill jobs stop` for a job."
-    raise Refusal(where, f"a run that process {beat.pid} of {beat.host} is driving", "one that nobody drives", do)
 
 
 def check_same_recipe(where: str, before: RunConfig, now: RunConfig) -> None:
