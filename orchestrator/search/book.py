@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,12 @@ def run_name(search: str, number: int, generation: int = 0) -> str:
     """Name of a trial's own run, one for each of its restarts."""
     again = f"-g{generation}" if generation else ""
     return f"{search}-control" if number == CONTROL else f"{search}-{number:03d}{again}"
+
+
+def run_names(search: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that a trial's runs may have."""
+    own = re.compile(rf"{re.escape(search)}-(control|\d{{3,}}(-g\d+)?)")
+    return [name for name in names if own.fullmatch(name)]
 
 
 def ranked(trials: list[Trial], objective: Objective) -> list[Trial]:

@@ -11,10 +11,11 @@ from pathlib import Path
 import ray
 
 from cluster.storage import Folder
+from orchestrator.owner import small_files
 from orchestrator.search.book import CONTROL, Book, Trial, curve, run_name
 from orchestrator.search.settings import SearchConfig
 from orchestrator.search.space import grid
-from orchestrator.search.trial import Spec, local
+from orchestrator.search.trial import Spec
 
 
 @dataclass(eq=False)
@@ -71,7 +72,7 @@ class Court:
 
     def folder(self, number: int) -> Path:
         """Where the small files of the run that counts lie."""
-        return local(self.run(number))
+        return small_files(self.run(number))
 
     def curve(self, number: int) -> dict[int, float]:
         """The first objective of a trial, by step."""

@@ -15,15 +15,15 @@ import torch
 
 from cluster.resources import Share, machine_cpus, together
 from cluster.storage import Folder
-from orchestrator.checks import machine, recipe
+from orchestrator.checks import machine
 from orchestrator.checks.teaching import evaluation_metrics
 from orchestrator.config import Job, load_job, read_content
 from orchestrator.dotted import ABSENT, get, put
 from orchestrator.errors import Refusal
 from orchestrator.explain import nearest
-from orchestrator.naming import fresh_name
 from orchestrator.plan import Plan, make_plan
 from orchestrator.rows import Rows
+from orchestrator.search.folders import new_name
 from orchestrator.search.population_door import check_population, comparison_steps
 from orchestrator.search.sampler import propose
 from orchestrator.search.settings import COSTS, SearchConfig
@@ -119,7 +119,7 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
         raise Refusal(where, "no search block", "a recipe that says what to search", do)
     machine.check_storage(job.cluster.storage)
     stem = recipe_file.stem if isinstance(recipe_file, Path) else "search"
-    own = name or _name(job, stem)
+    own = name or new_name(job, stem)
     spec = _spec(own, content, cluster, job)
     corners = tuple(_corners(job.search, spec, own))
     _check_comparable(job.search, corners)
@@ -133,16 +133,6 @@ def search_plan(recipe_file: Path | Mapping[str, Any], overrides: Sequence[str],
     _check_resources(found)
     propose(job.search, spec.content, 0, (), {})  # a grid may refuse a domain
     return found
-
-
-def _name(job: Job, stem: str) -> str:
-    name = job.run.name or fresh_name(job.cluster.storage, stem)
-    recipe.check_name(name)
-    folder = Folder.of(job.cluster.storage, name)
-    if folder.exists():
-        do = f"To go on with it: distill search --resume {folder.root}. Otherwise choose another name."
-        raise Refusal("name", f"{folder.root}, which is there", "a folder that does not exist", do)
-    return name
 
 
 def _spec(name: str, content: Mapping[str, Any], cluster: Mapping[str, Any], job: Job) -> Spec:

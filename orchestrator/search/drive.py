@@ -21,12 +21,14 @@ from orchestrator.errors import Interrupted, Refusal, RunFailed
 from orchestrator.filling import Filled, fill
 from orchestrator.interrupts import interruptible
 from orchestrator.journal import MetricRow, RunRecord
-from orchestrator.mirror import COPY, mirrored
+from orchestrator.mirror import mirrored
+from orchestrator.owner import COPY, home_of, small_files
 from orchestrator.plan import make_plan
 from orchestrator.run import planned_with_ray, tell_of_room, with_texts
 from orchestrator.search.book import CONTROL, SEARCH, TRIALS, Book, Trial, front, ranked
 from orchestrator.search.court import Court
 from orchestrator.search.door import SearchPlan, going_on, search_plan
+from orchestrator.search.folders import check_goes_on
 from orchestrator.search.judge import Judge
 from orchestrator.search.leaderboard import Leaderboard
 from orchestrator.search.plan_text import search_text
@@ -34,7 +36,7 @@ from orchestrator.search.proposals import Proposals
 from orchestrator.search.report import BEST, REPORT, write_report
 from orchestrator.search.result import SearchResult, Spent
 from orchestrator.search.sharing import pools
-from orchestrator.search.trial import local, run_trial
+from orchestrator.search.trial import run_trial
 from orchestrator.track import Tracker, reconcile, reconcile_all
 from orchestrator.tracking_uri import of_record
 
@@ -75,13 +77,12 @@ def resume_search(
     `overrides` may change budgets (`search.trials=16`); `Refusal` for those that change what trials are.
     """
     where = cluster_content(Path(cluster) if isinstance(cluster, str) else cluster)
-    home = Folder.of(str(folder))
-    if home.local is not None and "://" in str(where.get("storage", "")):  # the search's small files here, of a search that lies there
-        home = Folder.of(str(where["storage"]), home.local.name)
-    own = local(home)
+    home = home_of(Folder.of(str(folder)), str(where.get("storage", "")))  # the search's own, where its small files are named
+    own = small_files(home)
     if not ((own / SEARCH).exists() or home.child(COPY).exists(SEARCH)):
         raise Refusal(f"--resume {folder}", f"a folder without {SEARCH}", "the folder of a search", "Look below the storage folder.")
     _check_free(overrides)
+    check_goes_on(home)
     with mirrored(own, home):
         pass  # what a driver elsewhere wrote is here now
     where["storage"], _, name = home.root.rpartition("/")
@@ -243,7 +244,7 @@ def _log(tracker: Tracker, plan: SearchPlan, book: Book, trial: Trial) -> None:
 def _settle(court: Court) -> None:
     """Every trial's MLflow run has an end: of one whose process died, its watchdog may be about to write it."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    folders = [local(court.run(t.number, g)) for t in court.book.trials() for g in range(t.generation + 1)]
+    folders = [small_files(court.run(t.number, g)) for t in court.book.trials() for g in range(t.generation + 1)]
     while [f for f in folders if reconcile(f) in ("running", "waiting")] and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 

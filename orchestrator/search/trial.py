@@ -25,6 +25,7 @@ from orchestrator.display import Display
 from orchestrator.driver import control_plan, drive
 from orchestrator.errors import Alarmed, DistillError, Interrupted
 from orchestrator.journal import Journal
+from orchestrator.owner import small_files
 from orchestrator.plan import Plan, make_plan
 from orchestrator.remembering import newest_commit
 from orchestrator.result import RECIPE, RESULT, RunResult
@@ -98,17 +99,12 @@ class Spec:
     @property
     def own(self) -> Path:
         """The search's own small files."""
-        return local(self.home_folder)
+        return small_files(self.home_folder)
 
     def trial(self, number: int, point: Point) -> Trial:
         """A trial as the book has it now, where it may restart; else `point` is all there is to know."""
         known = Book(self.own).get(number) if self.every_steps else None
         return known or Trial(number, point)
-
-
-def local(folder: Folder) -> Path:
-    """Where the small files of a folder of the storage lie on this machine."""
-    return folder.local or Path("runs") / folder.root.rpartition("/")[2]
 
 
 def taught(strategy: Strategy) -> bool:
@@ -236,7 +232,7 @@ def finished(spec: Spec, result: RunResult, trial: Trial) -> dict[str, Any]:
 def _spent(spec: Spec, trial: Trial) -> dict[str, float]:
     """Tokens and seconds of the steps that a trial's runs made themselves, those that came to nothing included."""
     begun = [0, *(restart.step for restart in trial.restarts)]
-    runs = [(local(spec.folder(trial.number, generation)), step) for generation, step in enumerate(begun)]
+    runs = [(small_files(spec.folder(trial.number, generation)), step) for generation, step in enumerate(begun)]
     rows = [row.values for folder, step in runs for row in Journal(folder).rows() if row.step > step]
     return {"tokens": sum(r.get("tokens", 0.0) for r in rows), "seconds": sum(r.get("step_seconds", 0.0) for r in rows)}
 

@@ -21,6 +21,7 @@ from orchestrator.errors import Refusal
 from orchestrator.journal import Journal, MetricRow, RunRecord
 from orchestrator.mirror import mirrored
 from orchestrator.order import Order
+from orchestrator.owner import COPY
 from orchestrator.reading import OrderSource, bundles_of, place_of_rows
 from orchestrator.saved_run import saved_job
 from orchestrator.search import drive
@@ -74,7 +75,7 @@ def test_a_copy_follows_while_the_run_goes_on(far: Folder, tmp_path: Path, monke
     with mirrored(tmp_path, far):
         Journal(tmp_path).append([row(1)])
         end = time.monotonic() + 10
-        while not far.child(mirror.COPY).exists("metrics.jsonl"):
+        while not far.child(COPY).exists("metrics.jsonl"):
             assert time.monotonic() < end
             time.sleep(0.01)
 
@@ -130,8 +131,8 @@ def test_a_search_goes_on_from_its_copy_or_from_its_files_here(far: Folder, tmp_
     with pytest.raises(Refusal, match="without search.yaml"):
         drive.resume_search(far.root)
     assert not Path("runs").exists() and not far.names()
-    far.child(mirror.COPY).write("search.yaml", b"search: {}")
-    far.child(mirror.COPY).write("owner", b"somebody")
+    far.child(COPY).write("search.yaml", b"search: {}")
+    far.child(COPY).write("owner", b"somebody")
     drive.resume_search(far.root)
     assert (Path("runs") / name / "search.yaml").exists()
     drive.resume_search(Path("runs") / name, cluster={"storage": storage})

@@ -149,6 +149,16 @@ def test_another_question_may_be_declared(bench: Bench) -> None:
     assert "scored anew for each value" in search_text(plan)
 
 
+def test_a_name_whose_trials_are_there_is_refused(bench: Bench) -> None:
+    """A trial would go on with what lies in its folder."""
+    bench.recipe["name"] = "find"
+    (bench.storage / "find-better").mkdir(parents=True)
+    assert planned(bench, LR).name == "find"
+    (bench.storage / "find-000").mkdir()
+    with pytest.raises(Refusal, match="find-000, a trial of an earlier search"):
+        planned(bench, LR)
+
+
 def test_a_recipe_without_a_search_is_refused(bench: Bench) -> None:
     with pytest.raises(Refusal, match="no search block"):
         search_plan(bench.recipe, (), bench.cluster)
