@@ -24,8 +24,8 @@ from jobs.submitted import COMMAND, EXPERIMENT, RUN_FOLDER, TRACKING, follow_job
 from orchestrator.config import load_cluster, load_job
 from orchestrator.display import console
 from orchestrator.errors import Refusal
-from orchestrator.mirror import COPY
 from orchestrator.naming import fresh_name
+from orchestrator.owner import COPY
 from orchestrator.result import RECIPE
 from orchestrator.search.book import SEARCH
 from orchestrator.tracking_uri import absolute

@@ -152,10 +152,8 @@ wrote; `spans` and `foreign`, likelihoods of spans and next tokens of another to
 
 
 class Objective(Protocol):
-    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean.
-
-    `outputs` are the student's logits of n loss tokens, `weights` `(n,)` float32 the term's weight of each.
-    """
+    """A pure function of student outputs and a signal: a **sum** over weighted tokens, never a mean. `outputs` are the student's logits of
+    n loss tokens, `weights` `(n,)` float32 the term's weight of each."""
 
     reads: ClassVar[Reads]
 
@@ -235,11 +233,8 @@ AnyTerm = Term | StatesTerm
 
 @dataclass(frozen=True)
 class Player:
-    """A network inside the training job. `trained` players own an optimizer; others are frozen.
-
-    `model` is `student`, the recipe's own, for a trained one; for a frozen one the endpoint whose saved model every training
-    worker loads.
-    """
+    """A network inside the training job: a `trained` one has an optimizer and is the recipe's own; of a frozen one `model` is the endpoint
+    whose saved model every training worker loads."""
 
     model: str = "student"
     trained: bool = True
