@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator import tracking_uri
-from orchestrator.errors import Refusal
+from orchestrator.errors import Refusal, Unanswered
 from orchestrator.journal import Cursor, Journal, Lines, MetricRow, RunRecord, Status
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ _DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+OPENING = "distill.opening"
+"""Tag by which a new run is found again whose making was asked for and not answered."""
+_PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED")
+"""What may be over in a while; the first is also a connection that was refused, and a status that MLflow has no name for."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +58,22 @@ def connect(uri: str) -> MlflowClient:
 def trouble() -> tuple[type[Exception], ...]:
     """What MLflow raises when it cannot be reached or will not do as asked (a proxy's page is a ValueError)."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, OSError, ValueError)
+    return (MlflowException, SQLAlchemyError, OSError, ValueError)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same question may be answered in a while: nobody was there, or the server was in trouble of its own."""
+    from mlflow.exceptions import InvalidUrlException
+    from sqlalchemy.exc import DBAPIError
+
+    code = getattr(error, "error_code", None)
+    if code is not None:
+        return code in _PASSING and not isinstance(error, InvalidUrlException)
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):  # of a database in a folder that is none
+        return False
+    return isinstance(error, OSError | DBAPIError)
 
 
 def is_final(error: Exception) -> bool:
@@ -71,7 +89,8 @@ def brief(error: Exception) -> str:
 def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str], run_id: str | None) -> tuple[MlflowClient, Run]:
     """A new run of `experiment`, or the old run `run_id` set to RUNNING; database and experiment are made when missing.
 
-    `Refusal` when MLflow does not answer, does not know the run, or the experiment was deleted.
+    `Unanswered` when MLflow does not answer, another `Refusal` when it does not know the run or the experiment was deleted. A new run with
+    the tag `OPENING` may be asked for again.
     """
     with tracking_uri.first_contact(uri):
         try:
@@ -80,7 +99,8 @@ def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str], run_
         except trouble() as error:
             where = f"MLflow at {tracking_uri.without_password(uri)}"
             expected = "a tracking server or database that answers" if run_id is None else f"one that answers and has run {run_id}"
-            raise Refusal(where, brief(error), expected, "Start it, or set mlflow.tracking_uri in ray_config.yaml.") from error
+            kind = Unanswered if is_passing(error) else Refusal
+            raise kind(where, brief(error), expected, "Start it, or set mlflow.tracking_uri in ray_config.yaml.") from error
 
 
 class Delivery:
@@ -225,7 +245,7 @@ class Delivery:
         key = clean_key(key)
         history = self._client.get_metric_history(self._run_id, key)
         times = [m.timestamp for m in history if m.step == step and m.value == value]
-        return Metric(key, value, times[0] if times else _now_ms(), step, model_id=model_id)
+        return Metric(key, value, times[0] if times else round(time.time() * 1000), step, model_id=model_id)
 
 
 def clean_key(key: str) -> str:
@@ -235,10 +255,6 @@ def clean_key(key: str) -> str:
 
 def cut(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 3] + "..."
-
-
-def _now_ms() -> int:
-    return round(time.time() * 1000)
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -252,7 +268,9 @@ def _highest_steps(run: Run) -> dict[str, int]:
 
 
 def _new_run(client: MlflowClient, uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> Run:
-    return client.create_run(_experiment_id(client, uri, experiment), run_name=name, tags=dict(tags))
+    home, key = _experiment_id(client, uri, experiment), tags.get(OPENING)
+    known = client.search_runs([home], f"tags.`{OPENING}` = '{key}'", max_results=1) if key else []
+    return known[0] if known else client.create_run(home, run_name=name, tags=dict(tags))
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:

@@ -2,6 +2,7 @@
 
 DistillError
 +-- Refusal      the plan says no; nothing was created (exit 2)
+|   +-- Unanswered   a server says nothing now, and may later
 +-- RunFailed    a run that had started ended with an error (exit 1)
 +-- Alarmed      an alarm stopped the run; a checkpoint was written (exit 3)
 +-- Interrupted  a person stopped the run; a checkpoint was written (exit 130)
@@ -26,7 +27,11 @@ class Refusal(DistillError):
         super().__init__(f"{where}: got {got}; expected {expected}. {do}")
 
     def __reduce__(self) -> tuple[type[Refusal], tuple[str, str, str, str]]:
-        return (Refusal, (self.where, self.got, self.expected, self.do))
+        return (type(self), (self.where, self.got, self.expected, self.do))
+
+
+class Unanswered(Refusal):
+    """A server did not answer, or was in trouble of its own; whoever has time may ask again."""
 
 
 class RunFailed(DistillError):

@@ -6,66 +6,57 @@ A silent server delays metrics and nothing else: what is not delivered when the 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from cluster.storage import Folder
 from orchestrator import tracking_uri, watchdog
-from orchestrator.delivery import Delivery, brief, connect, is_final, open_run, trouble
-from orchestrator.journal import HEARTBEAT, OUTBOX, RECORD, Heartbeat, Journal, Lines, MetricRow, RunRecord, Status
+from orchestrator.claim import claimed
+from orchestrator.delivery import OPENING, Delivery, brief, connect, is_final, open_run, trouble
+from orchestrator.errors import Unanswered
+from orchestrator.journal import OUTBOX, RECORD, Heartbeat, Journal, Lines, MetricRow, RunRecord, Status
+from orchestrator.logbook import Logbook, flatten
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-__all__ = ["MetricRow", "Outcome", "Tracker", "flatten", "reconcile", "reconcile_all"]
+__all__ = ["Ending", "MetricRow", "Outcome", "Tracker", "flatten", "reconcile", "reconcile_all"]
 
 Outcome = Literal["clean", "running", "delivered", "waiting"]
+Ending = Literal["FINISHED", "FAILED", "KILLED"]
 
 _PUSH_SECONDS = 1.0
-_BEAT_SECONDS = 5.0
+_LOOK_SECONDS = 5.0
 _LONGEST_PAUSE_SECONDS = 30.0
+_CLAIM_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted names and texts: `{"train": {"lr": 2e-5}}` becomes `{"train.lr": "2e-05"}`."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+class Tracker(Logbook):
+    """One run's memory: what is written reaches MLflow once the run is open there. But for `open`, nothing here waits for MLflow longer
+    than it says, and nothing raises because of it."""
 
-
-class Tracker:
-    """One run's memory. `log`, `log_params`, `log_text` and `log_file` never wait for MLflow and never raise because of it."""
-
-    run_id: str
-    experiment_id: str
-    page: str
+    run_id: str = ""
+    experiment_id: str = ""
+    page: str = ""
     """What a person opens: an address, or the command that serves one."""
+    _delivery: Delivery
+    _guard: subprocess.Popen[bytes]
+    _thread: threading.Thread
 
-    def __init__(self, folder: Path, record: RunRecord, client: MlflowClient, guard: subprocess.Popen[bytes]):
-        self.run_id, self.experiment_id = record.run_id, record.experiment_id
-        self.page = tracking_uri.page(record.uri, record.experiment_id, record.run_id)
-        self._folder, self._record, self._guard = folder, record, guard
-        self._journal, self._outbox = Journal(folder), Lines(folder / OUTBOX)
-        self._delivery = Delivery(client, record, self._journal, self._outbox)
-        self._pushing, self._wake, self._stop = threading.Lock(), threading.Event(), threading.Event()
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._record: RunRecord | None = None
+        self._opening = uuid.uuid4().hex
+        self._pushing, self._stop = threading.Lock(), threading.Event()
         self._trouble = ""
-        self._thread = threading.Thread(target=self._drain, name="track", daemon=True)
-        self._thread.start()
 
     @classmethod
     def start(  # noqa: PLR0913 - each is named where it is called, and none has a default worth guessing
@@ -79,52 +70,44 @@ class Tracker:
         run_id: str | None = None,
         parent_run_id: str | None = None,
     ) -> Tracker:
-        """Opens a new run, or goes on with `run_id`; makes the database and the experiment when they are missing.
-
-        May be called in any thread. Raises `Refusal` when MLflow does not answer or does not have `run_id`.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        Heartbeat.now().save(folder)  # first, so that the watchdog of an earlier driver lets go
-        os.environ.pop("MLFLOW_RUN_ID", None)  # it would make every child process log into that run
-        uri = tracking_uri.absolute(uri)
-        tags = dict(tags) | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
-        client, run = open_run(uri, experiment, name, tags, run_id)
-        record = RunRecord(uri, run.info.experiment_id, run.info.run_id)
-        record.save(folder)
-        tracker = cls(folder, record, client, watchdog.start(folder))
+        """One that is open, with its first params. Raises what `open` does, and leaves no heartbeat behind then."""
+        tracker = cls(folder)
+        try:
+            tracker.open(uri, experiment, name, tags, run_id, parent_run_id)
+        except BaseException:
+            tracker.close()
+            raise
         tracker.log_params(params)
         return tracker
 
-    def log(self, rows: Sequence[MetricRow]) -> None:
-        """Within one attempt, the steps of a metric rise. A value that is not finite stays local and is counted by the
-        metric `nonfinite` of its step."""
-        self._journal.append(rows)
-        self._wake.set()
+    def open(
+        self, uri: str, experiment: str, name: str, tags: Mapping[str, str], run_id: str | None = None, parent_run_id: str | None = None
+    ) -> None:
+        """Opens a new run, or goes on with `run_id`; makes the database and the experiment when they are missing.
 
-    def truncate(self, step: int, attempt: int) -> None:
-        """Attempt `attempt` starts after `step`. What older attempts wrote beyond it leaves the local journal; MLflow keeps
-        what it has, and gets no second value for those steps."""
-        self._journal.truncate(step, attempt)
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Nested settings under dotted names. A param that MLflow has with another value becomes the tag `changed.<name>`."""
-        self._outbox.append([{"kind": "params", "params": flatten(params)}])
-        self._wake.set()
-
-    def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Tags of the run; of two values of one tag the later stays."""
-        self._outbox.append([{"kind": "tags", "tags": dict(tags)}])
-        self._wake.set()
-
-    def log_text(self, text: str, artifact_file: str) -> None:
-        """A text artifact of the run, at a relative path such as `plan/recipe.yaml`."""
-        self._outbox.append([{"kind": "text", "text": text, "file": artifact_file}])
-        self._wake.set()
-
-    def log_file(self, path: Path) -> None:
-        """A file of the run's folder as an artifact under its own name, as it is when MLflow takes it."""
-        self._outbox.append([{"kind": "file", "path": str(path.absolute())}])
-        self._wake.set()
+        May be called in any thread, and again after it raised: `Unanswered` while MLflow does not answer, another `Refusal` when it
+        will not have it, as when it does not know `run_id`.
+        """
+        os.environ.pop("MLFLOW_RUN_ID", None)  # it would make every child process log into that run
+        uri = tracking_uri.absolute(uri)
+        own = {} if run_id else {OPENING: self._opening}
+        tags = {**tags, **own, **({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})}
+        with claimed(self._folder, _CLAIM_SECONDS) as mine:
+            if not mine:
+                where, got = f"run folder {self._folder}", "a process that tells MLflow how its last driver ended"
+                raise Unanswered(where, got, "a folder that nobody speaks for", "Try again in a while.")
+            client, run = open_run(uri, experiment, name, tags, run_id)
+            record = RunRecord(uri, run.info.experiment_id, run.info.run_id)
+            record.save(self._folder)
+        self.run_id, self.experiment_id = record.run_id, record.experiment_id
+        self.page = tracking_uri.page(record.uri, record.experiment_id, record.run_id)
+        if self._stop.is_set():  # too late for whoever asked; what the folder says is delivered by the next command
+            return
+        self._delivery = Delivery(client, record, self._journal, self._outbox)
+        self._guard = watchdog.start(self._folder)
+        self._thread = threading.Thread(target=self._drain, name="track", daemon=True)
+        self._record = record
+        self._thread.start()
 
     def log_student(
         self, folder: str | Path, metrics: Mapping[str, float], step: int, params: Mapping[str, Any], timeout_seconds: float = 15
@@ -138,14 +121,17 @@ class Tracker:
         self._insist(self._delivery.push, timeout_seconds)
         return self._delivery.students.get(key)
 
-    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout_seconds: float = 30) -> bool:
+    def finish(self, status: Ending, timeout_seconds: float = 30) -> bool:
         """Delivers the rest and the status; False, after one warning, when MLflow does not take them in time."""
+        self._stop.set()
+        self._wake.set()
+        if self._record is None:
+            self._leave(status)
+            return False
         if self._record.status != "RUNNING":
             return self._record.delivered
         self._record = replace(self._record, status=status)
         self._record.save(self._folder)
-        self._stop.set()
-        self._wake.set()
         delivered = self._insist(lambda: self._delivery.close(status), timeout_seconds)
         if delivered:
             self._record = replace(self._record, delivered=True)
@@ -154,11 +140,18 @@ class Tracker:
             words = "MLflow did not take the rest of run %s in %g seconds (%s). It is in %s, and the next command delivers it."
             logger.warning(words, self.run_id, timeout_seconds, self._trouble, self._journal.path)
         self._thread.join(timeout=1.0)  # longer only while a request hangs
-        (self._folder / HEARTBEAT).unlink(missing_ok=True)  # from here on anybody may reconcile
-        self._journal.close()
-        self._outbox.close()
+        self.close()
         watchdog.release(self._guard)
         return delivered
+
+    def _leave(self, status: Ending) -> None:
+        """Of a run that this driver could not open: an earlier driver's is delivered by the next command, a new one when it goes on."""
+        known = RunRecord.load(self._folder)
+        if known is not None:
+            replace(known, status=status, delivered=False).save(self._folder)
+        self.close()
+        when = "when the run goes on" if known is None else "by the next command"
+        logger.warning("MLflow did not open the run. What it is to get is in %s, and is delivered %s.", self._journal.path, when)
 
     def _insist(self, action: Callable[[], None], timeout_seconds: float) -> bool:
         deadline = time.monotonic() + timeout_seconds
@@ -188,12 +181,10 @@ class Tracker:
     def _drain(self) -> None:
         failures = 0
         while not self._stop.is_set():
-            self._wake.wait(_BEAT_SECONDS)
+            self._wake.wait(_LOOK_SECONDS)
             self._wake.clear()
             if self._stop.is_set():
                 return
-            with contextlib.suppress(OSError):  # a full disk stops the beat, not the delivery
-                Heartbeat.now().save(self._folder)
             failures = 0 if self._attempt(self._delivery.push) else failures + 1
             self._stop.wait(min(_LONGEST_PAUSE_SECONDS, _PUSH_SECONDS * 2**failures))
 
@@ -205,6 +196,14 @@ def reconcile(folder: Path, dead_pid: int | None = None) -> Outcome:
     `clean`: nothing to do; `running`: its driver is alive; `delivered`: done now; `waiting`: MLflow does not answer.
     `dead_pid` is a driver known to be dead or dying; a run that another process drives is left alone.
     """
+    record = RunRecord.load(folder)
+    if record is None or record.delivered:
+        return "clean"
+    with claimed(folder) as mine:  # who waits for it to open the run has beaten already, or will find it settled
+        return _reconciled(folder, dead_pid) if mine else "running"
+
+
+def _reconciled(folder: Path, dead_pid: int | None) -> Outcome:
     record, beat = RunRecord.load(folder), Heartbeat.load(folder)
     if record is None or record.delivered:
         return "clean"
