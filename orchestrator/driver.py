@@ -1,19 +1,14 @@
-"""The driver of a checked run: train, export, train the control, compare, and keep MLflow true to it."""
+"""The driver of a checked run: train, export, train the control, compare."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from cluster.inside import submission_id
 from cluster.resources import demands
 from cluster.storage import Folder
 from orchestrator import checkpoint
@@ -24,20 +19,20 @@ from orchestrator.config import Job, to_yaml
 from orchestrator.display import Display
 from orchestrator.errors import Alarmed, Interrupted, RunFailed
 from orchestrator.filling import fill
-from orchestrator.fit import Fit, start_fit
+from orchestrator.fit import Fit, fitting
 from orchestrator.interrupts import interruptible
-from orchestrator.journal import RunRecord
 from orchestrator.ledger import Ledger, Totals
+from orchestrator.logbook import Logbook
 from orchestrator.mirror import mirrored
 from orchestrator.plan import BASELINE, FACTS, Plan, plan_text
 from orchestrator.plot import CURVES, plot_curves
 from orchestrator.result import RECIPE, RESULT, Row, RunResult
 from orchestrator.rollout_metrics import fates
-from orchestrator.roundtrip import JOB_TAG
 from orchestrator.row_losses import write_losses
 from orchestrator.stores import NOBODY
-from orchestrator.track import Tracker, reconcile_all
-from orchestrator.tracking_uri import of_record
+from orchestrator.track import Tracker
+from orchestrator.tracking import Tracking
+from orchestrator.tracking_uri import without_password
 from orchestrator.watch import Watch, stopping_words
 from strategies import baseline
 
@@ -52,94 +47,41 @@ def drive(plan: Plan, display: Display, parent: str | None = None, listen: Liste
         disable_progress_bar()
     plan.folder.write(FACTS, plan.facts.to_json())
     plan.folder.write(RECIPE, to_yaml(plan.job.run).encode())
-    with mirrored(plan.local, plan.folder), ThreadPoolExecutor(1, initializer=_give_way) as pool:
-        tracking = pool.submit(start_tracking, plan, parent)
-        _fill_stores(plan, display, tracking)
-        tracker = _train(plan, display, tracking, listen)
-        try:
-            result = _conclude(plan, tracker, display)
-        except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, Interrupted | KeyboardInterrupt) else "FAILED")
-            raise
-        tracker.finish("FINISHED")
-    return result
+    with mirrored(plan.local, plan.folder), Tracking(plan, parent) as tracking:
+        _fill_stores(plan, display)
+        return _conclude(plan, _train(plan, display, tracking, listen), display)
 
 
-def _give_way() -> None:
-    """Lets this thread run when nobody else wants the processor: Ray's workers are nicer than a driver, and MLflow's import,
-    which takes seconds, would hold up the first step on a small machine."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def start_tracking(plan: Plan, parent: str | None) -> Tracker:
-    """Opens the MLflow run, or goes on with the folder's own; settles first what earlier drivers left behind."""
-    folder = plan.local
-    reconcile_all(folder.parent)
-    known = RunRecord.load(folder)
-    tracker = Tracker.start(
-        uri=of_record(known.uri if known else None, plan.job.cluster.tracking_uri),
-        experiment=plan.job.cluster.mlflow.experiment,
-        name=plan.name,
-        folder=folder,
-        params={**plan.job.run.model_dump(mode="json"), "steps": plan.steps, "fingerprint": plan.fingerprints},
-        tags=dict(plan.job.run.tags) | _job_tags(),
-        run_id=known.run_id if known else None,
-        parent_run_id=parent,
-    )
-    tracker.log_text(to_yaml(plan.job.run), RECIPE)
-    tracker.log_text(plan_text(plan), "plan.txt")
-    for name, content in plan.text.about().items() if plan.text else ():
-        tracker.log_text(content, name)
-    return tracker
-
-
-def _job_tags() -> dict[str, str]:
-    """Of a run inside a submitted job: which one, as `distill jobs status` takes it."""
-    job = submission_id()
-    return {} if job is None else {JOB_TAG: job}
-
-
-def _fill_stores(plan: Plan, display: Display, tracking: Future[Tracker]) -> None:
+def _fill_stores(plan: Plan, display: Display) -> None:
     """Fills the stores that the run reads; what fails here leaves the parts that are complete."""
-    try:
-        for each in plan.captures():
-            fill(each, display)
-        if plan.sources.losses:
-            write_losses(plan.job, plan.sources.losses, plan.data.folder)
-    except BaseException as error:
-        tracking.result().finish("KILLED" if isinstance(error, Interrupted) else "FAILED")
-        raise
+    for each in plan.captures():
+        fill(each, display)
+    if plan.sources.losses:
+        write_losses(plan.job, plan.sources.losses, plan.data.folder)
 
 
-def _train(plan: Plan, display: Display, tracking: Future[Tracker], listen: Listener | None = None) -> Tracker:
+def _train(plan: Plan, display: Display, tracking: Tracking, listen: Listener | None = None) -> Tracker:
     """Trains to the last step; raises what ended the run before it."""
-    ledger = Ledger.of(plan.local)
+    ledger, watch = Ledger.of(plan.local), Watch.of(plan.job.run.alarms, plan.local)
     if plan.done_steps == plan.steps:
-        return tracking.result()
-    fit, watch = start_fit(plan), Watch.of(plan.job.run.alarms, plan.local)
-    with display.training(plan.steps, fates(plan.strategy)), interruptible(display, fit.ask_to_stop):
+        return tracking.opened()
+    with fitting(plan) as fit, display.training(plan.steps, fates(plan.strategy)), interruptible(display, fit.ask_to_stop):
         for entries in fit.entries():
             fresh = _take(entries, ledger, watch, fit, display)
-            if listen is not None and listen(fresh):
+            if tracking.refused or (listen is not None and listen(fresh)):
                 fit.ask_to_stop()
-            _tell(ledger, watch, tracking.result() if tracking.done() else None)
+            _tell(ledger, watch, tracking.tracker)
         _take(_kept_entries(plan), ledger, watch, fit, display)
-    fit.close()
-    tracker = tracking.result()
-    _tell(ledger, watch, tracker)
+        _tell(ledger, watch, tracking.tracker)
     if fit.error is not None:
-        tracker.finish("FAILED")
         raise RunFailed(f"{fit.reason} Its last checkpoint is kept: distill run --resume {plan.folder.root}") from fit.error
     if ledger.step < plan.steps and watch.stopped:
-        tracker.finish("FAILED")
         kept = checkpoint.committed(plan.folder)
         where = kept.root if kept else "none"
         raise Alarmed(stopping_words(watch, plan.folder.root, where, ledger.step, plan.steps))
-    if ledger.step < plan.steps:
-        tracker.finish("KILLED")
+    if ledger.step < plan.steps and not tracking.refused:
         raise Interrupted(f"stopped after step {ledger.step} of {plan.steps}. To go on: distill run --resume {plan.folder.root}")
-    return tracker
+    return tracking.opened()
 
 
 def _kept_entries(plan: Plan) -> list[Entry]:
@@ -160,9 +102,9 @@ def _take(entries: list[Entry], ledger: Ledger, watch: Watch, fit: Fit, display:
     return fresh
 
 
-def _tell(ledger: Ledger, watch: Watch, tracker: Tracker | None) -> None:
-    ledger.tell(tracker)
-    watch.tell(tracker)
+def _tell(ledger: Ledger, watch: Watch, book: Logbook) -> None:
+    ledger.tell(book)
+    watch.tell(book)
 
 
 def _conclude(plan: Plan, tracker: Tracker, display: Display) -> RunResult:
@@ -179,7 +121,7 @@ def _conclude(plan: Plan, tracker: Tracker, display: Display) -> RunResult:
         steps=plan.steps,
         metrics={**position.metrics, "tokens": totals.tokens, "tokens_per_second": totals.tokens_per_second},
         student=_address(plan, student),
-        tracking_uri=plan.job.cluster.tracking_uri,
+        tracking_uri=without_password(plan.job.cluster.tracking_uri),
         mlflow_run_id=tracker.run_id,
         page=tracker.page,
         curves=str(plot_curves({"student": plan.local, **control}, plan.local / CURVES)),
@@ -218,18 +160,9 @@ def _control(plan: Plan, parent: Tracker, display: Display) -> Row:
     if control.done_steps < control.steps:
         display.say(f"Control: the same student, rows and steps without a teacher ({control.name})")
     control.folder.write(RECIPE, to_yaml(control.job.run).encode())
-    tracking: Future[Tracker] = Future()
-    with mirrored(control.local, control.folder):
-        tracking.set_result(start_tracking(control, parent.run_id))
-        tracker = _train(control, display, tracking)
-        try:
-            student, position = _export(control, tracker)
-            row = student_row(control, "without teacher", position.metrics, Totals.of(control.local), student)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
-    return row
+    with mirrored(control.local, control.folder), Tracking(control, parent.run_id) as tracking:
+        student, position = _export(control, _train(control, display, tracking))
+        return student_row(control, "without teacher", position.metrics, Totals.of(control.local), student)
 
 
 def control_plan(plan: Plan) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from orchestrator.settings import Elastic
 from orchestrator.worker import WorkerJob, run_worker
 
 POLL_SECONDS = 0.25
+LEAVE_SECONDS = 120.0
+"""How long workers that nobody follows have for a last checkpoint."""
 
 
 @dataclass
@@ -78,6 +81,26 @@ class Fit:
         """All ranks write a checkpoint at the same next step, and end."""
         self.stopping = True
         ray.get(self.board.ask_to_stop.remote())
+
+    def leave(self) -> None:
+        """Ends a run that nobody follows any more: its workers stop with a checkpoint, or without one when they take too long for it."""
+        with contextlib.suppress(RayError):
+            self.ask_to_stop()
+            self.thread.join(LEAVE_SECONDS)
+        with contextlib.suppress(RayError):
+            self.close()
+
+
+@contextlib.contextmanager
+def fitting(plan: Plan) -> Iterator[Fit]:
+    """Training that goes on inside. An error that ends the block ends it, too: a process that is used again shall not hold its workers."""
+    fit = start_fit(plan)
+    try:
+        yield fit
+    except Exception:
+        fit.leave()
+        raise
+    fit.close()
 
 
 def _note(text: str) -> Entry:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.board import Entry
 from orchestrator.journal import Journal, MetricRow
-from orchestrator.track import Tracker
+from orchestrator.logbook import Logbook
 
 LOGGED = ("step", "eval")
 COUNTED = ("tokens", "step_seconds")
@@ -43,7 +43,7 @@ class Totals:
 
 @dataclass
 class Ledger:
-    """Takes journal entries of any attempt, keeps those of the lineage, and hands them to MLflow when it is there."""
+    """Takes journal entries of any attempt, keeps those of the lineage, and hands them to the run's logbook."""
 
     step: int = 0
     """Newest optimizer step."""
@@ -83,15 +83,13 @@ class Ledger:
             self.step = max(self.step, entry.step)
         return True
 
-    def tell(self, tracker: Tracker | None) -> None:
-        """Passes on what was taken since the last call; without a tracker it waits."""
-        if tracker is None:
-            return
+    def tell(self, book: Logbook) -> None:
+        """Passes on what was taken since the last call."""
         for entry in self._unlogged:
             if entry.kind == "attempt":
-                tracker.truncate(entry.step, entry.attempt)
+                book.truncate(entry.step, entry.attempt)
             elif entry.kind == "note":
-                tracker.log_tags({f"mishap.{round(entry.time * 1e6)}": entry.values["text"]})  # whoever drives, in their order
+                book.log_tags({f"mishap.{round(entry.time * 1e6)}": entry.values["text"]})  # whoever drives, in their order
             else:
-                tracker.log([MetricRow(entry.step, entry.attempt, entry.values, entry.time)])
+                book.log([MetricRow(entry.step, entry.attempt, entry.values, entry.time)])
         self._unlogged = []

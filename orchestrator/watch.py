@@ -11,7 +11,7 @@ from orchestrator.board import Entry
 from orchestrator.history import History
 from orchestrator.journal import Journal, MetricRow
 from orchestrator.ledger import LOGGED
-from orchestrator.track import Tracker
+from orchestrator.logbook import Logbook
 
 PREFIX = "alarm/"
 """Of the metric that is 1 at the step at which an alarm rises, and 0 where it clears; of its tag it is `alarm.`."""
@@ -113,13 +113,11 @@ class Watch:
                 changes.append(Change(name, since, entry, None, False))
         return changes
 
-    def tell(self, tracker: Tracker | None) -> None:
-        """Passes on what changed since the last call, after the steps at which it did; without a tracker it waits."""
-        if tracker is None:
-            return
+    def tell(self, book: Logbook) -> None:
+        """Passes on what changed since the last call, after the steps at which it did."""
         for change in self._untold:
-            tracker.log([change.row])
-            tracker.log_tags(change.tag)
+            book.log([change.row])
+            book.log_tags(change.tag)
         self._untold = []
 
 
