@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 _SQLITE = "sqlite:///"
 _USER = re.compile(r"(?<=://)[^/\s]*@")
+_SECRET = re.compile(r"(?<=[?&])((?:password|passwd|pwd|sslpassword|odbc_connect)=)[^&\s]*", re.IGNORECASE)
 
 
 def absolute(uri: str) -> str:
@@ -33,17 +34,17 @@ def artifact_location(uri: str) -> str | None:
 
 
 def page(uri: str, experiment_id: str, run_id: str) -> str:
-    """What a person opens: an address without its password, or the command that serves one."""
+    """What a person opens: an address, or the command that serves one, without a password."""
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
-        return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(without_password(uri))}"
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/", "", f"/experiments/{experiment_id}/runs/{run_id}"))
 
 
 def without_password(text: str) -> str:
     """An address, or a sentence with addresses in it, without their user names and passwords."""
-    return _USER.sub("", text)
+    return _SECRET.sub(r"\1...", _USER.sub("", text))
 
 
 def of_record(recorded: str | None, configured: str) -> str:

@@ -464,6 +464,8 @@ def test_nested_settings_are_dotted() -> None:
 
 def test_a_page_shows_no_password() -> None:
     assert tracking_uri.page("https://me:secret@host:1/mlflow", "7", "abc") == "https://host:1/mlflow/#/experiments/7/runs/abc"
+    shown = tracking_uri.page("postgresql://me:secret@host/db?sslmode=require&password=other", "7", "abc")
+    assert shown == "mlflow ui --backend-store-uri 'postgresql://host/db?sslmode=require&password=...'"
     assert tracking_uri.absolute("sqlite:///here.db") == f"sqlite:///{Path.cwd()}/here.db"
 
 
