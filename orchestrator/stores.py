@@ -19,6 +19,7 @@ from cluster.stores.files import SPEC, Spec, StoreFiles
 from cluster.stores.key import StoreKey
 from cluster.stores.parts import StoreDamaged
 from orchestrator.checks.networks import Cast
+from orchestrator.checks.resumed import ANSWERS
 from orchestrator.config import Job
 from orchestrator.data import PreparedData, template_digest, tokenizer_digest
 from orchestrator.errors import Refusal
@@ -194,9 +195,9 @@ def teacher_identity(people: Cast, name: str, config: EndpointConfig) -> dict[st
 
 
 def identities(people: Cast, endpoints: Mapping[str, EndpointConfig]) -> dict[str, str]:
-    """Fingerprints of what each endpoint's answers depend on; a run that goes on must find them again."""
-    told = {name: teacher_identity(people, name, config) for name, config in endpoints.items()}
-    return {f"endpoints.{name}.answers": sha256(json.dumps(t, sort_keys=True).encode()).hexdigest() for name, t in told.items()}
+    """Fingerprints of what each endpoint's answers depend on; a run that goes on must find them again, wherever a server stands by then."""
+    told = {n: {k: v for k, v in teacher_identity(people, n, config).items() if k != "url"} for n, config in endpoints.items()}
+    return {f"endpoints.{name}{ANSWERS}": sha256(json.dumps(t, sort_keys=True).encode()).hexdigest() for name, t in told.items()}
 
 
 def nearest_store(home: Folder, name: str, key: StoreKey) -> str:

@@ -18,6 +18,8 @@ FACTS = "plan.json"
 """What a run rests on, in its folder."""
 SIGNALS = "signals."
 """Before an endpoint's name among fingerprints: `live`, or the digests of the stores that answer for it."""
+ANSWERS = ".answers"
+"""Behind an endpoint among fingerprints: what its answers depend on. The facts of older runs lack it."""
 FREE = (
     "name",
     "tags",
@@ -86,7 +88,7 @@ def check_same_facts(folder: Folder, job: Job, now: Facts) -> None:
     if content is None:
         return
     before = Facts(**json.loads(content))
-    for name in [*before.fingerprints, *(n for n in now.fingerprints if n not in before.fingerprints)]:
+    for name in [*before.fingerprints, *(n for n in now.fingerprints if n not in before.fingerprints and not n.endswith(ANSWERS))]:
         old, new = before.fingerprints.get(name, "nothing"), now.fingerprints.get(name, "nothing")
         if old != new:
             do = "Bring back what was there, or start a new run."

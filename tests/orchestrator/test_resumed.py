@@ -13,6 +13,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from cluster.config import FakeEndpoint
+from cluster.endpoints import make_engine
+from cluster.engines.fake_server import FakeServer
 from orchestrator.checks import resumed
 from orchestrator.config import to_yaml
 from orchestrator.errors import Refusal
@@ -58,6 +61,25 @@ def test_a_teacher_of_the_cluster_stays_what_it_was(bench: Bench) -> None:
     bench.cluster["endpoints"]["teacher"]["attention"] = "eager"
     with pytest.raises(Refusal, match=r"another endpoints\.teacher\.answers"):
         make_plan(bench.job(), "recipe", resume=before.folder)
+
+
+def test_a_served_teacher_may_stand_elsewhere(bench: Bench) -> None:
+    machine_of()(bench)
+    engine = make_engine(FakeEndpoint(engine="fake", vocabulary=512))
+    with FakeServer(engine) as first, FakeServer(engine) as second:
+        given = {"engine": "openai", "base_url": first.url, "model": "fake", "vocabulary": 512, "tokenizer": str(bench.folder / "teacher")}
+        put("endpoints.teacher", given)(bench)
+        before = begun(bench)
+        after = make_plan(bench.job(f"endpoints.teacher.base_url={second.url}"), "recipe", resume=before.folder)
+    assert after.fingerprints == before.fingerprints
+
+
+def test_a_run_that_began_before_a_fact_was_kept_goes_on(bench: Bench) -> None:
+    before = begun(bench)
+    facts = json.loads(before.folder.read(FACTS) or b"")
+    del facts["fingerprints"]["endpoints.teacher.answers"]
+    before.folder.write(FACTS, json.dumps(facts).encode())
+    assert make_plan(bench.job(), "recipe", resume=before.folder).name == "old"
 
 
 def test_a_run_that_is_being_driven_is_refused(bench: Bench) -> None:
