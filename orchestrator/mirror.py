@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.storage import Folder
+from orchestrator.claim import LOCK
 from orchestrator.journal import HEARTBEAT, RECORD, Heartbeat, RunRecord
 from orchestrator.owner import COPY, OWNER, Owner, public_root
 from orchestrator.tracking_uri import sqlite_path, without_password
@@ -93,7 +94,7 @@ class _Mirror:
             if not self._ours():
                 return
             for path in self._local.iterdir():
-                if not path.is_file() or path.name in (HEARTBEAT, OWNER) or path.suffix == PART:
+                if not path.is_file() or path.name in (HEARTBEAT, LOCK, OWNER) or path.suffix == PART:
                     continue
                 look = path.stat()
                 if self._known.get(path.name) != (look.st_size, look.st_mtime_ns):
