@@ -55,6 +55,15 @@ def whole(session: Session, at_once: int, value: dict[int, float], fails: tuple[
                 under_way.append((trial, step))
 
 
+def two_pause(session: Session) -> None:
+    """Trial 0 at the first rung and then trial 1, which is worse."""
+    proposals, judge = session.sides()
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        trial = session.begin(proposals, judge, name)
+        session.report(judge, trial, 2, value)
+        session.end(proposals, judge, trial, 2, value, "stopped")
+
+
 def test_the_worse_of_two_pauses_and_the_book_says_why(tmp_path: Path) -> None:
     session = halved(tmp_path, trials=4)
     proposals, judge = session.sides()
@@ -146,11 +155,7 @@ def test_a_search_whose_best_fails_takes_the_next(tmp_path: Path) -> None:
 
 def test_a_search_that_goes_on_knows_who_is_where(tmp_path: Path) -> None:
     session = halved(tmp_path, 4)
-    proposals, judge = session.sides()
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        trial = session.begin(proposals, judge, name)
-        session.report(judge, trial, 2, value)
-        session.end(proposals, judge, trial, 2, value, "stopped")
+    two_pause(session)
     later = halved(tmp_path, 4)
     assert Halving(later.court).next() == 0
     proposals, judge = later.sides()
@@ -194,11 +199,7 @@ def test_one_that_a_budget_paused_before_its_first_rung_goes_on_with_a_larger_on
 
 def test_whoever_was_stopped_holds_no_place(tmp_path: Path) -> None:
     session = halved(tmp_path, 2)
-    proposals, judge = session.sides()
-    for name, value in (("a", 1.0), ("b", 2.0)):
-        trial = session.begin(proposals, judge, name)
-        session.report(judge, trial, 2, value)
-        session.end(proposals, judge, trial, 2, value, "stopped")
+    two_pause(session)
     session.court.book.end(replace(session.court.book.trials()[0], outcome="stopped"))
     assert Halving(session.court).next() == 1
 
